@@ -1,0 +1,147 @@
+"""The command line: which command, which settings, and one line for whatever is wrong with either."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from job import config as settings
+from job.errors import EXIT_DONE, EXIT_REFUSED, UserError, without_passwords
+
+_DEFAULT_CONFIG = "job.yaml"
+
+
+@dataclass
+class Arguments:
+    """A command line, taken apart."""
+
+    command: str
+    config_path: str | None = None
+    overrides: list[tuple[str, str]] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    """What stands there without a name: prompts of `generate`."""
+    wants_help: bool = False
+    wants_config: bool = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line; returns the exit code."""
+    try:
+        arguments = parse(argv)
+        if arguments.wants_help:
+            _print_help(arguments.command)
+            return EXIT_DONE
+        command = COMMANDS[arguments.command]
+        config = settings.load(arguments.config_path or command.config_path, arguments.overrides)
+        if arguments.wants_config:
+            sys.stdout.write(without_passwords(settings.to_yaml(config)))
+            return EXIT_DONE
+        from job import storage
+
+        storage.configure(storage.StoreOptions(**config.store.model_dump()))
+        run = getattr(importlib.import_module("job.commands"), command.name)
+        return int(run(config, arguments.words))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Takes a command line apart; with nothing on it, it trains by JOB_CONFIG or by job.yaml beside it.
+
+    Raises:
+        UserError: an unknown command or option, or an option without its value.
+    """
+    if not argv:
+        return Arguments("train", config_path=os.environ.get("JOB_CONFIG", _DEFAULT_CONFIG))
+    if argv[0] in ("-h", "--help"):
+        return Arguments("", wants_help=True)
+    arguments = Arguments(argv[0])
+    if arguments.command not in COMMANDS:
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"commands are {', '.join(COMMANDS)}"
+        raise UserError("command", argv[0], "unknown command", remedy)
+    rest = iter(argv[1:])
+    for word in rest:
+        if word in ("-h", "--help"):
+            arguments.wants_help = True
+        elif word == "--print-config":
+            arguments.wants_config = True
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            if name != "config" and name not in _names():
+                raise settings.unknown_setting(name)
+            if not equals:
+                following = next(rest, None)
+                if following is None:
+                    raise UserError(name, None, "expected a value after it")
+                value = following
+            if name == "config":
+                arguments.config_path = value
+            else:
+                arguments.overrides.append((name, value))
+        else:
+            arguments.words.append(word)
+    if arguments.words and arguments.command != "generate":
+        raise UserError("command line", arguments.words[0], f"`{arguments.command}` takes no words", "see --help")
+    return arguments
+
+
+# ---- The commands ----
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, in a line, and how."""
+
+    about: str
+    name: str
+    """Of the function in `job.commands`, imported when it is called: --help needs none of the libraries."""
+    config_path: str | None = None
+    """Read where no --config is given."""
+
+
+DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+
+COMMANDS = {
+    "prepare": Command("raw documents, from any URL or hub -> token shards in object storage", "prepare"),
+    "train": Command("shards -> model, over as many processes as there are; stops and resumes safely", "train"),
+    "evaluate": Command("held-out loss in nats per token, bits per byte and bits per character", "evaluate"),
+    "generate": Command("continues prompts with a run, a checkpoint or a model folder", "generate"),
+    "tokenizer": Command("trains a byte-level BPE tokenizer on the corpus", "tokenizer"),
+    "demo": Command("the whole path on this machine, with nothing but this repository", "demo", str(DEMO_CONFIG)),
+}
+
+
+# ---- Help ----
+
+
+def _names() -> set[str]:
+    return {one.name for one in settings.settings()}
+
+
+def _print_help(command: str) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    usage = {"": "COMMAND", "generate": "generate [PROMPT ...]"}.get(command, command)
+    console.print(
+        f"[bold]python -m job {escape(usage)}[/bold] --config FILE [--section.key value ...]", highlight=False
+    )
+    if not command:
+        for name, known in COMMANDS.items():
+            console.print(f"  [bold]{name:10}[/bold] {known.about}")
+        console.print("\nWith no argument at all it trains, by the file that JOB_CONFIG names, or job.yaml.")
+    else:
+        console.print(f"  {COMMANDS[command].about}")
+    console.print("  --print-config prints all settings as a commented YAML file, and ends.\n\n[bold]Settings[/bold]")
+    for one in settings.settings():
+        unit = f", in {one.unit}" if one.unit else ""
+        console.print(f"  [bold]--{one.name}[/bold]  {escape(f'({one.kind}{unit}; default {one.default})')}")
+        console.print(f"      {escape(one.meaning)}")

@@ -1,0 +1,1 @@
+"""Where the processes run, how they start, and what their ends mean."""

@@ -1,0 +1,93 @@
+"""Starts the workers of a run on this machine through torchrun, and turns how they ended into one exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from job.cluster import outcome, worker
+from job.config import Config
+from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
+
+_CRASHED = 1
+_SHUTDOWN_SECONDS = 600
+"""How long workers may take to save a checkpoint after a signal before torchrun kills them."""
+
+
+def launch(command: str, config: Config) -> int:
+    """Runs `command` (``train`` or ``evaluate``) over the processes of this machine; returns the exit code.
+
+    SIGTERM and SIGINT are passed on, and the workers are waited for. Where torchrun has already started this process,
+    it is a worker itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
+        folder = Path(scratch)
+        (folder / "config.json").write_text(config.model_dump_json())
+        (folder / "command").write_text(command)
+        environment = os.environ | _worker_environment(processes(config)) | {worker.FOLDER_VARIABLE: str(folder)}
+        agent = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "job.cluster.agent"),
+                *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
+                *(f"--shutdown-timeout={_SHUTDOWN_SECONDS}", "-m", "job.cluster.worker"),
+            ],
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C comes to this process alone, which passes it on
+        )
+        previous = {
+            number: signal.signal(number, lambda received, _: agent.send_signal(received))
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            agent.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return _exit_code(folder, processes(config), agent.returncode)
+
+
+def processes(config: Config) -> int:
+    """How many workers this machine runs."""
+    return config.train.processes or max(1, _gpus())
+
+
+def _gpus() -> int:
+    """GPUs of this machine, asked of the driver: torch takes seconds to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _worker_environment(processes: int) -> dict[str, str]:
+    """What the libraries in a worker have to be told before they are imported; a user's own settings win."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
+    if not _gpus():
+        wanted |= {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+            # DeepSpeed compiles a small C++ library at its first start on a CPU; it stays with this Python.
+            "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+        }
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {name: value for name, value in wanted.items() if name not in os.environ} | {"PATH": path}
+
+
+def _exit_code(folder: Path, expected: int, agent_code: int) -> int:
+    """Says what went wrong, once, and returns the entrypoint's exit code."""
+    found = outcome.read_all(folder)
+    for one in found:
+        if one.status == outcome.REFUSED:
+            print(one.message, file=sys.stderr)
+            return EXIT_REFUSED
+    for one in found:
+        if one.status == outcome.CRASHED:
+            print(f"rank {one.rank} failed first:\n{one.message}", file=sys.stderr)
+            return _CRASHED
+    if len(found) < expected:
+        missing = sorted(set(range(expected)) - {one.rank for one in found})
+        print(f"ranks {missing} ended without a word (killed? out of memory?)", file=sys.stderr)
+        return _CRASHED if agent_code >= 0 else 128 - agent_code
+    return EXIT_STOPPED if any(one.status == outcome.STOPPED for one in found) else EXIT_DONE

@@ -1,0 +1,38 @@
+"""What each worker leaves behind when it ends, for the process that started it: torchrun gives no exit codes back."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import time
+
+import orjson
+
+DONE, STOPPED, REFUSED, CRASHED = "done", "stopped", "refused", "crashed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one worker ended."""
+
+    rank: int
+    status: str
+    """``done``, ``stopped``, ``refused`` (a UserError) or ``crashed``."""
+    message: str = ""
+    """The line of the UserError, or the traceback."""
+    at: float = 0.0
+    """Seconds since 1970: of several crashes the first is the cause."""
+
+
+def record(folder: Path, outcome: Outcome) -> None:
+    """Leaves `outcome` in `folder`, whole or not at all."""
+    path = folder / f"rank-{outcome.rank}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(orjson.dumps(asdict(outcome) | {"at": outcome.at or time()}))
+    os.replace(partial, path)
+
+
+def read_all(folder: Path) -> list[Outcome]:
+    """The outcomes in `folder`, the earliest first."""
+    return sorted(
+        (Outcome(**orjson.loads(path.read_bytes())) for path in folder.glob("rank-*.json")), key=lambda o: o.at
+    )

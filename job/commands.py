@@ -1,0 +1,165 @@
+"""What each command does: takes the settings apart, calls the wings, and says what came out."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from job import storage
+from job.config import Config
+from job.data.corpus import BadRecord, Document, list_corpus, read_slices
+from job.data.shards import Recipe, describe
+from job.data.split import is_held_out
+from job.data.tokenizer import load_tokenizer, refuse_hub_id, store_tokenizer, train_tokenizer
+from job.data.workers import prepare_in_processes
+from job.errors import EXIT_DONE, UserError
+from job.report import Report
+
+_MOST_BAD_RECORDS_SHOWN = 10
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What decides the content of the data set."""
+    data = config.data
+    return Recipe(
+        source=data.source,
+        text_field=data.text_field,
+        id_field=data.id_field,
+        on_bad_record=data.on_bad_record,
+        slice_bytes=int(data.slice_bytes),
+        validation_fraction=data.validation_fraction,
+        seed=data.seed,
+    )
+
+
+def prepare(config: Config, words: Sequence[str] = ()) -> int:
+    """Raw documents → token shards."""
+    report = Report()
+    tokenizer = load_tokenizer(config.tokenizer.source, config.data.cache_dir)
+    started, documents, text_bytes, bad = time.monotonic(), 0, 0, 0
+
+    def on_progress(more_documents: int, more_bytes: int) -> None:
+        nonlocal documents, text_bytes
+        documents, text_bytes = documents + more_documents, text_bytes + more_bytes
+        rate = text_bytes / 1e6 / (time.monotonic() - started)
+        report.advance(documents, f"{text_bytes / 1e6:,.1f} MB of text, {rate:.1f} MB/s")
+
+    def on_bad_record(record: BadRecord) -> None:
+        nonlocal bad
+        bad += 1
+        if bad <= _MOST_BAD_RECORDS_SHOWN:
+            report.say(f"left out: {record.url}: {record.position}: {record.reason}")
+
+    report.start_bar("preparing", total=None)
+    try:
+        manifest = prepare_in_processes(
+            recipe_of(config),
+            tokenizer,
+            config.data.shards,
+            storage.StoreOptions(**config.store.model_dump()),
+            _worker(config.data.worker),
+            config.data.processes,
+            on_progress,
+            on_bad_record,
+        )
+    finally:
+        report.end_bar()
+    seconds = time.monotonic() - started
+    if manifest is None:
+        report.say(f"this worker's slices are done in {seconds:.0f} s; others are still to come, the last one ends it")
+        return EXIT_DONE
+    report.table(f"{config.data.shards}", describe(manifest))
+    report.say(
+        f"prepared {text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s ({text_bytes / 1e6 / seconds:.1f} MB/s)"
+    )
+    return EXIT_DONE
+
+
+def tokenizer(config: Config, words: Sequence[str] = ()) -> int:
+    """Corpus → tokenizer."""
+    report = Report()
+    refuse_hub_id(config.tokenizer.source)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
+        trained = train_tokenizer(_training_texts(config), config.tokenizer.vocab_size, Path(scratch))
+        store_tokenizer(trained, config.tokenizer.source)
+        seconds = time.monotonic() - started
+        report.say(f"tokenizer with {trained.vocab_size:,} entries in {config.tokenizer.source} ({seconds:.1f} s)")
+        if trained.vocab_size < config.tokenizer.vocab_size:
+            report.say(f"  {config.tokenizer.vocab_size:,} were asked for; the text has no more pairs that repeat")
+    return EXIT_DONE
+
+
+def generate(config: Config, words: Sequence[str] = ()) -> int:
+    """A trained model → text."""
+    from job.training.generation import Sampling, continue_text
+    from job.training.trained import load_trained
+
+    source, setting = (
+        config.generate.model or config.run.output,
+        "generate.model" if config.generate.model else "run.output",
+    )
+    trained = load_trained(source, setting, Path(config.data.cache_dir).expanduser())
+    options = config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
+    for prompt in words or config.generate.prompts:
+        sys.stdout.write(prompt)
+        continue_text(
+            trained.model, trained.tokenizer, prompt, Sampling(**options), trained.context_length, on_text=_write
+        )
+        sys.stdout.write("\n\n" if len(words or config.generate.prompts) > 1 else "\n")
+    return EXIT_DONE
+
+
+def train(config: Config, words: Sequence[str] = ()) -> int:
+    """Shards → model."""
+    from job.cluster.launch import launch
+
+    return launch("train", config)
+
+
+def evaluate(config: Config, words: Sequence[str] = ()) -> int:
+    """A trained model → held-out loss."""
+    from job.cluster.launch import launch
+
+    return launch("evaluate", config)
+
+
+def demo(config: Config, words: Sequence[str] = ()) -> int:
+    """Everything, on this machine."""
+    from job.demo.walk import walk
+
+    return walk(config)
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _worker(setting: str | None) -> tuple[int, int]:
+    if setting is None:
+        return 0, 1
+    index, workers = map(int, setting.split("/"))
+    if index >= workers:
+        raise UserError(
+            "data.worker", setting, "expected i/n with 0 <= i < n", f"the last one is {workers - 1}/{workers}"
+        )
+    return index, workers
+
+
+def _training_texts(config: Config) -> Iterator[str]:
+    """Texts of the corpus that are not held out, up to tokenizer.train_bytes."""
+    recipe, left = recipe_of(config), int(config.tokenizer.train_bytes)
+    for file in list_corpus(recipe.source):
+        for record in read_slices(file, recipe.slice_bytes, lambda _: True, recipe.text_field, recipe.id_field):
+            if isinstance(record, BadRecord) and recipe.on_bad_record == "stop":
+                expected = f"bad record at {record.position}: {record.reason}"
+                raise UserError("data.source", record.url, expected, "mend it, or set data.on_bad_record to skip")
+            if not isinstance(record, Document):
+                continue
+            if not is_held_out(record.id, record.text, recipe.seed, recipe.validation_fraction):
+                yield record.text
+                left -= len(record.text.encode())
+            if left <= 0:
+                return

@@ -1,0 +1,428 @@
+"""The settings: one typed tree, the only place where a setting, its default, its unit and its meaning are written.
+
+A value comes from the class below, then from the file given by ``--config``, then from ``--section.key value`` on the
+command line. The help texts, ``--print-config`` and the commented files in ``configs/`` are all made from this tree.
+"""
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from job.errors import UserError, one_line, without_passwords
+
+MiB = 2**20
+GiB = 2**30
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field of the tree: its default, what it means, the unit it is counted in, and pydantic's constraints."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, validate_default=True, **constraints)
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors, and a section never changes once it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_and_no_are_not_numbers(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name, value in values.items():
+                field = cls.model_fields.get(name)
+                if isinstance(value, bool) and field is not None and bool not in _members(field.annotation):
+                    values = values | {name: "true" if value else "false"}
+        return values
+
+
+class Run(Section):
+    """What this run is called and where everything it makes is kept."""
+
+    output: str = setting(
+        "demo-output/run",
+        "Where the run lives: checkpoints, final model and logs. A folder or a URL such as s3://bucket/runs/one",
+        min_length=1,
+    )
+    name: str | None = setting(None, "Name of the run in the tracker; null: the last part of run.output")
+
+
+class Store(Section):
+    """How object stores are reached. Credentials come from the environment alone (AWS_ACCESS_KEY_ID, ...)."""
+
+    endpoint_url: str | None = setting(
+        None, "Address of the S3 service; null: AWS_ENDPOINT_URL, else the cloud's own", pattern="^https?://"
+    )
+    region: str | None = setting(None, "Region of the S3 service; null: AWS_DEFAULT_REGION")
+    connect_timeout_seconds: float = setting(5.0, "Longest wait for a connection", unit="seconds", gt=0)
+    read_timeout_seconds: float = setting(30.0, "Longest silence of a server within an answer", unit="seconds", gt=0)
+    deadline_seconds: float = setting(300.0, "Longest time for one operation, retries included", unit="seconds", gt=0)
+
+
+class Data(Section):
+    """The corpus, the token shards made from it, and how training reads them."""
+
+    source: str = setting(
+        "fjcanyue/wikipedia-zh-cn",
+        "The corpus: a data set on Hugging Face (owner/name), modelscope://owner/name, or the path, folder, URL or "
+        "glob of JSON, JSON lines or Parquet files, plain, .gz or .zst",
+        min_length=1,
+    )
+    text_field: str = setting("text", "Field of a record that holds the text", min_length=1)
+    id_field: str = setting("id", "Field that names a document; the train/validation split depends on it", min_length=1)
+    on_bad_record: Literal["stop", "skip"] = setting(
+        "stop", "What a broken record does: stop with its position, or be counted and left out"
+    )
+    shards: str = setting("demo-output/shards", "Where the token shards are kept: a folder or a URL", min_length=1)
+    slice_bytes: ByteSize = setting(
+        ByteSize(64 * MiB), "Size of the pieces the corpus is cut into; each gives one shard", unit="bytes", ge=1024
+    )
+    validation_fraction: float = setting(0.1, "Share of the documents held out for evaluation", ge=0, lt=1)
+    seed: int = setting(2333, "Seed of the train/validation split and of the order of training", ge=0, lt=2**63)
+    processes: int = setting(1, "Processes that prepare shards on this machine", ge=1, le=256)
+    worker: str | None = setting(
+        None, "This worker's part of `prepare`, as i/n with 0 <= i < n; null: all of it", pattern=r"^\d+/[1-9]\d*$"
+    )
+    cache_dir: str = setting("~/.cache/wikillm/shards", "Folder on the local disk for shards in use", min_length=1)
+    cache_bytes: ByteSize = setting(
+        ByteSize(32 * GiB), "Most local disk that shards may take", unit="bytes", ge=1 * MiB
+    )
+    prefetch_steps: int = setting(4, "Batches prepared ahead of the training step", unit="steps", ge=1)
+    loader_workers: int = setting(1, "Threads that cut batches from shards, per process", ge=1, le=64)
+
+
+class Tokenizer(Section):
+    """The tokenizer of `prepare`, and how `job tokenizer` trains one."""
+
+    source: str = setting(
+        "Qwen/Qwen2-0.5B",
+        "A tokenizer on Hugging Face (owner/name), modelscope://owner/name, or a folder or URL with tokenizer.json; "
+        "`job tokenizer` writes it there",
+        min_length=1,
+    )
+    vocab_size: int = setting(16384, "Entries of a tokenizer trained by `job tokenizer`", unit="tokens", ge=257)
+    train_bytes: ByteSize = setting(
+        ByteSize(200 * MiB), "Text that `job tokenizer` reads at most, from the corpus' start", unit="bytes", ge=1
+    )
+
+
+class Model(Section):
+    """A Qwen2 architecture; the number of vocabulary entries is the tokenizer's."""
+
+    hidden_size: int = setting(512, "Width of the residual stream", ge=1)
+    num_hidden_layers: int = setting(12, "Transformer layers", ge=1)
+    num_attention_heads: int = setting(8, "Query heads", ge=1)
+    num_key_value_heads: int = setting(2, "Key and value heads, shared by groups of query heads", ge=1)
+    intermediate_size: int = setting(2048, "Width inside the feed-forward layers", ge=1)
+    tie_word_embeddings: bool = setting(True, "Use the input embedding as the output head")
+    rope_theta: float = setting(1_000_000.0, "Base of the rotary position embedding", gt=0)
+    rms_norm_eps: float = setting(1e-6, "Added to the mean square in RMSNorm", gt=0)
+    initializer_range: float = setting(0.02, "Standard deviation of the initial weights", gt=0)
+
+
+class Train(Section):
+    """The training run."""
+
+    strategy: Literal["zero2", "ddp"] = setting("zero2", "DeepSpeed ZeRO stage 2, or PyTorch's data parallel")
+    processes: int | None = setting(
+        None, "Training processes on this machine; null: one for each GPU, or 1 where there is none", ge=1, le=1024
+    )
+    precision: Literal["bf16", "fp32"] = setting("bf16", "Number format of the matrix products")
+    context_length: int = setting(512, "Tokens that the model sees at once", unit="tokens", ge=2)
+    micro_batch_size: int = setting(32, "Windows in one forward pass of one process", unit="sequences", ge=1)
+    global_batch_size: int = setting(
+        256, "Windows in one optimizer step, over all processes and accumulation", unit="sequences", ge=1
+    )
+    epochs: int = setting(2, "Passes over the training shards", ge=1)
+    max_steps: int | None = setting(None, "Stop after so many optimizer steps; null: when the epochs are done", ge=1)
+    learning_rate: float = setting(5e-4, "Peak learning rate", gt=0)
+    min_learning_rate: float = setting(0.0, "Learning rate at the end of the cosine", ge=0)
+    warmup_steps: int = setting(200, "Steps of linear warm-up", unit="steps", ge=0)
+    weight_decay: float = setting(0.1, "Weight decay, on matrices only", ge=0)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.999, "AdamW's decay of the second moment", ge=0, lt=1)
+    epsilon: float = setting(1e-8, "AdamW's epsilon", gt=0)
+    gradient_clipping: float = setting(1.0, "Largest norm of the gradient; 0: not clipped", ge=0)
+    loss_chunk_tokens: int | None = setting(
+        None, "Tokens whose logits exist at once; null: as many as fit 256 MiB", unit="tokens", ge=1
+    )
+    seed: int = setting(2333, "Seed of the initial weights", ge=0, lt=2**63)
+    log_every: int = setting(10, "Interval of the log", unit="steps", ge=1)
+    resume: str = setting(
+        "auto", "auto: from the run's newest checkpoint, if any; never: from step 0; or a checkpoint's URL"
+    )
+
+
+class Checkpoint(Section):
+    """When a run is saved, and how many of its checkpoints are kept."""
+
+    every: int = setting(500, "Interval of the checkpoints", unit="steps", ge=1)
+    keep: int = setting(10, "Checkpoints kept, the newest ones", ge=1)
+    scratch_dir: str | None = setting(
+        None, "Folder where a checkpoint is put together before its upload; null: the system's temporary folder"
+    )
+
+
+class Evaluate(Section):
+    """Held-out loss."""
+
+    every: int = setting(500, "Interval of the evaluations during training", unit="steps", ge=1)
+    max_windows: int | None = setting(
+        None, "Windows evaluated during training, spread over the held-out shards; null: all", unit="sequences", ge=1
+    )
+    batch_size: int = setting(32, "Windows in one forward pass", unit="sequences", ge=1)
+    model: str | None = setting(
+        None, "What `job evaluate` evaluates: a run, a checkpoint or a model folder; null: run.output"
+    )
+
+
+class Generate(Section):
+    """Continuations of prompts, during training and by `job generate`."""
+
+    model: str | None = setting(
+        None, "What `job generate` continues with: a run, a checkpoint or a model folder; null: run.output"
+    )
+    prompts: list[str] = setting(["人工智能", "牛顿", "北京市", "亚洲历史"], "Texts to continue", min_length=1)
+    max_new_tokens: int = setting(200, "Longest continuation", unit="tokens", ge=1)
+    temperature: float = setting(0.8, "Divides the logits before sampling; 0: always the likeliest token", ge=0)
+    top_p: float = setting(0.95, "Sample among the likeliest tokens that hold this much probability", gt=0, le=1)
+    seed: int = setting(2333, "Seed of the sampling", ge=0, lt=2**63)
+
+
+class Tracking(Section):
+    """SwanLab, where a run is watched."""
+
+    mode: Literal["auto", "cloud", "local", "offline", "disabled"] = setting(
+        "auto",
+        "cloud: needs an API key; local: for `swanlab watch`; offline: for `swanlab sync`; disabled: metrics.jsonl "
+        "only; auto: cloud if there is a key, else local if the dashboard is installed, else offline",
+    )
+    project: str = setting("WikiLLM", "Project in SwanLab", min_length=1, max_length=100)
+    workspace: str | None = setting(None, "Workspace (user or team) in SwanLab; null: the key's own")
+    log_dir: str = setting("swanlog", "Folder for what SwanLab keeps on this machine", min_length=1)
+
+
+class Config(Section):
+    """All settings of WikiLLM."""
+
+    run: Run = Run()
+    store: Store = Store()
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    generate: Generate = Generate()
+    tracking: Tracking = Tracking()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the tree, as the help shows it."""
+
+    name: str
+    kind: str
+    meaning: str
+    default: str
+    unit: str
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting of the tree, in order."""
+    for section, group in _sections():
+        for key, field in group.model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            yield Setting(
+                f"{section}.{key}",
+                _kind(field),
+                field.description or "",
+                _shown(field.default),
+                str(extra.get("unit", "")),
+            )
+
+
+def load(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """The settings of a file with overrides applied.
+
+    Args:
+        path: a YAML file, or None for the defaults alone.
+        overrides: pairs of a dotted name and its value as typed on a command line.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
+    """
+    tree = _read_yaml(path) if path is not None else {}
+    for name, text in overrides:
+        section, _, key = name.partition(".")
+        values = tree.setdefault(section, {})
+        if values is None:
+            values = tree[section] = {}
+        values[key] = _parse(name, text)
+    return build(tree)
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """The settings of a plain nested dict; errors as in `load`."""
+    _refuse_unknown_keys(tree)
+    try:
+        return Config.model_validate({section: values or {} for section, values in tree.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"][:2])
+        value = first["input"]
+        raise UserError(
+            name, value, _expected(name, first["msg"]), f"see `python -m job {name.split('.')[0]}`"
+        ) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as a commented YAML file; reading it back gives the same settings."""
+    explained = {one.name: one for one in settings()}
+    lines: list[str] = []
+    for section, group in _sections():
+        lines += ([""] if lines else []) + [f"# {group.__doc__}", f"{section}:"]
+        for key, value in getattr(config, section):
+            one = explained[f"{section}.{key}"]
+            about = f"{one.meaning}. {one.kind}{f', in {one.unit}' if one.unit else ''}; default: {one.default}"
+            lines += [f"  # {about}", f"  {key}: {_shown(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as plain values, for the run's record and the tracker; passwords in URLs are removed."""
+    text = without_passwords(json.dumps(config.model_dump(mode="json"), ensure_ascii=False))
+    tree: dict[str, Any] = json.loads(text)
+    return tree
+
+
+def nearest(name: str) -> str | None:
+    """The setting whose name is most like `name`, if any is."""
+    names = [one.name for one in settings()]
+    last = name.rpartition(".")[2]
+    same_key = [one for one in names if one.rpartition(".")[2] == last]
+    return next(iter(same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None) or next(
+        (
+            one
+            for key in difflib.get_close_matches(last, [one.rpartition(".")[2] for one in names], n=1, cutoff=0.75)
+            for one in names
+            if one.endswith("." + key)
+        ),
+        None,
+    )
+
+
+def _sections() -> Iterator[tuple[str, type[Section]]]:
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        yield name, field.annotation
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a type: (int, NoneType) of ``int | None``, otherwise the type alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _kind(field: FieldInfo) -> str:
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", ByteSize: "size",
+             list[str]: "list of texts", type(None): "null"}  # fmt: skip
+    kinds = [
+        " | ".join(map(str, get_args(one))) if get_origin(one) is Literal else names[one]
+        for one in _members(field.annotation)
+    ]
+    return " or ".join(kinds)
+
+
+def _shown(value: Any) -> str:
+    """A value as a person would write it in YAML."""
+    if isinstance(value, ByteSize):
+        power = next((power for power in (3, 2, 1) if value and value % 2 ** (10 * power) == 0), 0)
+        return f"{value // 2 ** (10 * power)}{('', 'KiB', 'MiB', 'GiB')[power]}"
+    if isinstance(value, str):
+        plain = yaml.safe_dump(value, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+        return plain if "\n" not in plain else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which would let the second of two equal keys win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("--config", path, "no such file", "presets are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--config", path, f"cannot be read: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise UserError("--config", path, f"not valid YAML: {one_line(str(error))}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError("--config", path, f"expected sections with settings, found {type(tree).__name__}")
+    return tree
+
+
+def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
+    sections = dict(_sections())
+    for section, values in tree.items():
+        if section not in sections:
+            close = difflib.get_close_matches(str(section), list(sections), n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
+            raise UserError(str(section), None, "unknown section of settings", remedy)
+        if not isinstance(values, dict | None):
+            raise UserError(section, values, "expected settings under it (key: value)", "see configs/demo.yaml")
+        for key, value in (values or {}).items():
+            if key not in sections[section].model_fields:
+                raise unknown_setting(f"{section}.{key}", value)
+
+
+def unknown_setting(name: str, value: Any = None) -> UserError:
+    """The error for a setting that does not exist, with the nearest one that does."""
+    close = nearest(name)
+    return UserError(
+        name, value, "unknown setting", f"did you mean {close}?" if close else "see --help for all of them"
+    )
+
+
+def _parse(name: str, text: str) -> Any:
+    """What was typed for a setting, as the value that YAML would have given."""
+    section, _, key = name.partition(".")
+    group = dict(_sections()).get(section)
+    if group is None or key not in group.model_fields:
+        raise unknown_setting(name)
+    members = _members(group.model_fields[key].annotation)
+    if type(None) in members and text.lower() in ("null", "none", ""):
+        return None
+    if list[str] in members:
+        try:
+            return yaml.load(text, Loader=_UniqueKeys)
+        except yaml.YAMLError:
+            raise UserError(name, text, "expected a list", 'for example \'["一", "二"]\'') from None
+    return text
+
+
+def _expected(name: str, message: str) -> str:
+    one = next((one for one in settings() if one.name == name), None)
+    if one is None:
+        return message
+    return f"expected {one.kind}{f' in {one.unit}' if one.unit else ''}: {message[:1].lower()}{message[1:]}"

@@ -1,0 +1,98 @@
+"""Data sets of Hugging Face and ModelScope, downloaded into their own caches.
+
+Downloaded and not streamed: a JSON array must be read from its start, so that n processes would fetch it n times; a
+download is resumed and done once per machine; and a machine without a network finds what was fetched before.
+"""
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from job.errors import UserError, one_line
+
+_HUGGING_FACE, _MODELSCOPE = "hf://datasets/", "modelscope://"
+_SCHEME = re.compile(f"{_HUGGING_FACE}|{_MODELSCOPE}")
+_DATA_SET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<files>.+))?")
+
+
+def has_scheme(source: str) -> bool:
+    """Whether `source` says itself that it is a data set on a hub."""
+    return _SCHEME.match(source) is not None
+
+
+def is_name(source: str) -> bool:
+    """Whether `source` reads as ``owner/name`` or ``owner/name@revision``."""
+    match = _DATA_SET.fullmatch(source)
+    return match is not None and match["files"] is None
+
+
+def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
+    """The files of a data set that match any of `patterns`, on this machine.
+
+    Args:
+        source: ``owner/name`` (Hugging Face), ``hf://datasets/owner/name`` or ``modelscope://owner/name``; each may go
+            on with ``@revision`` (a ``/`` in it written ``%2F``) and, with a scheme, with ``/folder`` or ``/glob``,
+            which then replaces `patterns`.
+
+    Returns:
+        For each file its URL, which holds the revision, the path of the copy, and the size in bytes.
+
+    Raises:
+        UserError: no such data set, no permission, or the hub cannot be reached.
+    """
+    scheme = _SCHEME.match(source)
+    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
+    if place is None:
+        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
+    if place["files"]:
+        patterns = [place["files"].rstrip("/"), place["files"].rstrip("/") + "/*"]
+    revision = place["revision"] and place["revision"].replace("%2F", "/")
+    if scheme and scheme[0] == _MODELSCOPE:
+        folder = _from_modelscope(source, place["name"], revision, patterns)
+        prefix = f"{_MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if revision else "")
+    else:
+        folder = _from_hugging_face(source, place["name"], revision, patterns)
+        prefix = f"{_HUGGING_FACE}{place['name']}@{folder.name}"  # a snapshot's folder is named after its commit
+    copies = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return [
+        (f"{prefix}/{name}", str(path), path.stat().st_size)
+        for name, path in copies.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+
+
+def _from_hugging_face(source: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        remedy = f"ask for access at {constants.ENDPOINT}/datasets/{name} and set HF_TOKEN"
+        raise UserError(
+            "data.source", source, "this data set is given only to those who asked for it", remedy
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        expected = f"no such path here, and no such data set on the hub {constants.ENDPOINT}"
+        raise UserError("data.source", source, expected, "check the name; a private one needs HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise UserError("data.source", source, f"the data set has no revision {revision!r}") from None
+    except Exception as error:  # the hub's, its HTTP client's and the operating system's have no base in common
+        cause = one_line(f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}")[:200]
+        if constants.HF_HUB_OFFLINE:
+            cause = "HF_HUB_OFFLINE is set, and the files are not all in the cache"
+        answer = "refuses it" if isinstance(error, errors.HfHubHTTPError) else "cannot be reached"
+        expected = f"no such path here, and the hub {constants.ENDPOINT} {answer} ({cause})"
+        remedy = "set HF_ENDPOINT (for example https://hf-mirror.com), or use modelscope://owner/name, or a URL"
+        raise UserError("data.source", source, expected, remedy) from None
+
+
+def _from_modelscope(source: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        from modelscope import dataset_snapshot_download
+    except ImportError:
+        raise UserError("data.source", source, "needs a package that is not here", "pip install modelscope") from None
+    try:
+        return Path(dataset_snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # modelscope documents no error types
+        expected = f"ModelScope does not give it ({one_line(f'{type(error).__name__}: {error}')[:200]})"
+        raise UserError("data.source", source, expected, "check the name and the network") from None

@@ -1,0 +1,137 @@
+"""What a prepared data set is: its shard files, byte by byte, and the manifest that makes them one data set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
+
+from job import storage
+from job.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+TokenType = Literal["uint16", "uint32"]
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One file of whole documents, each closed by the end-of-document token."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Path of the file relative to the manifest's folder."""
+    tokens: Count
+    """Tokens in the file, end-of-document tokens included."""
+    documents: Count
+    utf8_bytes: Count
+    """Bytes of the documents' text in UTF-8: the denominator of bits per byte."""
+    characters: Count
+    size: Count
+    """Bytes of the file, always `shard_size(tokens, documents, dtype)`."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A data set: written after all of its shards, so that where there is a manifest, there is everything."""
+
+    format_version: int = FORMAT_VERSION
+    fingerprint: str
+    """Identity of the data set: of what it was made from, and how."""
+    tokenizer_fingerprint: str
+    tokenizer: str = "tokenizer"
+    """Folder of the tokenizer, relative to the manifest's."""
+    vocab_size: Annotated[int, Field(gt=0)]
+    dtype: TokenType
+    eod_id: Count
+    seed: int
+    validation_fraction: float
+    split_rule: str
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    statistics: dict[str, Any]
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """`manifest` as JSON; equal manifests give equal bytes."""
+    return orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def load_manifest(shards_url: str) -> Manifest:
+    """The manifest in the folder `shards_url`.
+
+    Raises:
+        UserError: there is none, it is not ours, a newer version wrote it, or it contradicts itself.
+    """
+    prepare = "run `python -m job prepare` first"
+    try:
+        content = storage.read_bytes(storage.join(shards_url, MANIFEST_NAME))
+    except FileNotFoundError:
+        raise UserError("data.shards", shards_url, f"no {MANIFEST_NAME} there: no finished data set", prepare) from None
+    try:
+        version = orjson.loads(content)["format_version"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        found = f"its {MANIFEST_NAME} is damaged or not of a data set of this program"
+        raise UserError("data.shards", shards_url, found, prepare) from None
+    if version != FORMAT_VERSION:
+        found = f"the data set has format version {version!r}, this program reads {FORMAT_VERSION}"
+        raise UserError("data.shards", shards_url, found, "use the version of the program that prepared it")
+    try:
+        manifest = _MANIFEST.validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        found = f"its {MANIFEST_NAME} is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError("data.shards", shards_url, found, prepare) from None
+    for shard in manifest.train + manifest.validation:
+        if shard.size != (size := shard_size(shard.tokens, shard.documents, manifest.dtype)):
+            found = f"its {MANIFEST_NAME} is damaged: {shard.name} has {shard.size} bytes, its tokens need {size}"
+            raise UserError("data.shards", shards_url, found, prepare)
+    return manifest
+
+
+# ---- The shard file: tokens, zeros up to a multiple of 8 bytes, then where each document ends ----
+
+
+def shard_size(tokens: int, documents: int, dtype: TokenType) -> int:
+    """Bytes of a shard file."""
+    return _ends_offset(tokens, dtype) + 8 * documents
+
+
+def shard_bytes(tokens: NDArray[np.unsignedinteger], ends: NDArray[np.integer]) -> bytes:
+    """The shard file of `tokens` (`[tokens]`, uint16 or uint32) whose documents end before the positions `ends`.
+
+    `ends` (`[documents]`) counts from the start of the shard and includes each document's end-of-document token, so
+    document d is `tokens[ends[d - 1] : ends[d]]`. Both are stored little-endian, the ends as uint64.
+    """
+    stored = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
+    padding = bytes(-len(stored) % 8)
+    return stored + padding + ends.astype("<u8").tobytes()
+
+
+def open_shard(
+    path: str | Path, shard: Shard, dtype: TokenType
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint64]]:
+    """Tokens (`[tokens]`) and document ends (`[documents]`) of the shard file at `path`, mapped into memory read-only.
+
+    Raises:
+        UserError: the file does not have the size the manifest says.
+    """
+    if (found := Path(path).stat().st_size) != shard.size:
+        raise UserError("data.shards", str(path), f"{found} bytes where the manifest says {shard.size}", "delete it")
+    content = np.memmap(path, np.uint8, mode="r") if shard.size else np.empty(0, np.uint8)
+    stored = np.dtype(dtype).newbyteorder("<")
+    tokens = content[: shard.tokens * stored.itemsize].view(stored)
+    ends = content[_ends_offset(shard.tokens, dtype) :].view("<u8")
+    return tokens, ends
+
+
+def _ends_offset(tokens: int, dtype: TokenType) -> int:
+    return -(-tokens * np.dtype(dtype).itemsize // 8) * 8

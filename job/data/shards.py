@@ -1,0 +1,331 @@
+"""The corpus as token shards: one slice of input makes one shard per split, whoever does the work, in whatever order.
+
+    corpus file → slices → (this worker's) → tokens of whole documents → shard files → part record
+    all part records there → manifest.json
+
+Everything a worker writes follows from the recipe and the slice alone, so workers that share nothing but the object
+store agree, a worker that died is simply run again, and doing a slice twice does no harm.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from job import storage
+from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
+from job.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Shard, load_manifest, manifest_bytes, shard_bytes
+from job.data.split import SPLIT_RULE, is_held_out
+from job.data.tokenizer import TextTokenizer, store_tokenizer
+from job.errors import UserError
+
+TOKENIZER_FOLDER = "tokenizer"
+_PLAN_NAME = "plan.json"
+_BATCH_CHARACTERS = 2**18  # text handed to the tokenizer at once: enough to keep its threads busy
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the content of a data set, apart from the corpus and the tokenizer."""
+
+    source: str
+    text_field: str
+    id_field: str
+    on_bad_record: str
+    """``stop`` or ``skip``."""
+    slice_bytes: int
+    validation_fraction: float
+    seed: int
+
+
+@dataclass
+class Counts:
+    """What was seen in a slice, or in all of them. Bad records are those left out."""
+
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    normalized: int = 0
+    encoded_tokens: int = 0
+
+    def add(self, other: "Counts") -> None:
+        """Adds the counts of another slice to these."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The record of a finished slice; where it exists, the slice's shards exist."""
+
+    file: int
+    slice: int
+    is_last: bool
+    counts: Counts
+    train: Shard | None
+    validation: Shard | None
+
+
+OnProgress = Callable[[int, int], None]
+"""Called with documents and UTF-8 bytes of text done since the last call."""
+
+
+def prepare(
+    recipe: Recipe,
+    tokenizer: TextTokenizer,
+    shards_url: str,
+    worker: tuple[int, int] = (0, 1),
+    on_progress: OnProgress = lambda documents, utf8_bytes: None,
+    on_bad_record: Callable[[BadRecord], None] = lambda record: None,
+) -> Manifest | None:
+    """Makes this worker's shards, and the manifest if all workers' shards are there then.
+
+    Args:
+        recipe: what to make.
+        tokenizer: how to make tokens of text; it is stored beside the shards.
+        shards_url: the folder or URL of the data set.
+        worker: (i, n): this is worker i of n.
+        on_progress: told what was done, several times a second.
+        on_bad_record: told of every record that is left out.
+
+    Returns:
+        The manifest if the data set is complete, None if other workers still have slices to do.
+
+    Raises:
+        UserError: the corpus cannot be read, has a bad record while the recipe says stop, or `shards_url` already
+            holds a data set made otherwise.
+    """
+    files = list_corpus(recipe.source)
+    plan = _plan(recipe, tokenizer, files)
+    _agree_on_plan(plan, shards_url)
+    store_tokenizer(tokenizer, storage.join(shards_url, TOKENIZER_FOLDER), "data.shards")
+    if storage.exists(storage.join(shards_url, MANIFEST_NAME)):
+        return load_manifest(shards_url)
+    done = _finished_parts(shards_url)
+    index, workers = worker
+    for file in files:
+
+        def mine(number: int, file: CorpusFile = file) -> bool:
+            return (file.index + number) % workers == index and (file.index, number) not in done
+
+        if not _is_finished(file, done, mine):
+            _prepare_file(file, mine, recipe, tokenizer, shards_url, on_progress, on_bad_record)
+    return _publish_manifest(plan, recipe, tokenizer, files, shards_url)
+
+
+def describe(manifest: Manifest) -> list[tuple[str, str]]:
+    """The data set in numbers, as rows of name and value."""
+    said = manifest.statistics
+    tokens = sum(shard.tokens for shard in manifest.train + manifest.validation)
+    utf8_bytes = sum(shard.utf8_bytes for shard in manifest.train + manifest.validation)
+    characters = sum(shard.characters for shard in manifest.train + manifest.validation)
+    train, validation = (sum(shard.documents for shard in split) for split in (manifest.train, manifest.validation))
+    text_tokens = max(1, tokens - train - validation)
+    rows = [
+        ("documents", f"{said['documents']:,}"),
+        ("  empty, left out", f"{said['empty']:,}"),
+        ("  bad, left out", f"{said['bad']:,}"),
+        ("  train / validation", f"{train:,} / {validation:,}"),
+        ("UTF-8 bytes of text", f"{utf8_bytes:,}"),
+        ("characters", f"{characters:,}"),
+        ("tokens", f"{tokens:,}"),
+        ("tokens per character", f"{text_tokens / max(1, characters):.3f}"),
+        ("bytes per token", f"{utf8_bytes / text_tokens:.3f}"),
+        ("shards", f"{len(manifest.train)} + {len(manifest.validation)}"),
+        ("tokens dropped", f"{said['encoded_tokens'] - tokens:,}"),
+    ]
+    if said["normalized"]:
+        rows.append(("documents changed by the tokenizer's normalizer", f"{said['normalized']:,}"))
+    return rows
+
+
+# ---- One slice ----
+
+
+@dataclass
+class _Writer:
+    """Collects the tokens of one split of one slice."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    utf8_bytes: int = 0
+    characters: int = 0
+
+    def add(self, ids: list[int], eod_id: int, text: str, dtype: str) -> None:
+        self.tokens.append(np.array([*ids, eod_id], dtype))
+        self.lengths.append(len(ids) + 1)
+        self.utf8_bytes += len(text.encode())
+        self.characters += len(text)
+
+    def store(self, shards_url: str, name: str, dtype: str) -> Shard | None:
+        if not self.tokens:
+            return None
+        tokens, ends = np.concatenate(self.tokens), np.cumsum(self.lengths, dtype=np.uint64)
+        content = shard_bytes(tokens.astype(dtype, copy=False), ends)
+        storage.write_bytes(storage.join(shards_url, name), content)
+        return Shard(
+            name=name,
+            tokens=len(tokens),
+            documents=len(ends),
+            utf8_bytes=self.utf8_bytes,
+            characters=self.characters,
+            size=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+
+
+def _prepare_file(
+    file: CorpusFile,
+    mine: Callable[[int], bool],
+    recipe: Recipe,
+    tokenizer: TextTokenizer,
+    shards_url: str,
+    on_progress: OnProgress,
+    on_bad_record: Callable[[BadRecord], None],
+) -> None:
+    dtype = _dtype(tokenizer)
+    train, validation, counts, texts = _Writer(), _Writer(), Counts(), list[Document]()
+    waiting_characters = 0
+
+    def flush() -> None:
+        nonlocal waiting_characters
+        utf8_bytes = train.utf8_bytes + validation.utf8_bytes
+        for document, ids in zip(texts, tokenizer.encode([one.text for one in texts]), strict=True):
+            held_out = is_held_out(document.id, document.text, recipe.seed, recipe.validation_fraction)
+            (validation if held_out else train).add(ids, tokenizer.eod_id, document.text, dtype)
+            counts.normalized += tokenizer.changes(document.text)
+            counts.encoded_tokens += len(ids) + 1
+        on_progress(len(texts), train.utf8_bytes + validation.utf8_bytes - utf8_bytes)
+        texts.clear()
+        waiting_characters = 0
+
+    for record in read_slices(file, recipe.slice_bytes, mine, recipe.text_field, recipe.id_field):
+        match record:
+            case SliceStart():
+                train, validation, counts = _Writer(), _Writer(), Counts()
+            case Document(text=""):
+                counts.documents += 1
+                counts.empty += 1
+            case Document(text=text):
+                counts.documents += 1
+                texts.append(record)
+                waiting_characters += len(text)
+                if waiting_characters >= _BATCH_CHARACTERS:
+                    flush()
+            case BadRecord(url=url, position=position, reason=reason):
+                if recipe.on_bad_record == "stop":
+                    remedy = "mend it, or set data.on_bad_record to skip"
+                    raise UserError("data.source", url, f"bad record at {position}: {reason}", remedy)
+                counts.bad += 1
+                on_bad_record(record)
+            case SliceEnd(index=number, is_last=is_last):
+                flush()
+                name = f"{file.index:05d}-{number:05d}"
+                part = Part(
+                    file=file.index,
+                    slice=number,
+                    is_last=is_last,
+                    counts=counts,
+                    train=train.store(shards_url, f"train/{name}.bin", dtype),
+                    validation=validation.store(shards_url, f"validation/{name}.bin", dtype),
+                )
+                storage.write_json(_part_url(shards_url, file.index, number, is_last), asdict(part))
+
+
+# ---- What the workers agree on ----
+
+
+def _dtype(tokenizer: TextTokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def _plan(recipe: Recipe, tokenizer: TextTokenizer, files: list[CorpusFile]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "recipe": asdict(recipe),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "files": [{"url": file.url, "size": file.size} for file in files],
+    }
+
+
+def _agree_on_plan(plan: dict[str, Any], shards_url: str) -> None:
+    """Fixes the plan of the data set; refuses a folder where another one is kept."""
+    url = storage.join(shards_url, _PLAN_NAME)
+    content = json.dumps(plan, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+    if storage.create_bytes(url, content):
+        return
+    try:
+        found = storage.read_json(url)
+        different = [key for key in plan if found.get(key) != plan[key]]
+        if "recipe" in different:
+            different = [f"data.{key}" for key in plan["recipe"] if found["recipe"].get(key) != plan["recipe"][key]]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        different = [_PLAN_NAME]
+    if different:
+        names = {"tokenizer_fingerprint": "the tokenizer", "files": "the corpus' files", "format_version": "the format"}
+        expected = f"holds a data set that differs in {', '.join(names.get(one, one) for one in different)}"
+        raise UserError("data.shards", shards_url, expected, "choose another place for this one, or delete that one")
+
+
+def _part_url(shards_url: str, file: int, number: int, is_last: bool) -> str:
+    return storage.join(shards_url, "parts", f"{file:05d}-{number:05d}{'-last' if is_last else ''}.json")
+
+
+def _finished_parts(shards_url: str) -> dict[tuple[int, int], bool]:
+    """(file, slice) of every finished slice, and whether it is its file's last."""
+    names = (entry.url.rpartition("/")[2] for entry in storage.list_files(storage.join(shards_url, "parts")))
+    stems = [name.removesuffix(".json").split("-") for name in names if name.endswith(".json")]
+    return {(int(stem[0]), int(stem[1])): stem[2:] == ["last"] for stem in stems}
+
+
+def _slices(file: CorpusFile, done: dict[tuple[int, int], bool]) -> int | None:
+    """How many slices a file has, if that is known yet."""
+    return next((number + 1 for (index, number), is_last in done.items() if index == file.index and is_last), None)
+
+
+def _is_finished(file: CorpusFile, done: dict[tuple[int, int], bool], mine: Callable[[int], bool]) -> bool:
+    slices = _slices(file, done)
+    return slices is not None and not any(map(mine, range(slices)))
+
+
+def _publish_manifest(
+    plan: dict[str, Any], recipe: Recipe, tokenizer: TextTokenizer, files: Iterable[CorpusFile], shards_url: str
+) -> Manifest | None:
+    done = _finished_parts(shards_url)
+    wanted: list[str] = []
+    for file in files:
+        slices = _slices(file, done)
+        if slices is None or any((file.index, number) not in done for number in range(slices)):
+            return None
+        wanted += [_part_url(shards_url, file.index, number, done[file.index, number]) for number in range(slices)]
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(storage.read_json, wanted))
+    counts = Counts()
+    for part in parts:
+        counts.add(Counts(**part["counts"]))
+    train, validation = (
+        tuple(Shard(**part[split]) for part in parts if part[split]) for split in ("train", "validation")
+    )
+    if not train:
+        expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
+        raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")
+    manifest = Manifest(
+        fingerprint=hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer=TOKENIZER_FOLDER,
+        vocab_size=tokenizer.vocab_size,
+        dtype="uint16" if _dtype(tokenizer) == "uint16" else "uint32",
+        eod_id=tokenizer.eod_id,
+        seed=recipe.seed,
+        validation_fraction=recipe.validation_fraction,
+        split_rule=SPLIT_RULE,
+        train=train,
+        validation=validation,
+        statistics=asdict(counts),
+    )
+    storage.create_bytes(storage.join(shards_url, MANIFEST_NAME), manifest_bytes(manifest))
+    return load_manifest(shards_url)

@@ -1,0 +1,277 @@
+"""Text to tokens and back: a byte-level tokenizer from a hub, from a folder or URL, or trained here."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from job import storage
+from job.errors import UserError, one_line
+
+END_OF_DOCUMENT = "<|endoftext|>"
+"""The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""
+
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_MODELSCOPE = "modelscope://"
+# Words, single digits, punctuation and white space are never merged with each other. Chinese has no blanks, so the
+# text between two punctuation marks is one piece, and merges may find words and phrases in it.
+_PIECES = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A byte-level tokenizer in a local folder, ready to encode.
+
+    Text is always text: a document that contains the words of a special token does not become one.
+    """
+
+    folder: Path
+    """Holds the Hugging Face files that `AutoTokenizer` reads."""
+    eod_id: int
+    """Id of the end-of-document token (the tokenizer's ``eos_token``)."""
+    fingerprint: str
+    """sha256 of tokenizer.json and of the end-of-document token."""
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Entries, added tokens and gaps between ids included: one more than the largest id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with nothing added."""
+        return [one.ids for one in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens included as their names."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def files(self) -> list[Path]:
+        """The files of the tokenizer that are there."""
+        return [path for name in _FILES if (path := self.folder / name).is_file()]
+
+    def changes(self, text: str) -> bool:
+        """Whether the tokenizer's normalizer (Qwen2's is Unicode NFC) makes another text of this one."""
+        normalizer = self._backend.normalizer
+        return normalizer is not None and normalizer.normalize_str(text) != text
+
+    @cached_property
+    def token_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """UTF-8 bytes and characters of each token, two arrays of `[vocab]`; special tokens have none.
+
+        A character counts where its first byte is, so that sums over a whole text are exact even where a token ends
+        inside a character.
+        """
+        sizes = np.zeros((2, self.vocab_size), np.int64)
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index not in special:
+                content = _bytes_of(token)
+                sizes[:, index] = len(content), sum(byte & 0xC0 != 0x80 for byte in content)
+        return sizes[0], sizes[1]
+
+
+def load_tokenizer(source: str, cache_dir: str | Path) -> TextTokenizer:
+    """The tokenizer at `source`, brought to this machine.
+
+    Args:
+        source: a Hugging Face id, ``modelscope://owner/name``, or a folder or URL that holds tokenizer.json.
+        cache_dir: a local folder for what comes from a URL.
+
+    Raises:
+        UserError: nothing is there, no hub can be reached, or it is not a byte-level tokenizer with an eos_token.
+    """
+    if source.startswith(_MODELSCOPE):
+        folder = _from_modelscope(source)
+    elif storage.is_remote(source):
+        folder = _from_url(source, Path(cache_dir).expanduser())
+    elif Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser()
+    elif _HUB_ID.fullmatch(source):
+        folder = _from_hugging_face(source)
+    else:
+        raise UserError("tokenizer.source", source, "no such folder", "make it with `python -m job tokenizer`")
+    if not (folder / "tokenizer.json").is_file():
+        folder = _converted(folder, source, Path(cache_dir).expanduser())
+    return _opened(folder, source)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> TextTokenizer:
+    """Trains a byte-level BPE and saves it in the local `folder` as a Hugging Face fast tokenizer.
+
+    The same texts give the same file. All 256 bytes are in its alphabet, so any Unicode text can be encoded.
+    Method: Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2.
+    """
+    from transformers import PreTrainedTokenizerFast  # seconds of import that `prepare` can do without
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    pieces = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_DOCUMENT, clean_up_tokenization_spaces=False
+    )
+    fast.save_pretrained(folder)
+    return _opened(folder, str(folder))
+
+
+def refuse_hub_id(destination: str) -> None:
+    """Raises a UserError where a tokenizer is to be written to what reads as a hub's ``owner/name``."""
+    if destination.startswith(_MODELSCOPE) or (_HUB_ID.fullmatch(destination) and not destination.startswith(".")):
+        expected = "is a hub's owner/name; `job tokenizer` writes to a folder (./name) or a URL (s3://...)"
+        raise UserError("tokenizer.source", destination, expected)
+
+
+def store_tokenizer(tokenizer: TextTokenizer, destination: str, setting: str = "tokenizer.source") -> None:
+    """Copies the tokenizer's files to a folder or URL; does nothing if the same tokenizer is there already.
+
+    Raises:
+        UserError: another tokenizer is there; it names `setting`.
+    """
+    for path in tokenizer.files():
+        target, content = storage.join(destination, path.name), path.read_bytes()
+        if not storage.create_bytes(target, content) and storage.read_bytes(target) != content:
+            expected = "another tokenizer is there already"
+            raise UserError(setting, destination, expected, "choose another place, or delete it")
+
+
+# ---- Where tokenizers come from ----
+
+
+def _opened(folder: Path, source: str) -> TextTokenizer:
+    """The tokenizer in a local folder, after checking that it is one whose tokens are bytes and that can end a text."""
+    try:
+        described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exceptions for a damaged file
+        raise UserError("tokenizer.source", source, f"tokenizer.json cannot be read: {one_line(str(error))}") from None
+    decoder = described.get("decoder") or {}
+    if "ByteLevel" not in [decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", []))]:
+        expected = f"expected a byte-level tokenizer (as GPT-2's, Qwen's, Llama 3's), found {decoder.get('type')}"
+        raise UserError("tokenizer.source", source, expected, "train one with `python -m job tokenizer`")
+    eos = _eos_token(folder)
+    eod_id = backend.token_to_id(eos) if eos else None
+    if eod_id is None:
+        expected = f"its eos_token ({eos!r}) is not in its vocabulary, so documents cannot be closed"
+        raise UserError("tokenizer.source", source, expected, "set eos_token in tokenizer_config.json")
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes() + str(eos).encode()).hexdigest()
+    return TextTokenizer(folder, eod_id, digest)
+
+
+def _eos_token(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+            if token:
+                return str(token["content"] if isinstance(token, dict) else token)
+    return None
+
+
+def _from_url(url: str, cache_dir: Path) -> Path:
+    """Downloads a tokenizer's files; its folder is named after what they are, so that a changed one is not mistaken."""
+    found = {entry.url.rpartition("/")[2]: entry for entry in storage.list_files(url)}
+    if not found.keys() & {"tokenizer.json", "vocab.json"}:
+        raise UserError("tokenizer.source", url, "no tokenizer.json there", "make it with `python -m job tokenizer`")
+    contents = {name: storage.read_bytes(found[name].url) for name in _FILES if name in found}
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    folder = cache_dir / f"tokenizer-{digest.hexdigest()[:16]}"
+    for name, content in contents.items():
+        storage.write_bytes(str(folder / name), content)
+    return folder
+
+
+def _from_hugging_face(source: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = source.partition("@")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
+        )
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise UserError("tokenizer.source", source, "no such folder here and no such model on the hub") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        expected = f"neither a folder here nor can the hub {_hub_endpoint()} be reached ({type(error).__name__})"
+        remedy = "set HF_ENDPOINT to a mirror (https://hf-mirror.com), use modelscope://owner/name, or a local folder"
+        raise UserError("tokenizer.source", source, expected, remedy) from None
+
+
+def _hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def _from_modelscope(source: str) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UserError("tokenizer.source", source, "needs a package", "pip install modelscope") from None
+    try:
+        return Path(snapshot_download(source.removeprefix(_MODELSCOPE), allow_file_pattern=list(_FILES)))
+    except Exception as error:  # modelscope documents no error types of its own
+        expected = f"ModelScope did not give it: {one_line(str(error))[:200]}"
+        raise UserError("tokenizer.source", source, expected, "check the name and the network") from None
+
+
+def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
+    """A fast tokenizer made of vocab.json and merges.txt, the older form of a tokenizer's folder."""
+    if not (folder / "vocab.json").is_file():
+        raise UserError("tokenizer.source", source, "no tokenizer.json there", "make it with `python -m job tokenizer`")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a file that is not a tokenizer's makes transformers raise
+        raise UserError("tokenizer.source", source, f"not a tokenizer: {one_line(str(error))[:200]}") from None
+    converted = cache_dir / f"tokenizer-{hashlib.sha256((folder / 'vocab.json').read_bytes()).hexdigest()[:16]}"
+    tokenizer.save_pretrained(converted)
+    return converted
+
+
+# ---- Byte-level vocabularies ----
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable characters by which a byte-level vocabulary writes the 256 bytes (GPT-2's convention)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes that a vocabulary entry stands for; an added token is written as itself."""
+    try:
+        return bytes(_BYTES[character] for character in token)
+    except KeyError:
+        return token.encode()

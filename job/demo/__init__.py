@@ -1,0 +1,1 @@
+"""The whole path on one CPU machine with nothing but this repository."""

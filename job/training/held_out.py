@@ -1,0 +1,105 @@
+"""The held-out shards as the processes of a run evaluate them together, during training and by `job evaluate`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job.config import Config
+from job.data.loader import EvaluationLoader
+from job.data.manifest import Manifest, load_manifest
+from job.data.order import EvaluationOrder
+from job.data.tokenizer import TextTokenizer
+from job.errors import UserError
+from job.model.architecture import LanguageModel
+from job.report import Report
+from job.training.engine import Strategy, start_accelerator
+from job.training.evaluation import Evaluation, evaluate
+from job.training.trained import load_trained
+from job.training.world import World
+
+DONE = "done"
+
+
+class HeldOut:
+    """The held-out windows of a data set, cut for one context length.
+
+    Args:
+        config: where the shards are, and how large a batch is.
+        manifest: the data set.
+        tokenizer: the one that made it.
+        context_length: of the model.
+        world: this process among the others; all call `evaluate` together.
+    """
+
+    def __init__(
+        self, config: Config, manifest: Manifest, tokenizer: TextTokenizer, context_length: int, world: World
+    ) -> None:
+        self._config, self._manifest, self._tokenizer = config, manifest, tokenizer
+        self._context_length, self._world = context_length, world
+
+    def evaluate(
+        self,
+        model: LanguageModel,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        max_windows: int | None = None,
+    ) -> Evaluation | None:
+        """The loss over `max_windows` windows spread over the shards, or over all; None if nothing is held out."""
+        if not any(shard.tokens > 1 for shard in self._manifest.validation):
+            return None
+        order = EvaluationOrder(
+            [shard.tokens for shard in self._manifest.validation],
+            self._context_length,
+            self._config.data.seed,
+            max_windows,
+        )
+        with EvaluationLoader(
+            self._config.data.shards,
+            self._manifest,
+            order,
+            batch_size=self._config.evaluate.batch_size,
+            rank=self._world.rank,
+            world_size=self._world.world_size,
+            cache_dir=self._config.data.cache_dir,
+            cache_bytes=int(self._config.data.cache_bytes),
+        ) as loader:
+            batches = ((batch.input_ids, batch.labels) for batch in loader if len(batch.windows))
+            return evaluate(model, batches, self._tokenizer.token_sizes, device, autocast)
+
+
+def evaluate_trained(config: Config, world: World, stop_requested: Callable[[], bool]) -> str:
+    """`job evaluate`: a trained model on all held-out windows, over all processes.
+
+    Raises:
+        UserError: there is no model, no data set, or the two have different tokenizers.
+    """
+    source, setting = (
+        (config.evaluate.model, "evaluate.model") if config.evaluate.model else (config.run.output, "run.output")
+    )
+    manifest = load_manifest(config.data.shards)
+    trained = load_trained(source, setting, Path(config.data.cache_dir).expanduser())
+    if trained.tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        expected = f"was made with another tokenizer than the model in {trained.source}"
+        raise UserError("data.shards", config.data.shards, expected, "prepare the corpus with the model's tokenizer")
+    accelerator = start_accelerator(Strategy("ddp", config.train.precision, world.world_size, 1, 1, 0.0))
+    model = LanguageModel(trained.model, config.train.loss_chunk_tokens).to(accelerator.device)
+    held_out = HeldOut(config, manifest, trained.tokenizer, trained.context_length, world)
+    found = held_out.evaluate(model, accelerator.device, accelerator.autocast)
+    if found is None:
+        expected = "the data set holds nothing out"
+        raise UserError("data.shards", config.data.shards, expected, "prepare it with data.validation_fraction above 0")
+    Report(world.rank).table(
+        trained.source,
+        [
+            ("held-out tokens", f"{found.targets:,}"),
+            ("UTF-8 bytes", f"{found.utf8_bytes:,}"),
+            ("characters", f"{found.characters:,}"),
+            ("nats per token", f"{found.nats_per_token:.6f}"),
+            ("bits per byte", f"{found.bits_per_byte:.6f}"),
+            ("bits per character", f"{found.bits_per_character:.6f}"),
+        ],
+    )
+    return DONE

@@ -1,0 +1,62 @@
+"""What makes a run one run: its id, fixed before the first step by whoever writes run.json first."""
+
+import secrets
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+import job
+from job import storage
+from job.errors import UserError
+from job.training.tracking import new_run_id
+
+_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of run.json."""
+
+    id: str
+    """Also the id of the run in SwanLab, through all restarts."""
+    name: str
+    created: str
+    code_version: str
+    config: dict[str, Any]
+
+
+def open_run(output: str, name: str | None, config: dict[str, Any], start_over: bool) -> RunRecord:
+    """The run at `output`: the one that is there, or a new one.
+
+    Of several that start at once, one creates the record, and all return it.
+
+    Args:
+        output: the run's prefix.
+        name: what to call a new run; None: the last part of `output`.
+        config: all settings, recorded for a reader.
+        start_over: make a new run even if one is there.
+
+    Raises:
+        UserError: run.json is not a run's record.
+    """
+    url = storage.join(output, _NAME)
+    fresh = RunRecord(
+        id=new_run_id(),
+        name=name or output.rstrip("/").rpartition("/")[2] or f"run-{secrets.token_hex(3)}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        code_version=job.__version__,
+        config=config,
+    )
+    content = orjson.dumps(asdict(fresh), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    if start_over:
+        storage.write_bytes(url, content)
+        return fresh
+    if storage.create_bytes(url, content):
+        return fresh
+    try:
+        return RunRecord(**storage.read_json(url))
+    except (ValueError, TypeError):
+        expected = f"its {_NAME} is not the record of a run"
+        raise UserError("run.output", output, expected, "choose another place") from None

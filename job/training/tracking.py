@@ -1,0 +1,291 @@
+"""Where a run is watched: SwanLab, through accelerate's tracker. Training waits for it for seconds, and needs it never.
+
+A run keeps one id through all restarts, and what becomes of that depends on the mode:
+
+cloud    one experiment, continued: steps that it has already are kept as they are, later ones are added.
+local    each start is an experiment of its own in the dashboard, named `run`, `run-2`, ...: SwanLab cannot add to one.
+         All have the colour that belongs to the id, so that a chart of the project shows them as one curve.
+offline  each start leaves a folder `run-<time>-<id>`. `swanlab sync --id <id> FOLDER`, oldest folder first, makes them
+         one experiment; without `--id` each becomes a new one. The dashboard does not show them.
+
+A folder of any mode can be synced: a cloud run that lost the network too, then with `--start-step 0`, which fills gaps.
+SwanLab writes the last kilobytes of a folder when the run ends; after a kill, only metrics.jsonl has them.
+"""
+
+import atexit
+import colorsys
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import secrets
+import shlex
+import string
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from pydantic import ValidationError
+
+from job.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Mode = Literal["cloud", "local", "offline", "disabled"]
+Result = TypeVar("Result")
+
+START_SECONDS = 60.0
+"""Longest wait for the start; SwanLab's login gives up a closed port after 16 s, a silent one after 46 s."""
+FINISH_SECONDS = 15.0
+"""Longest wait for what is not uploaded yet at the end: a job that was told to stop has little time."""
+_LOGIN_SECONDS = 5
+_ID_LENGTH = 21
+"""The length of SwanLab's own ids; older servers take no other."""
+
+_UNTRACKED = "in metrics.jsonl alone"
+
+logger = logging.getLogger(__name__)
+
+
+def new_run_id() -> str:
+    """A random id that no other run has, of lower-case letters and digits, as SwanLab takes it."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(_ID_LENGTH))
+
+
+def choose_mode(setting: Literal["auto", "cloud", "local", "offline", "disabled"]) -> tuple[Mode, str]:
+    """The mode to track in, and why; decided from the environment and SwanLab's files, without network or prompt.
+
+    Args:
+        setting: `tracking.mode`. ``auto`` follows SwanLab's own mode (SWANLAB_MODE, `swanlab offline`, ...) if one is
+            set; else it is ``cloud`` with an API key (SWANLAB_API_KEY, or saved by `swanlab login`), ``local`` with
+            the dashboard installed, and ``offline`` without either.
+
+    Raises:
+        UserError: the cloud is asked for without a key, the dashboard is but is not installed, or SwanLab's own
+            settings are not valid.
+    """
+    if setting == "disabled":
+        return "disabled", "tracking.mode is disabled"
+    swanlab_settings = _settings()
+    has_key = bool(swanlab_settings.api_key)
+    has_dashboard = importlib.util.find_spec("swanboard") is not None
+    name, wanted = "tracking.mode", setting
+    if setting == "auto":
+        if "mode" not in swanlab_settings.model_fields_set:
+            if has_key:
+                return "cloud", "SwanLab has an API key"
+            if has_dashboard:
+                return "local", "no API key, but the dashboard is installed"
+            return "offline", "no API key, and the dashboard is not installed"
+        name, wanted = "SWANLAB_MODE", {"online": "cloud"}.get(swanlab_settings.mode, swanlab_settings.mode)
+    if wanted == "cloud" and not has_key:
+        remedy = "set SWANLAB_API_KEY, run `swanlab login`, or choose offline"
+        raise UserError(name, wanted, "needs an API key, and there is none", remedy)
+    if wanted == "local" and not has_dashboard:
+        remedy = "pip install 'swanlab[dashboard]', or choose offline"
+        raise UserError(name, wanted, "needs the dashboard, which is not installed", remedy)
+    return cast(Mode, wanted), f"{name} is {wanted}"
+
+
+class Tracker:
+    """A run in SwanLab, made by `start_tracker`; where nothing is tracked it does nothing.
+
+    Attributes:
+        how_to_watch: the command or the address that shows the run, in one line.
+    """
+
+    def __init__(self, how_to_watch: str, accelerator: "Accelerator | None" = None, thread: "_Thread | None" = None):
+        self.how_to_watch = how_to_watch
+        self._accelerator, self._thread = accelerator, thread
+        if accelerator is not None:
+            # Before SwanLab's own, which would wait for the cloud without end and call every run a success.
+            atexit.register(self.finish, success=False)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Adds numbers to the charts of their names; a step that a chart has already is kept as it is."""
+        if self._accelerator is not None:
+            self._accelerator.log(dict(values), step=step)
+
+    def log_texts(self, key: str, texts: Mapping[str, str], step: int) -> None:
+        """Adds continuations, each under its prompt."""
+        if self._accelerator is not None:
+            shown = [_swanlab().Text(continuation, caption=prompt) for prompt, continuation in texts.items()]
+            self._accelerator.log({key: shown}, step=step)
+
+    def finish(self, success: bool) -> None:
+        """Ends the run in SwanLab, as finished or as aborted; a restart takes it up again. Once is enough.
+
+        To be called before `Accelerator.end_training`, which would wait for the cloud without end.
+        """
+        if self._accelerator is None or self._thread is None:
+            return
+        run = self._accelerator.get_tracker("swanlab", unwrap=True)
+        self._accelerator.trackers.clear()
+        self._accelerator = None
+        atexit.unregister(self.finish)
+        end = {"state": "success"} if success else {"state": "aborted", "error": "stopped before the last step"}
+        try:
+            self._thread.do(lambda: run.finish(**end), FINISH_SECONDS)
+        except TimeoutError:
+            logger.warning("SwanLab's cloud does not take the rest of the run; later: %s", _sync_command(run))
+
+
+def start_tracker(
+    accelerator: "Accelerator",
+    *,
+    mode: Mode,
+    project: str,
+    workspace: str | None,
+    name: str,
+    run_id: str,
+    log_dir: str,
+    config: dict[str, Any],
+) -> Tracker:
+    """Starts or continues the run in SwanLab; every process calls it, the main one tracks.
+
+    A cloud that refuses the key or is not reached costs a warning, and the run is logged offline under the same id.
+    SwanLab's handler of Ctrl-C, its excepthook and its words on the console are kept off this process, and of what
+    it can collect only the hardware and its load are.
+
+    Args:
+        accelerator: made with ``log_with="swanlab"``.
+        mode: from `choose_mode`.
+        project: letters, digits and ``_-+.``, at most 100.
+        workspace: letters, digits and ``_-``, at most 25; None: the key's own.
+        name: of the run, to people.
+        run_id: from `new_run_id`, the same at every start of the run.
+        log_dir: folder for what SwanLab keeps on this machine.
+        config: the settings to show with the run, without secrets.
+
+    Raises:
+        UserError: SwanLab does not take the project's, the workspace's or the run's name, or `log_dir` cannot be
+            written.
+    """
+    if mode == "disabled" or not accelerator.is_main_process:
+        return Tracker(_UNTRACKED)
+    folder = Path(log_dir).expanduser().absolute()
+    values = {
+        "log_dir": folder,
+        "interactive": False,
+        "project": {"name": project, "workspace": workspace},
+        "experiment": {"name": name},
+        "run": {"id": run_id, "resume": "allow"},
+        "terminal": {"proxy_type": "none"},
+        # A command line and a remote's address may hold passwords; listing the packages starts a process.
+        "probe": {"runtime": False, "git": False, "requirements": False, "conda": False},
+    }
+    thread = _Thread()
+
+    def start(mode: Mode) -> Any:
+        if mode == "cloud":
+            # On its own, as `init` leaves an empty folder where the login fails.
+            _swanlab().login(timeout=_LOGIN_SECONDS)
+        else:
+            values["experiment"] = {"name": name, "color": _color(run_id)}
+        settings = _settings(**values, mode="online" if mode == "cloud" else mode)
+        accelerator.trackers.clear()
+        accelerator.init_trackers(project, init_kwargs={"swanlab": {"settings": settings, "config": config}})
+        return accelerator.get_tracker("swanlab", unwrap=True)
+
+    def abandon() -> None:
+        accelerator.trackers.clear()
+        _swanlab().finish(state="aborted")
+
+    _settings(**values)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if mode == "cloud":
+            try:
+                return Tracker(thread.do(lambda: start("cloud"), START_SECONDS).url, accelerator, thread)
+            except TimeoutError:
+                logger.warning("SwanLab's cloud does not answer: this start is not tracked, but for metrics.jsonl")
+                accelerator.trackers.clear()
+                thread.order(abandon)
+                return Tracker(_UNTRACKED)
+            except Exception as error:
+                logger.warning("SwanLab's cloud is not reached, or refuses: %s Logging offline.", one_line(str(error)))
+                mode = "offline"
+        run = thread.do(lambda: start(mode), START_SECONDS)
+    except OSError as error:
+        raise UserError("tracking.log_dir", str(folder), f"cannot be written: {error.strerror or error!r}") from None
+    watch = f"swanlab watch {shlex.quote(str(folder))}" if mode == "local" else _sync_command(run)
+    return Tracker(watch, accelerator, thread)
+
+
+class _Thread:
+    """The thread that starts and ends the run, one order after the other.
+
+    SwanLab takes over Ctrl-C where it is started from the main thread, and waits for the cloud with no deadline.
+    """
+
+    def __init__(self) -> None:
+        self._orders: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._serve, name="swanlab", daemon=True).start()
+
+    def order(self, work: Callable[[], Result]) -> "Future[Result]":
+        """Has `work` done after what was ordered before."""
+        done: Future[Result] = Future()
+        self._orders.put((work, done))
+        return done
+
+    def do(self, work: Callable[[], Result], seconds: float) -> Result:
+        """Has `work` done, and returns or raises what it does; TimeoutError if that takes too long."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return self.order(work).result(timeout=seconds)
+
+    def _serve(self) -> None:
+        while True:
+            work, done = self._orders.get()
+            hook = sys.excepthook
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+            finally:
+                sys.excepthook = hook
+
+
+def _swanlab() -> Any:
+    # Its debug output holds the API key that `swanlab login` has saved.
+    os.environ.pop("SWANLAB_DEBUG", None)
+    import swanlab
+
+    return swanlab
+
+
+_OURS = {
+    ("log_dir",): "tracking.log_dir",
+    ("project", "name"): "tracking.project",
+    ("project", "workspace"): "tracking.workspace",
+    ("experiment", "name"): "run.name",
+}
+
+
+def _settings(**values: Any) -> Any:
+    """SwanLab's settings: `values`, and else what its variables and files say."""
+    try:
+        return _swanlab().Settings(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = tuple(str(part) for part in first["loc"])
+        # The value of a setting that is not ours is not shown: it may be the key.
+        name = _OURS.get(place, "_".join(("swanlab", *place)).upper())
+        value = first["input"] if place in _OURS else None
+        raise UserError(name, value, f"not taken by SwanLab: {first['msg']}", "change it") from None
+
+
+def _sync_command(run: Any) -> str:
+    return f"swanlab sync --id {run.id} {shlex.quote(str(run.dir))}"
+
+
+def _color(run_id: str) -> str:
+    """A colour that belongs to the id, dark enough for a white page."""
+    hue = hashlib.sha256(run_id.encode()).digest()[0] / 256
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, 0.42, 0.65))

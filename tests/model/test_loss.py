@@ -1,0 +1,205 @@
+"""The chunked loss is the plain loss: the same numbers, the same arithmetic, and never the full logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from job.model.loss import default_chunk_tokens, linear_cross_entropy, token_nats
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
+
+
+def problem(tokens: int, hidden_size: int, vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, hidden_size, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab_size, hidden_size, generator=generator, dtype=dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (tokens,), generator=generator)
+    return hidden, weight, labels
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+class Results(TorchDispatchMode):
+    """Sizes and storages of all that operators return; the storages are kept, so that no address is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[tuple[int, torch.UntypedStorage]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.tensors.append((result.numel(), result.untyped_storage()))
+        return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    hidden_size=st.integers(1, 9),
+    vocab_size=st.integers(2, 50),
+    chunk_tokens=st.one_of(st.none(), st.integers(1, 50)),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    scale=st.sampled_from([1.0, -0.37]),
+    seed=st.integers(0, 2**16),
+)
+def test_value_and_both_gradients_are_those_of_the_plain_loss(
+    tokens, hidden_size, vocab_size, chunk_tokens, ignored, scale, seed
+):
+    hidden, weight, labels = problem(tokens, hidden_size, vocab_size, seed)
+    labels[torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < ignored] = -100
+    expected = plain_loss(hidden, weight, labels)
+    expected_gradients = torch.autograd.grad(scale * expected, (hidden, weight))
+
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens)
+    gradients = torch.autograd.grad(scale * loss, (hidden, weight))
+
+    assert loss.dtype == torch.float64 and loss.shape == ()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_token_nats_are_the_plain_loss_of_each_position_and_zero_where_ignored():
+    hidden, weight, labels = problem(24, 8, 50)
+    labels[::5] = -100
+    nats = token_nats(hidden.view(4, 6, 8), weight, labels.view(4, 6), chunk_tokens=7)
+    torch.testing.assert_close(
+        nats.flatten(), F.cross_entropy(F.linear(hidden, weight), labels, reduction="none").detach()
+    )
+    assert nats.shape == (4, 6) and not nats.requires_grad
+
+
+def test_ignored_tokens_do_no_harm_even_where_their_hidden_state_is_not_a_number():
+    hidden, weight, labels = problem(12, 8, 50)
+    labels[4:7] = -100
+    broken = hidden.detach().clone()
+    broken[4:7] = float("nan")
+    broken.requires_grad_()
+    loss = linear_cross_entropy(broken, weight, labels, chunk_tokens=5)
+    gradients = torch.autograd.grad(loss, (broken, weight))
+    torch.testing.assert_close(loss, plain_loss(hidden, weight, labels))
+    assert all(gradient.isfinite().all() for gradient in gradients) and not gradients[0][4:7].any()
+
+
+def test_logits_far_beyond_the_range_of_exp_lose_nothing():
+    hidden = torch.tensor([[400.0], [400.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 2]))
+    assert loss.item() == 800.0
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.tensor([[0.0], [2.0]]))
+
+
+@pytest.mark.parametrize("mistake", [torch.zeros(5, dtype=torch.long), torch.zeros(7, dtype=torch.long)])
+def test_labels_of_other_positions_are_refused(mistake):
+    hidden, weight, _ = problem(6, 8, 50)
+    with pytest.raises(ValueError, match="not of the same positions"):
+        linear_cross_entropy(hidden, weight, mistake)
+
+
+def test_bf16_stays_as_close_to_fp64_as_the_plain_loss_in_bf16():
+    exact = problem(256, 64, 500)
+    truth = plain_loss(*exact)
+    truths = torch.autograd.grad(truth, exact[:2])
+    hidden, weight = (tensor.detach().bfloat16().requires_grad_() for tensor in exact[:2])
+
+    loss = linear_cross_entropy(hidden, weight, exact[2], chunk_tokens=60)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    plain = torch.autograd.grad(plain_loss(hidden, weight, exact[2]), (hidden, weight))
+
+    assert loss.dtype == torch.float32 and all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+    assert relative_error(loss.detach(), truth.detach()) < 2e-3
+    for gradient, plain_gradient, exact_gradient in zip(gradients, plain, truths, strict=True):
+        assert relative_error(gradient, exact_gradient) < 1.2 * relative_error(plain_gradient, exact_gradient)
+
+
+def test_the_weight_gradient_of_many_bf16_chunks_is_summed_in_fp32():
+    """1,024 equal contributions, one a chunk: summed in bf16 they would stop growing at 256 of them."""
+    hidden = torch.ones(1024, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(1024, dtype=torch.long), chunk_tokens=1).backward()
+    assert weight.grad[0].tolist() == [-896.0] * 4 and weight.grad[1].tolist() == [128.0] * 4
+
+
+def test_autocast_multiplies_in_bf16_and_returns_gradients_in_the_dtype_of_the_parameters():
+    hidden, weight, labels = problem(64, 32, 200, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens=20)
+        expected = plain_loss(hidden, weight, labels)
+        nats = token_nats(hidden, weight, labels)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    in_bf16 = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, chunk_tokens=20)
+
+    assert loss.dtype == nats.dtype == torch.float32 and loss == in_bf16
+    torch.testing.assert_close(nats.sum(), loss)
+    for gradient, plain_gradient in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert gradient.dtype == torch.float32 and relative_error(gradient, plain_gradient) < 1e-2
+
+
+def test_full_logits_never_exist_and_one_chunk_of_them_serves_all_chunks():
+    tokens, hidden_size, vocab_size, chunk_tokens = 64, 4, 300, 8
+    hidden, weight, labels = problem(tokens, hidden_size, vocab_size, dtype=torch.float32)
+    with Results() as evaluation:
+        token_nats(hidden, weight, labels, chunk_tokens)
+    with Results() as training:
+        linear_cross_entropy(hidden, weight, labels, chunk_tokens).backward()
+    for results, buffers in (evaluation, {"logits"}), (training, {"logits", "gradient of the weight"}):
+        assert max(size for size, _ in results.tensors) == chunk_tokens * vocab_size
+        large = {storage.data_ptr() for size, storage in results.tensors if size >= weight.numel()}
+        assert len(large - {weight.data_ptr()}) == len(buffers)
+
+
+def matrix_product_flops(step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_matrix_product_more_than_the_plain_loss_makes(dtype):
+    hidden, weight, labels = problem(40, 8, 50, dtype=dtype)
+    flops = matrix_product_flops(lambda: linear_cross_entropy(hidden, weight, labels, chunk_tokens=7).backward())
+    assert flops == matrix_product_flops(lambda: plain_loss(hidden, weight, labels).backward()) == 3 * 2 * 40 * 8 * 50
+
+
+def test_no_product_is_made_for_a_gradient_that_nobody_asked_for():
+    hidden, weight, labels = problem(40, 8, 50)
+    product = 2 * 40 * 8 * 50
+    frozen = weight.detach()
+    assert matrix_product_flops(lambda: linear_cross_entropy(hidden, frozen, labels).backward()) == 2 * product
+    assert matrix_product_flops(lambda: linear_cross_entropy(hidden.detach(), frozen, labels)) == product
+    assert matrix_product_flops(lambda: token_nats(hidden, weight, labels)) == product
+    with torch.no_grad():
+        assert matrix_product_flops(lambda: linear_cross_entropy(hidden, weight, labels)) == product
+
+
+def test_the_host_never_reads_a_value_so_it_never_waits_for_a_device():
+    """Tensors on the meta device have no values to read: whoever tries, fails."""
+    hidden, weight, labels = problem(40, 8, 50, dtype=torch.bfloat16)
+    hidden, weight, labels = (tensor.detach().to("meta") for tensor in (hidden, weight, labels))
+    linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, chunk_tokens=7).backward()
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
+def test_a_second_walk_through_the_graph_raises_instead_of_scaling_twice():
+    hidden, weight, labels = problem(6, 4, 9)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("vocab_size", [256, 16_384, 151_936, 2**40])
+@pytest.mark.parametrize(("device", "budget_bytes"), [("cpu", 2**29), ("cuda", 2**31)])
+def test_the_default_chunk_fills_more_than_half_of_its_budget_and_is_a_token_at_least(vocab_size, device, budget_bytes):
+    chunk_tokens = default_chunk_tokens(vocab_size, torch.device(device))
+    assert chunk_tokens == 1 or budget_bytes / 2 < 4 * vocab_size * chunk_tokens <= budget_bytes
+    assert chunk_tokens >= 1
