@@ -14,6 +14,7 @@ from job.data.split import is_held_out
 from job.data.tokenizer import load_tokenizer, refuse_hub_id, store_tokenizer, train_tokenizer
 from job.data.workers import prepare_in_processes
 from job.errors import EXIT_DONE, UserError
+from job.quiet import silence_libraries
 from job.report import Report
 
 _MOST_BAD_RECORDS_SHOWN = 10
@@ -93,6 +94,7 @@ def tokenizer(config: Config, words: Sequence[str] = ()) -> int:
 
 def generate(config: Config, words: Sequence[str] = ()) -> int:
     """A trained model → text."""
+    silence_libraries()
     from job.training.generation import Sampling, continue_text
     from job.training.trained import load_trained
 
@@ -102,11 +104,10 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
     )
     trained = load_trained(source, setting, Path(config.data.cache_dir).expanduser())
     options = config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-    for prompt in words or config.generate.prompts:
+    for index, prompt in enumerate(words or config.generate.prompts):
         sys.stdout.write(prompt)
-        continue_text(
-            trained.model, trained.tokenizer, prompt, Sampling(**options), trained.context_length, on_text=_write
-        )
+        sampling = Sampling(**options).for_prompt(index)
+        continue_text(trained.model, trained.tokenizer, prompt, sampling, trained.context_length, on_text=_write)
         sys.stdout.write("\n\n" if len(words or config.generate.prompts) > 1 else "\n")
     return EXIT_DONE
 

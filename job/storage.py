@@ -1,6 +1,6 @@
 """Every byte that is not on this machine: read in ranges, written whole or not at all, tried again until a deadline.
 
-A place is a path, ``file://…``, ``s3://bucket/key`` or, to read only, ``https://…``; the same functions serve all of them.
+A place is a path, ``file://…``, ``s3://bucket/key`` or, to read only, ``https://…``; the same functions serve them all.
 Credentials come from the environment alone, as botocore finds them there: no setting holds a secret.
 """
 
@@ -125,15 +125,15 @@ def open_read(url: str) -> BinaryIO:
             return data
 
     else:
-        found = _run("open", url, filesystem._info, url)
-        total = found["size"]
-        if total is None or not found.get("partial"):
-            raise UserError(url, None, "its server sends it only as a whole", "download it and give the path")
+        total = _run("find", url, filesystem._info, url)["size"]
+        if total is None:
+            raise _sent_whole(url)
+        file = filesystem.open(url, size=total)
 
         def fetch(start: int, end: int) -> bytes:
-            return cast(bytes, _run("read", url, filesystem._cat_file, url, start=start, end=end))
+            return cast(bytes, _run("read", url, file.async_fetch_range, start, end))
 
-    return cast(BinaryIO, io.BufferedReader(_RangeFile(url, fetch, total), _BUFFER_BYTES))  # type: ignore[type-var]
+    return cast(BinaryIO, io.BufferedReader(_RangeFile(url, fetch, total), _BUFFER_BYTES))
 
 
 def read_bytes(url: str) -> bytes:
@@ -266,7 +266,7 @@ def list_files(url_prefix: str) -> list[Entry]:
                 with suppress(FileNotFoundError):  # removed since the folder was read
                     found.append(Entry(str(path), path.stat().st_size))
         return sorted(found)
-    place = _place(join(url_prefix, ""))
+    place = _place(f"{url_prefix.removesuffix('/')}/")
     request = {"Bucket": place["Bucket"], "Prefix": place["Key"]}
     while True:
         page = _s3("list", url_prefix, "list_objects_v2", **request)
@@ -278,8 +278,8 @@ def list_files(url_prefix: str) -> list[Entry]:
 
 
 def glob(pattern: str) -> list[Entry]:
-    """The files that match ``*``, ``**``, ``?`` and ``[…]``, sorted by URL; a plain name matches its own file."""
-    if is_remote(pattern) and not any(character in pattern for character in "*?["):
+    """The files that match ``*``, ``**``, ``?`` and ``[…]``, sorted by URL; a plain or ``https://`` name is itself."""
+    if is_remote(pattern) and (_protocol(pattern) != "s3" or not any(character in pattern for character in "*?[")):
         return [Entry(pattern, size(pattern))] if exists(pattern) else []
     if is_remote(pattern):
         _probe(f"s3://{_place(pattern)['Bucket']}")
@@ -310,7 +310,7 @@ def delete_tree(prefix: str) -> None:
         shutil.rmtree(_local(prefix), ignore_errors=True)
         return
     delete(entry.url for entry in list_files(prefix))
-    place = _place(join(prefix, ""))
+    place = _place(f"{prefix.removesuffix('/')}/")
     with suppress(NotImplementedError):
         found = _s3("list", prefix, "list_multipart_uploads", Bucket=place["Bucket"], Prefix=place["Key"])
         for upload in found.get("Uploads", []):
@@ -384,7 +384,7 @@ def _upload(url: str, total: int, read: Callable[[int, int], bytes]) -> None:
 
 
 def _abort(url: str, upload: dict[str, Any]) -> None:
-    """One try: it follows a failure, and what it leaves costs space only, until `delete_tree` or the store removes it."""
+    """Tries once, after a failure: what it leaves takes space only, until `delete_tree` or the store removes it."""
     filesystem = _filesystem(url)
     with suppress(Exception):
         timeout = _process.options.read_timeout_seconds
@@ -411,7 +411,7 @@ def _place(url: str) -> dict[str, Any]:
 
 _PROBE = "look into"
 _CREDENTIALS_MISSING = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
-_CREDENTIALS_REFUSED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "401", "403"}
+_CREDENTIALS_REFUSED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 _UNREACHABLE = (
     *(boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.SSLError, boto.ProxyConnectionError),
     *(ResponseParserError, aiohttp.ClientConnectorError),
@@ -461,23 +461,23 @@ def _raise_if_permanent(error: Exception, operation: str, url: str, tried_second
     """Raises what the caller or a person must know now; returns where another try may help."""
     if (cause := _cause(error, _UNREACHABLE)) is not None:
         if tried_seconds > _UNREACHABLE_SECONDS and _service(url) not in _process.answered:
-            raise _wrong_endpoint(
-                url, f"cannot be reached: {getattr(cause, 'kwargs', {}).get('error', cause)}"
-            ) from None
+            reason = getattr(cause, "kwargs", {}).get("error", cause)
+            raise _wrong_endpoint(url, f"cannot be reached: {reason}") from None
     elif (cause := _cause(error, boto.ClientError)) is not None:
         answer = cause.response.get("Error", {})
         status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         _raise_if_refused(status, str(answer.get("Code", status)), answer.get("Message", ""), operation, url)
-    elif (cause := _cause(error, (aiohttp.ClientResponseError, FileNotFoundError))) is not None:
-        status = getattr(cause, "status", 404)
-        _raise_if_refused(status, str(status), getattr(cause, "message", ""), operation, url)
+    elif (cause := _cause(error, aiohttp.ClientResponseError)) is not None:
+        _raise_if_refused(cause.status, str(cause.status), cause.message, operation, url)
+    elif isinstance(error, FileNotFoundError) and error.__cause__ is None:
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
     elif (cause := _cause(error, _CREDENTIALS_MISSING)) is not None:
         setting = "AWS_PROFILE" if isinstance(cause, boto.ProfileNotFound) else "AWS_ACCESS_KEY_ID"
         raise UserError(setting, None, f"no credentials to {operation} {url}: {cause}", _GIVE_CREDENTIALS) from None
     elif isinstance(error, boto.ParamValidationError):
         raise UserError(url, None, "names no object", "expected s3://bucket/key") from None
-    elif isinstance(error, ValueError) and "endpoint" in str(error):
-        raise _wrong_endpoint(url, "is no URL of a service") from None
+    elif isinstance(error, ValueError):
+        raise (_wrong_endpoint(url, "is no URL of a service") if _protocol(url) == "s3" else _sent_whole(url)) from None
     elif not isinstance(error, _MAY_PASS):
         raise error
 
@@ -492,7 +492,7 @@ def _raise_if_refused(status: int, code: str, message: str, operation: str, url:
     if on_s3 and is_bare and operation != _PROBE:
         _probe(url)  # for the reason: an answer to HEAD has none in it, and a service that is not S3 gives none
     place = f"s3://{_place(url)['Bucket']}" if on_s3 else url
-    reason = f"the store refused to {operation} {url}: {code} {message}"
+    reason = f"the store refused to {operation} {url}: {code}"
     if code == "NoSuchBucket":
         raise UserError(place, None, "there is no such bucket", "create it, or correct the URL") from None
     if code == "RequestTimeTooSkewed":
@@ -511,7 +511,7 @@ def _raise_if_refused(status: int, code: str, message: str, operation: str, url:
         raise IntegrityError(f"{operation} {url}: it was replaced while it was read") from None
     if status == 501:
         raise NotImplementedError(reason) from None
-    raise UserError(url, None, reason, "correct the URL") from None
+    raise UserError(url, None, f"{reason} {message}", "correct the URL") from None
 
 
 def _cause(error: BaseException | None, kinds: Any) -> Any:
@@ -524,10 +524,19 @@ def _cause(error: BaseException | None, kinds: Any) -> Any:
 def _wrong_endpoint(url: str, fault: str) -> UserError:
     if _protocol(url) != "s3":
         return UserError(url, None, fault, "correct the URL")
+    return UserError(*_endpoint(), fault, "give the URL of an S3 service")
+
+
+def _endpoint() -> tuple[str, str | None]:
+    """Where the address of the S3 service is set, and the address."""
+    if _process.options.endpoint_url:
+        return "store.endpoint_url", _process.options.endpoint_url
     name = "AWS_ENDPOINT_URL_S3" if "AWS_ENDPOINT_URL_S3" in os.environ else "AWS_ENDPOINT_URL"
-    endpoint = _process.options.endpoint_url
-    setting, value = ("store.endpoint_url", endpoint) if endpoint else (name, os.environ.get(name))
-    return UserError(setting, value, fault, "give the URL of an S3 service")
+    return name, os.environ.get(name)
+
+
+def _sent_whole(url: str) -> UserError:
+    return UserError(url, None, "its server sends files only as a whole", "download it and give its path")
 
 
 # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -566,6 +575,8 @@ def _connect(_: int, protocol: str) -> Any:
             sock_connect=options.connect_timeout_seconds, sock_read=options.read_timeout_seconds
         )
         return fsspec.filesystem(protocol, client_kwargs={"timeout": limits, "trust_env": True}, **fresh)
+    if "@" in (_endpoint()[1] or ""):
+        raise _wrong_endpoint("s3://", "holds a user name or password: those are given as AWS_ACCESS_KEY_ID and so on")
     filesystem = S3FileSystem(
         endpoint_url=options.endpoint_url,
         client_kwargs={"region_name": options.region} if options.region else {},

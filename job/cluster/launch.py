@@ -80,14 +80,14 @@ def _exit_code(folder: Path, expected: int, agent_code: int) -> int:
     found = outcome.read_all(folder)
     for one in found:
         if one.status == outcome.REFUSED:
-            print(one.message, file=sys.stderr)
+            sys.stderr.write(f"{one.message}\n")
             return EXIT_REFUSED
     for one in found:
         if one.status == outcome.CRASHED:
-            print(f"rank {one.rank} failed first:\n{one.message}", file=sys.stderr)
+            sys.stderr.write(f"rank {one.rank} failed first:\n{one.message}\n")
             return _CRASHED
     if len(found) < expected:
         missing = sorted(set(range(expected)) - {one.rank for one in found})
-        print(f"ranks {missing} ended without a word (killed? out of memory?)", file=sys.stderr)
+        sys.stderr.write(f"ranks {missing} ended without a word (killed? out of memory?)\n")
         return _CRASHED if agent_code >= 0 else 128 - agent_code
     return EXIT_STOPPED if any(one.status == outcome.STOPPED for one in found) else EXIT_DONE

@@ -1,6 +1,5 @@
 """What each worker leaves behind when it ends, for the process that started it: torchrun gives no exit codes back."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import time
@@ -28,7 +27,7 @@ def record(folder: Path, outcome: Outcome) -> None:
     path = folder / f"rank-{outcome.rank}.json"
     partial = path.with_suffix(".partial")
     partial.write_bytes(orjson.dumps(asdict(outcome) | {"at": outcome.at or time()}))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_all(folder: Path) -> list[Outcome]:

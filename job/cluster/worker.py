@@ -1,12 +1,10 @@
 """One process of a run, as torchrun starts it: joins the others, does its part, and records how it ended."""
 
-import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-import warnings
 from pathlib import Path
 
 from job import storage
@@ -14,6 +12,7 @@ from job.cluster import outcome
 from job.cluster.outcome import Outcome
 from job.config import Config
 from job.errors import EXIT_DONE, UserError
+from job.quiet import silence_libraries
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
 """Names the local folder that holds the command, the settings (config.json), and takes the outcomes."""
@@ -40,7 +39,7 @@ def main() -> int:
 
 
 def _work(command: str, config: Config, stop: threading.Event) -> str:
-    _silence_libraries()
+    silence_libraries()
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     from job.training.held_out import evaluate_trained
     from job.training.loop import train
@@ -48,14 +47,6 @@ def _work(command: str, config: Config, stop: threading.Event) -> str:
 
     world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
     return {"train": train, "evaluate": evaluate_trained}[command](config, world, stop.is_set)
-
-
-def _silence_libraries() -> None:
-    """Keeps what libraries say to their developers out of the log; warnings of ours are printed as lines."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("DeepSpeed", "deepspeed", "torch", "accelerate", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,26 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
 
 
 def _from_hugging_face(source: str, name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
+    unreachable: Exception | None = None
     try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        try:
+            # snapshot_download asks the same, but without any timeout.
+            known = revision or constants.DEFAULT_REVISION
+            HfApi().dataset_info(name, revision=known, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+            raise
+        except Exception as error:  # the hub's, its HTTP client's and the system's errors have no base in common
+            unreachable = error
+        folder = snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=patterns,
+            local_files_only=unreachable is not None,
+        )
+        return Path(folder)
     except errors.GatedRepoError:
         remedy = f"ask for access at {constants.ENDPOINT}/datasets/{name} and set HF_TOKEN"
         raise UserError(
@@ -76,12 +92,13 @@ def _from_hugging_face(source: str, name: str, revision: str | None, patterns: l
         raise UserError("data.source", source, expected, "check the name; a private one needs HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise UserError("data.source", source, f"the data set has no revision {revision!r}") from None
-    except Exception as error:  # the hub's, its HTTP client's and the operating system's have no base in common
-        cause = one_line(f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}")[:200]
+    except Exception as error:
+        cause = unreachable or error.__cause__ or error
+        reason = one_line(f"{type(cause).__name__}: {cause}")[:200]
         if constants.HF_HUB_OFFLINE:
-            cause = "HF_HUB_OFFLINE is set, and the files are not all in the cache"
-        answer = "refuses it" if isinstance(error, errors.HfHubHTTPError) else "cannot be reached"
-        expected = f"no such path here, and the hub {constants.ENDPOINT} {answer} ({cause})"
+            reason = "HF_HUB_OFFLINE is set, and the files are not all in the cache"
+        answer = "refuses it" if isinstance(cause, errors.HfHubHTTPError) else "cannot be reached"
+        expected = f"no such path here, and the hub {constants.ENDPOINT} {answer} ({reason})"
         remedy = "set HF_ENDPOINT (for example https://hf-mirror.com), or use modelscope://owner/name, or a URL"
         raise UserError("data.source", source, expected, remedy) from None
 

@@ -9,22 +9,32 @@ store agree, a worker that died is simply run again, and doing a slice twice doe
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
 from job import storage
 from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
-from job.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Shard, load_manifest, manifest_bytes, shard_bytes
+from job.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    TokenType,
+    load_manifest,
+    manifest_bytes,
+    shard_bytes,
+)
 from job.data.split import SPLIT_RULE, is_held_out
 from job.data.tokenizer import TextTokenizer, store_tokenizer
 from job.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
 _PLAN_NAME = "plan.json"
+_PART_NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
 _BATCH_CHARACTERS = 2**18  # text handed to the tokenizer at once: enough to keep its threads busy
 
 
@@ -100,8 +110,7 @@ def prepare(
             holds a data set made otherwise.
     """
     files = list_corpus(recipe.source)
-    plan = _plan(recipe, tokenizer, files)
-    _agree_on_plan(plan, shards_url)
+    _agree_on_plan(recipe, tokenizer, files, shards_url)
     store_tokenizer(tokenizer, storage.join(shards_url, TOKENIZER_FOLDER), "data.shards")
     if storage.exists(storage.join(shards_url, MANIFEST_NAME)):
         return load_manifest(shards_url)
@@ -114,7 +123,7 @@ def prepare(
 
         if not _is_finished(file, done, mine):
             _prepare_file(file, mine, recipe, tokenizer, shards_url, on_progress, on_bad_record)
-    return _publish_manifest(plan, recipe, tokenizer, files, shards_url)
+    return _publish_manifest(recipe, tokenizer, files, shards_url)
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -161,11 +170,11 @@ class _Writer:
         self.utf8_bytes += len(text.encode())
         self.characters += len(text)
 
-    def store(self, shards_url: str, name: str, dtype: str) -> Shard | None:
+    def store(self, shards_url: str, name: str) -> Shard | None:
         if not self.tokens:
             return None
         tokens, ends = np.concatenate(self.tokens), np.cumsum(self.lengths, dtype=np.uint64)
-        content = shard_bytes(tokens.astype(dtype, copy=False), ends)
+        content = shard_bytes(tokens, ends)
         storage.write_bytes(storage.join(shards_url, name), content)
         return Shard(
             name=name,
@@ -230,8 +239,8 @@ def _prepare_file(
                     slice=number,
                     is_last=is_last,
                     counts=counts,
-                    train=train.store(shards_url, f"train/{name}.bin", dtype),
-                    validation=validation.store(shards_url, f"validation/{name}.bin", dtype),
+                    train=train.store(shards_url, f"train/{name}.bin"),
+                    validation=validation.store(shards_url, f"validation/{name}.bin"),
                 )
                 storage.write_json(_part_url(shards_url, file.index, number, is_last), asdict(part))
 
@@ -239,35 +248,35 @@ def _prepare_file(
 # ---- What the workers agree on ----
 
 
-def _dtype(tokenizer: TextTokenizer) -> str:
+def _dtype(tokenizer: TextTokenizer) -> TokenType:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def _plan(recipe: Recipe, tokenizer: TextTokenizer, files: list[CorpusFile]) -> dict[str, Any]:
-    return {
+def _agree_on_plan(recipe: Recipe, tokenizer: TextTokenizer, files: list[CorpusFile], shards_url: str) -> None:
+    """Fixes what decides the content of the data set; refuses a folder where another one is kept.
+
+    `on_bad_record` is no part of it: who stopped at a bad record may go on by leaving it out, and the rest is the same.
+    """
+    plan = {
         "format_version": FORMAT_VERSION,
-        "recipe": asdict(recipe),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "files": [{"url": file.url, "size": file.size} for file in files],
+        "data.source": [{"url": file.url, "size": file.size} for file in files],
+        "data.text_field": recipe.text_field,
+        "data.id_field": recipe.id_field,
+        "data.slice_bytes": recipe.slice_bytes,
+        "data.validation_fraction": recipe.validation_fraction,
+        "data.seed": recipe.seed,
+        "tokenizer.source": tokenizer.fingerprint,
     }
-
-
-def _agree_on_plan(plan: dict[str, Any], shards_url: str) -> None:
-    """Fixes the plan of the data set; refuses a folder where another one is kept."""
     url = storage.join(shards_url, _PLAN_NAME)
     content = json.dumps(plan, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
     if storage.create_bytes(url, content):
         return
     try:
-        found = storage.read_json(url)
-        different = [key for key in plan if found.get(key) != plan[key]]
-        if "recipe" in different:
-            different = [f"data.{key}" for key in plan["recipe"] if found["recipe"].get(key) != plan["recipe"][key]]
-    except (ValueError, AttributeError, KeyError, TypeError):
-        different = [_PLAN_NAME]
-    if different:
-        names = {"tokenizer_fingerprint": "the tokenizer", "files": "the corpus' files", "format_version": "the format"}
-        expected = f"holds a data set that differs in {', '.join(names.get(one, one) for one in different)}"
+        found = dict(storage.read_json(url))
+    except (ValueError, TypeError):
+        found = {}
+    if different := [name for name in plan if found.get(name) != plan[name]]:
+        expected = f"holds a data set that differs in {', '.join(different)}"
         raise UserError("data.shards", shards_url, expected, "choose another place for this one, or delete that one")
 
 
@@ -277,9 +286,8 @@ def _part_url(shards_url: str, file: int, number: int, is_last: bool) -> str:
 
 def _finished_parts(shards_url: str) -> dict[tuple[int, int], bool]:
     """(file, slice) of every finished slice, and whether it is its file's last."""
-    names = (entry.url.rpartition("/")[2] for entry in storage.list_files(storage.join(shards_url, "parts")))
-    stems = [name.removesuffix(".json").split("-") for name in names if name.endswith(".json")]
-    return {(int(stem[0]), int(stem[1])): stem[2:] == ["last"] for stem in stems}
+    found = (_PART_NAME.fullmatch(entry.url) for entry in storage.list_files(storage.join(shards_url, "parts")))
+    return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
 
 
 def _slices(file: CorpusFile, done: dict[tuple[int, int], bool]) -> int | None:
@@ -293,7 +301,7 @@ def _is_finished(file: CorpusFile, done: dict[tuple[int, int], bool], mine: Call
 
 
 def _publish_manifest(
-    plan: dict[str, Any], recipe: Recipe, tokenizer: TextTokenizer, files: Iterable[CorpusFile], shards_url: str
+    recipe: Recipe, tokenizer: TextTokenizer, files: Iterable[CorpusFile], shards_url: str
 ) -> Manifest | None:
     done = _finished_parts(shards_url)
     wanted: list[str] = []
@@ -313,12 +321,13 @@ def _publish_manifest(
     if not train:
         expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
         raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")
+    contents = [tokenizer.fingerprint, *(shard.sha256 for shard in train), "", *(shard.sha256 for shard in validation)]
     manifest = Manifest(
-        fingerprint=hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+        fingerprint=hashlib.sha256("\n".join(contents).encode()).hexdigest(),
         tokenizer_fingerprint=tokenizer.fingerprint,
         tokenizer=TOKENIZER_FOLDER,
         vocab_size=tokenizer.vocab_size,
-        dtype="uint16" if _dtype(tokenizer) == "uint16" else "uint32",
+        dtype=_dtype(tokenizer),
         eod_id=tokenizer.eod_id,
         seed=recipe.seed,
         validation_fraction=recipe.validation_fraction,

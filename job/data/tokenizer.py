@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -21,8 +22,9 @@ END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""
 
 _FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-)  # fmt: skip
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _MODELSCOPE = "modelscope://"
 # Words, single digits, punctuation and white space are never merged with each other. Chinese has no blanks, so the
@@ -43,14 +45,11 @@ class TextTokenizer:
     """Id of the end-of-document token (the tokenizer's ``eos_token``)."""
     fingerprint: str
     """sha256 of tokenizer.json and of the end-of-document token."""
+    _backend: tokenizers.Tokenizer = field(repr=False, compare=False)
 
-    @cached_property
-    def _backend(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+    def __reduce__(self) -> tuple[object, ...]:
+        # Opened again in the other process: the library's own pickle forgets that special tokens are text.
+        return _opened, (self.folder, str(self.folder))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -85,8 +84,8 @@ class TextTokenizer:
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index not in special:
-                content = _bytes_of(token)
-                sizes[:, index] = len(content), sum(byte & 0xC0 != 0x80 for byte in content)
+                spelled = _bytes_of(token)
+                sizes[:, index] = len(spelled), sum(byte & 0xC0 != 0x80 for byte in spelled)
         return sizes[0], sizes[1]
 
 
@@ -100,18 +99,20 @@ def load_tokenizer(source: str, cache_dir: str | Path) -> TextTokenizer:
     Raises:
         UserError: nothing is there, no hub can be reached, or it is not a byte-level tokenizer with an eos_token.
     """
+    cache = Path(cache_dir).expanduser()
+    local = Path(source.removeprefix("file://")).expanduser()
     if source.startswith(_MODELSCOPE):
         folder = _from_modelscope(source)
     elif storage.is_remote(source):
-        folder = _from_url(source, Path(cache_dir).expanduser())
-    elif Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser()
+        folder = _from_url(source, cache)
+    elif local.is_dir():
+        folder = local
     elif _HUB_ID.fullmatch(source):
         folder = _from_hugging_face(source)
     else:
-        raise UserError("tokenizer.source", source, "no such folder", "make it with `python -m job tokenizer`")
+        raise UserError("tokenizer.source", source, "no such folder", _TRAIN_ONE)
     if not (folder / "tokenizer.json").is_file():
-        folder = _converted(folder, source, Path(cache_dir).expanduser())
+        folder = _converted(folder, source, cache)
     return _opened(folder, source)
 
 
@@ -163,44 +164,23 @@ def store_tokenizer(tokenizer: TextTokenizer, destination: str, setting: str = "
 
 # ---- Where tokenizers come from ----
 
-
-def _opened(folder: Path, source: str) -> TextTokenizer:
-    """The tokenizer in a local folder, after checking that it is one whose tokens are bytes and that can end a text."""
-    try:
-        described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exceptions for a damaged file
-        raise UserError("tokenizer.source", source, f"tokenizer.json cannot be read: {one_line(str(error))}") from None
-    decoder = described.get("decoder") or {}
-    if "ByteLevel" not in [decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", []))]:
-        expected = f"expected a byte-level tokenizer (as GPT-2's, Qwen's, Llama 3's), found {decoder.get('type')}"
-        raise UserError("tokenizer.source", source, expected, "train one with `python -m job tokenizer`")
-    eos = _eos_token(folder)
-    eod_id = backend.token_to_id(eos) if eos else None
-    if eod_id is None:
-        expected = f"its eos_token ({eos!r}) is not in its vocabulary, so documents cannot be closed"
-        raise UserError("tokenizer.source", source, expected, "set eos_token in tokenizer_config.json")
-    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes() + str(eos).encode()).hexdigest()
-    return TextTokenizer(folder, eod_id, digest)
-
-
-def _eos_token(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-            if token:
-                return str(token["content"] if isinstance(token, dict) else token)
-    return None
+_TRAIN_ONE = "make it with `python -m job tokenizer`"
 
 
 def _from_url(url: str, cache_dir: Path) -> Path:
-    """Downloads a tokenizer's files; its folder is named after what they are, so that a changed one is not mistaken."""
-    found = {entry.url.rpartition("/")[2]: entry for entry in storage.list_files(url)}
-    if not found.keys() & {"tokenizer.json", "vocab.json"}:
-        raise UserError("tokenizer.source", url, "no tokenizer.json there", "make it with `python -m job tokenizer`")
-    contents = {name: storage.read_bytes(found[name].url) for name in _FILES if name in found}
+    contents: dict[str, bytes] = {}
+    for name in _FILES:
+        with suppress(FileNotFoundError):
+            contents[name] = storage.read_bytes(storage.join(url, name))
+    if not contents.keys() & {"tokenizer.json", "vocab.json"}:
+        raise UserError("tokenizer.source", url, "no tokenizer.json there", _TRAIN_ONE)
+    return _kept(contents, cache_dir)
+
+
+def _kept(contents: Mapping[str, bytes], cache_dir: Path) -> Path:
+    """A folder of these files, named after what they are, so that a changed one is not mistaken for the former."""
     digest = hashlib.sha256()
-    for name, content in contents.items():
+    for name, content in sorted(contents.items()):
         digest.update(f"{name} {len(content)} ".encode() + content)
     folder = cache_dir / f"tokenizer-{digest.hexdigest()[:16]}"
     for name, content in contents.items():
@@ -209,24 +189,25 @@ def _from_url(url: str, cache_dir: Path) -> Path:
 
 
 def _from_hugging_face(source: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
-    repository, _, revision = source.partition("@")
+    name, _, revision = source.partition("@")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
-        )
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        raise UserError("tokenizer.source", source, "no such folder here and no such model on the hub") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        expected = f"neither a folder here nor can the hub {_hub_endpoint()} be reached ({type(error).__name__})"
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
+    except errors.GatedRepoError:
+        remedy = f"ask for access at {constants.ENDPOINT}/{name} and set HF_TOKEN"
+        raise UserError("tokenizer.source", source, "is given only to those who asked for it", remedy) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        expected = f"no such folder here, and no such model on the hub {constants.ENDPOINT}"
+        raise UserError("tokenizer.source", source, expected, "check the name; a private one needs HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise UserError("tokenizer.source", source, f"the model has no revision {revision!r}") from None
+    except Exception as error:  # the hub's, its HTTP client's and the operating system's have no base in common
+        expected = f"no such folder here, and the hub {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+        if constants.HF_HUB_OFFLINE:
+            expected = "no such folder here, HF_HUB_OFFLINE is set, and the hub's cache does not have it"
         remedy = "set HF_ENDPOINT to a mirror (https://hf-mirror.com), use modelscope://owner/name, or a local folder"
         raise UserError("tokenizer.source", source, expected, remedy) from None
-
-
-def _hub_endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def _from_modelscope(source: str) -> Path:
@@ -242,21 +223,69 @@ def _from_modelscope(source: str) -> Path:
 
 
 def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
-    """A fast tokenizer made of vocab.json and merges.txt, the older form of a tokenizer's folder."""
+    """A fast tokenizer made of vocab.json and merges.txt, the older form; of Qwen2's kind where nothing says which."""
     if not (folder / "vocab.json").is_file():
-        raise UserError("tokenizer.source", source, "no tokenizer.json there", "make it with `python -m job tokenizer`")
-    from transformers import AutoTokenizer
+        raise UserError("tokenizer.source", source, "no tokenizer.json there", _TRAIN_ONE)
+    from transformers import AutoTokenizer, Qwen2Tokenizer
 
+    described = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
+        try:
+            (AutoTokenizer if described else Qwen2Tokenizer).from_pretrained(folder).save_pretrained(scratch)
+        except Exception as error:  # whatever a file that is not a tokenizer's makes transformers raise
+            raise UserError("tokenizer.source", source, f"not a tokenizer: {one_line(str(error))[:200]}") from None
+        return _kept({name: path.read_bytes() for name in _FILES if (path := Path(scratch, name)).is_file()}, cache_dir)
+
+
+# ---- What a tokenizer must be ----
+
+
+def _opened(folder: Path, source: str) -> TextTokenizer:
+    """The tokenizer in a local folder, after checking that its tokens are bytes and that it can end a document."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever a file that is not a tokenizer's makes transformers raise
-        raise UserError("tokenizer.source", source, f"not a tokenizer: {one_line(str(error))[:200]}") from None
-    converted = cache_dir / f"tokenizer-{hashlib.sha256((folder / 'vocab.json').read_bytes()).hexdigest()[:16]}"
-    tokenizer.save_pretrained(converted)
-    return converted
+        content = (folder / "tokenizer.json").read_bytes()
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exceptions for a damaged file
+        raise UserError("tokenizer.source", source, f"tokenizer.json cannot be read: {one_line(str(error))}") from None
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    if not _spells_every_byte(backend):
+        expected = "expected a byte-level tokenizer (as GPT-2's, Qwen's, Llama 3's); this one does not give a text back"
+        raise UserError("tokenizer.source", source, expected, "train one with `python -m job tokenizer`")
+    eos = _eos_token(folder, source)
+    eod_id = backend.token_to_id(eos) if eos else None
+    if eod_id is None:
+        expected = f"its eos_token ({eos!r}) is not in its vocabulary, so documents cannot be closed"
+        raise UserError("tokenizer.source", source, expected, "set eos_token in tokenizer_config.json")
+    return TextTokenizer(folder, eod_id, hashlib.sha256(content + str(eos).encode()).hexdigest(), backend)
 
 
-# ---- Byte-level vocabularies ----
+def _eos_token(folder: Path, source: str) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            try:
+                token = json.loads((folder / name).read_bytes()).get("eos_token")
+                if token:
+                    return str(token["content"] if isinstance(token, dict) else token)
+            except (ValueError, AttributeError, KeyError) as error:
+                expected = f"{name} cannot be read: {one_line(str(error))}"
+                raise UserError("tokenizer.source", source, expected) from None
+    return None
+
+
+def _spells_every_byte(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the tokens of a text with every byte that UTF-8 can have are, put together, that text."""
+    code_points = [*range(0x800), *range(0x800, 0xD800, 0x7F), *range(0xE000, 0x110000, 0x1FFF)]
+    text = "".join(map(chr, code_points))
+    if backend.normalizer is not None:
+        text = str(backend.normalizer.normalize_str(text))
+    try:
+        encoded = backend.encode(text, add_special_tokens=False)
+    except Exception:  # a character that is not in its vocabulary, and no token for unknown ones
+        return False
+    spelled = b"".join(map(_bytes_of, encoded.tokens))
+    return spelled == text.encode() and backend.decode(encoded.ids, skip_special_tokens=False) == text
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -2,18 +2,20 @@
 
 import multiprocessing
 import os
-import queue
+import signal
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from typing import Any
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import cast
 
 from job import storage
 from job.data.corpus import BadRecord
 from job.data.manifest import Manifest
-from job.data.shards import Recipe, prepare
+from job.data.shards import OnProgress, Recipe, prepare
 from job.data.tokenizer import TextTokenizer
+from job.errors import UserError
 
-OnProgress = Callable[[int, int], None]
 OnBadRecord = Callable[[BadRecord], None]
 
 
@@ -29,59 +31,69 @@ def prepare_in_processes(
 ) -> Manifest | None:
     """`prepare` for this worker's part, cut again into one part for each process.
 
-    A process is started afresh, not forked: a connection to the store does not survive a fork.
+    A process is started afresh, not forked: a connection to the store does not survive a fork. Should this process be
+    killed, the others end with the batch at hand, since nobody takes what they report.
 
     Raises:
-        UserError: as `prepare`; the other processes finish the batch at hand and end.
+        UserError: as `prepare`; the other processes are ended.
     """
     if processes == 1:
         return prepare(recipe, tokenizer, shards_url, worker, on_progress, on_bad_record)
     index, workers = worker
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        events: Any = manager.Queue()
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(store,)) as pool:
-            parts: list[Future[Manifest | None]] = [
-                pool.submit(
-                    _prepare_part, recipe, tokenizer, shards_url, (index * processes + i, workers * processes), events
-                )
-                for i in range(processes)
-            ]
-            pending = set(parts)
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                _hand_on(events, on_progress, on_bad_record)
-                for part in done:
-                    part.result()
-        found = [part.result() for part in parts]
-    return next((manifest for manifest in found if manifest is not None), None)
-
-
-def _start(store: storage.StoreOptions) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    storage.configure(store)
+    running: dict[Connection, SpawnProcess] = {}
+    manifest: Manifest | None = None
+    try:
+        for i in range(processes):
+            events, reports = context.Pipe(duplex=False)
+            part = (index * processes + i, workers * processes)
+            arguments = (recipe, tokenizer, shards_url, store, part, reports)
+            process = context.Process(target=_prepare_part, args=arguments, daemon=True)
+            process.start()
+            running[events] = process
+            reports.close()  # the other process holds the only one now, so that its end ends the pipe
+        while running:
+            for events in cast(list[Connection], wait(list(running))):
+                process = running[events]
+                try:
+                    event = events.recv()
+                except EOFError:
+                    process.join()
+                    raise RuntimeError(f"a process that made shards ended, exit code {process.exitcode}") from None
+                match event:
+                    case BadRecord():
+                        on_bad_record(event)
+                    case (documents, utf8_bytes):
+                        on_progress(documents, utf8_bytes)
+                    case UserError():
+                        raise event
+                    case _:
+                        del running[events]
+                        process.join()
+                        manifest = event or manifest
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+    return manifest
 
 
 def _prepare_part(
-    recipe: Recipe, tokenizer: TextTokenizer, shards_url: str, worker: tuple[int, int], events: Any
-) -> Manifest | None:
-    return prepare(
-        recipe,
-        tokenizer,
-        shards_url,
-        worker,
-        lambda documents, utf8_bytes: events.put((documents, utf8_bytes)),
-        events.put,
-    )
-
-
-def _hand_on(events: Any, on_progress: OnProgress, on_bad_record: OnBadRecord) -> None:
-    while True:
+    recipe: Recipe,
+    tokenizer: TextTokenizer,
+    shards_url: str,
+    store: storage.StoreOptions,
+    worker: tuple[int, int],
+    reports: Connection,
+) -> None:
+    """Reports every batch and bad record, and at last what `prepare` returned, or the UserError that it raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    storage.configure(store)
+    outcome: Manifest | UserError | None
+    with suppress(BrokenPipeError):  # the process that started this one is gone
         try:
-            event = events.get_nowait()
-        except queue.Empty:
-            return
-        if isinstance(event, BadRecord):
-            on_bad_record(event)
-        else:
-            on_progress(*event)
+            outcome = prepare(recipe, tokenizer, shards_url, worker, lambda *done: reports.send(done), reports.send)
+        except UserError as error:
+            outcome = error
+        reports.send(outcome)

@@ -1,12 +1,10 @@
 """A real S3 server (SeaweedFS) on this machine, for the demonstration and the tests."""
 
-import ctypes
 import json
 import os
 import random
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +24,12 @@ _GRPC_OFFSET = 10_000
 _PORTS = range(12_000, 22_000)
 """With the offset still below the range from which Linux gives ports to outgoing connections."""
 _SETTINGS_FILE = "server.json"
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG, and outlives the exec
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 class S3Server:
@@ -78,11 +81,23 @@ class S3Server:
         keys = {"accessKey": self._settings["access_key"], "secretKey": self._settings["secret_key"]}
         identity = {"name": "owner", "credentials": [keys], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
         _write_private(self.folder / "s3.json", {"identities": [identity]})
-        command = [_binary(), "-logtostderr=true", "mini", f"-dir={self.folder / 'data'}"]
+        command = [
+            sys.executable,
+            "-ISc",
+            _DIE_WITH_PARENT,
+            _binary(),
+            "-logtostderr=true",
+            "mini",
+            f"-dir={self.folder / 'data'}",
+        ]
         command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self.folder / 's3.json'}"]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
         command += [f"-{service}.port={port}" for service, port in ports.items()]
+        # Of these the server would make an identity of its own.
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))
+        }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -90,8 +105,7 @@ class S3Server:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env=os.environ | {"GOMEMLIMIT": "600MiB"},
-                preexec_fn=_die_with_parent,
+                env=environment | {"GOMEMLIMIT": "600MiB"},
             )
         self._wait_until_ready(self._process, time.monotonic() + deadline_seconds)
         return self
@@ -112,7 +126,7 @@ class S3Server:
     def create_bucket(self, name: str) -> str:
         """Makes the bucket unless it is there; returns its URL."""
         try:
-            self._client().create_bucket(Bucket=name)
+            self.client().create_bucket(Bucket=name)
         except ClientError as error:
             if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
                 raise
@@ -130,7 +144,8 @@ class S3Server:
     ) -> None:
         self.stop()
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """A botocore client that tries every request once."""
         return botocore.session.Session().create_client(
             "s3",
             region_name="us-east-1",
@@ -141,7 +156,7 @@ class S3Server:
         )
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], deadline: float) -> None:
-        client = self._client()
+        client = self.client()
         while True:
             try:
                 client.list_buckets()
@@ -181,8 +196,3 @@ def _free_ports() -> dict[str, int]:
 def _write_private(path: Path, value: object) -> None:
     path.touch(mode=0o600)
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _die_with_parent() -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from job import storage
 from job.errors import UserError
-from job.training.engine import MOMENTS
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's two moments, as torch names them."""
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -186,7 +188,7 @@ def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str
 
 
 class CheckpointFiles(Mapping[str, Mapping[str, Tensor]]):
-    """The tensors of a downloaded checkpoint by parameter, read from the disk one at a time: `Engine.load_state` form."""
+    """The tensors of a downloaded checkpoint by parameter, read from the disk one at a time, for `Engine.load_state`."""
 
     def __init__(self, folder: Path, only: Iterable[str] = tuple(_FILES)) -> None:
         self._files = {key: safe_open(folder / _FILES[key], framework="pt") for key in only}

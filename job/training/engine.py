@@ -5,8 +5,9 @@ nats, scaled so that the gradient is that of the mean over all targets of the gl
 into ranks and micro-batches.
 """
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from job.model.architecture import LanguageModel
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's two moments, as torch names them."""
+from job.training.checkpoint import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,16 @@ def start_accelerator(strategy: Strategy, log_with: str | None = None) -> Accele
     """
     on_gpu = torch.cuda.is_available()
     zero2 = strategy.name == "zero2"
-    accelerator = Accelerator(
-        mixed_precision="bf16" if strategy.precision == "bf16" else "no",
-        gradient_accumulation_steps=strategy.gradient_accumulation_steps,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(strategy)) if zero2 else None,
-        # Without a backend named here, accelerate on CPU starts no process group at all under DeepSpeed.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
-        cpu=not on_gpu and not zero2,
-        log_with=log_with,
-    )
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has loaded its library, from every process
+        accelerator = Accelerator(
+            mixed_precision="bf16" if strategy.precision == "bf16" else "no",
+            gradient_accumulation_steps=strategy.gradient_accumulation_steps,
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(strategy)) if zero2 else None,
+            # Without a backend named here, accelerate on CPU starts no process group at all under DeepSpeed.
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
+            cpu=not on_gpu and not zero2,
+            log_with=log_with,
+        )
     formed = (accelerator.num_processes, dist.get_world_size() if dist.is_initialized() else 1)
     if formed != (strategy.world_size, strategy.world_size):
         raise RuntimeError(f"{strategy.world_size} processes were asked for, but {formed} came together")

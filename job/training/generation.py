@@ -1,7 +1,7 @@
 """Continuing a text with a model, token by token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+
+    def for_prompt(self, index: int) -> "Sampling":
+        """The same, with a seed of its own for each of several prompts: a young model would continue them all alike."""
+        return replace(self, seed=self.seed + index)
 
 
 @torch.no_grad()
@@ -49,6 +53,7 @@ def continue_text(
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=min(sampling.max_new_tokens, context_length - len(ids)),
+        use_cache=True,
         eos_token_id=tokenizer.eod_id,
         pad_token_id=tokenizer.eod_id,
         **choice,
@@ -63,7 +68,6 @@ def continue_text(
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
             streamer=streamer,
-            use_cache=True,
         )
     model.train(was_training)
     return streamer.text

@@ -301,7 +301,7 @@ def check_tokenizer(tokenizer: TextTokenizer, manifest: Manifest, shards_url: st
 
 
 def identity_of(config: Config, spec: ModelSpec, manifest: Manifest) -> dict[str, Any]:
-    """What cannot change within a run: with another of these, the checkpoint or its cursor would mean something else."""
+    """What cannot change within a run: with another of these, a checkpoint or its cursor would mean something else."""
     return {
         "model": asdict(spec),
         "data": manifest.fingerprint,
@@ -329,7 +329,7 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def _open(config: Config, tokenizer: TextTokenizer) -> tuple[RunRecord, Checkpoint | None]:
-    """The run and where it goes on; the tokenizer is kept with the run, so that a checkpoint can be used without the shards."""
+    """The run and where it goes on; the tokenizer is kept with it, so that a checkpoint is of use without the shards."""
     output, resume = config.run.output, config.train.resume
     run = open_run(output, config.run.name, settings.to_dict(config), start_over=resume == "never")
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
@@ -367,8 +367,10 @@ def _samples(engine: Engine, tokenizer: TextTokenizer, config: Config) -> dict[s
     sampling = Sampling(**config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}))
     with engine.autocast():
         return {
-            prompt: continue_text(engine.module.causal_lm, tokenizer, prompt, sampling, config.train.context_length)
-            for prompt in config.generate.prompts
+            prompt: continue_text(
+                engine.module.causal_lm, tokenizer, prompt, sampling.for_prompt(index), config.train.context_length
+            )
+            for index, prompt in enumerate(config.generate.prompts)
         }
 
 

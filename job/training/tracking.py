@@ -210,7 +210,7 @@ def start_tracker(
                 thread.order(abandon)
                 return Tracker(_UNTRACKED)
             except Exception as error:
-                logger.warning("SwanLab's cloud is not reached, or refuses: %s Logging offline.", one_line(str(error)))
+                logger.warning("SwanLab's cloud refuses or is not reached, so offline: %s", one_line(str(error)))
                 mode = "offline"
         run = thread.do(lambda: start(mode), START_SECONDS)
     except OSError as error:

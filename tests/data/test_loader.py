@@ -8,61 +8,27 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from toy_data import LENGTH, DataSet, loader_of, order_of, rows, write_data_set
 
 from job import storage
-from job.data.loader import IGNORED_LABEL, Batch, BatchLoader, EvaluationLoader
-from job.data.order import EvaluationOrder, WindowOrder
+from job.data.loader import IGNORED_LABEL, EvaluationLoader
+from job.data.order import EvaluationOrder
 from job.errors import UserError
 
-if TYPE_CHECKING:
-    from conftest import DataSet, WriteDataSet
-
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-LENGTH = 5
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda tokens: max(tokens) >= 2)
 
 
-def order_of(data: "DataSet", **changes: Any) -> WindowOrder:
-    shards = data.manifest.train
-    arguments: dict[str, Any] = {"context_length": LENGTH, "seed": 11, "buffer_bytes": 300} | changes
-    return WindowOrder([shard.tokens for shard in shards], [shard.size for shard in shards], **arguments)
-
-
-def loader_of(data: "DataSet", cache_dir: Path | str, order: WindowOrder | None = None, **changes: Any) -> BatchLoader:
-    order = order or order_of(data)
-    arguments: dict[str, Any] = {
-        "global_batch_size": 4,
-        "micro_batch_size": 4,
-        "rank": 0,
-        "world_size": 1,
-        "start_position": 0,
-        "end_position": order.position_limit(2),
-        "cache_dir": cache_dir,
-        "cache_bytes": 10**6,
-        "prefetch_steps": 2,
-        "workers": 1,
-    }
-    return BatchLoader(data.url, data.manifest, order, **(arguments | changes))
-
-
 @contextmanager
-def data_set(write_data_set: "WriteDataSet", *sizes: Any, **kinds: Any) -> Iterator[tuple["DataSet", Path]]:
+def data_set(*sizes: Any, **kinds: Any) -> Iterator[tuple[DataSet, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         yield write_data_set(f"{folder}/data", *sizes, **kinds), Path(folder, "cache")
-
-
-def rows(batches: list[Batch]) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """Input ids and labels of each batch, its micro-batches put together."""
-    return [
-        tuple(torch.cat([pair[side] for pair in batch.micro_batches]).tolist() for side in (0, 1))  # type: ignore[misc]
-        for batch in batches
-    ]
 
 
 @FEW
@@ -77,9 +43,9 @@ def rows(batches: list[Batch]) -> list[tuple[list[list[int]], list[list[int]]]]:
     epochs=st.integers(1, 2),
 )
 def test_every_token_but_the_first_of_each_shard_is_a_target_once_an_epoch(
-    write_data_set: "WriteDataSet", sizes: list[int], dtype: str, epochs: int, global_batch_size: int, **order: int
+    sizes: list[int], dtype: str, epochs: int, global_batch_size: int, **order: int
 ) -> None:
-    with data_set(write_data_set, sizes, dtype=dtype) as (data, cache_dir):
+    with data_set(sizes, dtype=dtype) as (data, cache_dir):
         used = order_of(data, **order)
         with loader_of(
             data, cache_dir, used, global_batch_size=global_batch_size, end_position=used.position_limit(epochs)
@@ -111,7 +77,6 @@ def test_every_token_but_the_first_of_each_shard_is_a_target_once_an_epoch(
     buffer_bytes=st.integers(1, 600),
 )
 def test_ranks_threads_and_micro_batches_only_divide_the_global_batch(
-    write_data_set: "WriteDataSet",
     sizes: list[int],
     world_size: int,
     micro_batch_size: int,
@@ -120,7 +85,7 @@ def test_ranks_threads_and_micro_batches_only_divide_the_global_batch(
     **threads: int,
 ) -> None:
     assume((12 // world_size) % micro_batch_size == 0)
-    with data_set(write_data_set, sizes) as (data, cache_dir):
+    with data_set(sizes) as (data, cache_dir):
         order = order_of(data, node_groups=node_groups, buffer_bytes=buffer_bytes)
         with loader_of(data, cache_dir, order, global_batch_size=12, micro_batch_size=12) as loader:
             alone = list(loader)
@@ -144,9 +109,7 @@ def test_ranks_threads_and_micro_batches_only_divide_the_global_batch(
                 assert torch.equal(together, whole.micro_batches[0][side])
 
 
-def test_a_loader_started_at_any_cursor_goes_on_as_if_it_had_never_stopped(
-    write_data_set: "WriteDataSet", tmp_path: Path
-) -> None:
+def test_a_loader_started_at_any_cursor_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 31, 7, 20])
     with loader_of(data, tmp_path) as loader:
         whole = list(loader)
@@ -155,7 +118,7 @@ def test_a_loader_started_at_any_cursor_goes_on_as_if_it_had_never_stopped(
             assert rows(list(loader)) == rows(whole[number:])
 
 
-def test_without_an_end_the_epochs_follow_each_other(write_data_set: "WriteDataSet", tmp_path: Path) -> None:
+def test_without_an_end_the_epochs_follow_each_other(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [11])
     with loader_of(data, tmp_path, end_position=None, global_batch_size=2, micro_batch_size=2) as loader:
         for batch in itertools.islice(loader, 10):
@@ -175,6 +138,7 @@ class Endless:
 
     def __init__(self) -> None:
         self.was_read = threading.Event()
+        self._pause = threading.Event()
 
     def __enter__(self) -> "Endless":
         return self
@@ -184,7 +148,8 @@ class Endless:
 
     def read(self, _: int) -> bytes:
         self.was_read.set()
-        return b"x" if not threading.Event().wait(0.01) else b""
+        self._pause.wait(0.01)
+        return b"x"
 
 
 @pytest.fixture
@@ -194,9 +159,7 @@ def stalled(monkeypatch: pytest.MonkeyPatch) -> Endless:
     return endless
 
 
-def test_a_request_to_stop_ends_the_wait_for_a_shard(
-    write_data_set: "WriteDataSet", tmp_path: Path, stalled: Endless
-) -> None:
+def test_a_request_to_stop_ends_the_wait_for_a_shard(tmp_path: Path, stalled: Endless) -> None:
     data = write_data_set(f"{tmp_path}/data", [50])
     asked = threading.Event()
     timer = threading.Timer(0.5, asked.set)
@@ -210,31 +173,25 @@ def test_a_request_to_stop_ends_the_wait_for_a_shard(
     timer.join()
 
 
-def test_closing_ends_all_threads_at_once_even_while_they_wait(
-    write_data_set: "WriteDataSet", tmp_path: Path, stalled: Endless
-) -> None:
+def test_closing_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, stalled: Endless) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 50, 50])
-    loader = loader_of(data, tmp_path, workers=3)
-    consumer = threading.Thread(target=lambda: next(iter(loader), None), daemon=True)
-    consumer.start()
-    assert stalled.was_read.wait(10)
-    assert our_threads()
+    loader = loader_of(data, tmp_path, workers=3, should_stop=stalled.was_read.is_set)
+    assert list(loader) == []
+    assert any("cut" in name for name in our_threads()) and any("fetch" in name for name in our_threads())
     began = time.monotonic()
     loader.close()
     assert time.monotonic() - began < 2
     assert our_threads() == []
 
 
-def test_leaving_a_loader_in_the_middle_ends_all_threads(write_data_set: "WriteDataSet", tmp_path: Path) -> None:
+def test_leaving_a_loader_in_the_middle_ends_all_threads(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [500, 500])
     with loader_of(data, tmp_path, workers=2) as loader:
         next(iter(loader))
     assert our_threads() == []
 
 
-def test_what_fails_in_a_thread_is_raised_where_the_batch_is_used(
-    write_data_set: "WriteDataSet", tmp_path: Path
-) -> None:
+def test_what_fails_in_a_thread_is_raised_where_the_batch_is_used(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 50, 50])
     victim = Path(data.url, data.manifest.train[1].name)
     content = bytearray(victim.read_bytes())
@@ -259,9 +216,9 @@ def test_what_fails_in_a_thread_is_raised_where_the_batch_is_used(
     max_windows=st.none() | st.integers(1, 20),
 )
 def test_evaluation_batches_are_the_same_for_any_number_of_ranks(
-    write_data_set: "WriteDataSet", sizes: list[int], world_size: int, batch_size: int, max_windows: int | None
+    sizes: list[int], world_size: int, batch_size: int, max_windows: int | None
 ) -> None:
-    with data_set(write_data_set, [10], sizes) as (data, cache_dir):
+    with data_set([10], sizes) as (data, cache_dir):
         order = EvaluationOrder(sizes, LENGTH, seed=3, max_windows=max_windows)
 
         def batches(rank: int, world_size: int) -> list[Any]:

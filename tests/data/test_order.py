@@ -204,6 +204,8 @@ def test_epochs_seeds_and_buffers_are_shuffled_differently() -> None:
     order = WindowOrder([401] * 2, [802] * 2, 4, seed=1, buffer_bytes=802)
     first, second = (order.window_ids(start, 100)[1] for start in (0, 100))
     assert (first == second).sum() < 10
+    order = WindowOrder([9] * 20, [18] * 20, 4, seed=1, buffer_bytes=1)
+    assert order.window_ids(0, 40)[0].tolist() != order.window_ids(40, 40)[0].tolist()
 
 
 # ---- The permutation ----

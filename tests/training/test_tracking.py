@@ -18,6 +18,7 @@ import pytest
 import swanlab
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record
 from swanlab.sdk.internal.core_python.store import DataStoreReader
+from tracked_run import begin, end
 
 from job.errors import UserError
 from job.training.tracking import choose_mode, new_run_id, start_tracker
@@ -28,36 +29,6 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-aws-secret",
     "HF_TOKEN": "planted-hub-token",
 }
-EXIT_SECONDS = 60
-SCRIPT = Path(__file__).with_name("tracked_run.py")
-
-
-def begin(place: Path, environment: dict[str, str], **arguments: Any) -> subprocess.Popen[str]:
-    """Starts a tracked run in a process that has nothing of SwanLab's but `environment`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
-    clean |= {"HOME": str(place), "PYTHONPATH": str(SCRIPT.parents[2]), **environment}
-    arguments = {"log_dir": str(place / "swanlog"), **arguments}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), json.dumps(arguments)],
-        cwd=place,
-        env=clean,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def end(process: subprocess.Popen[str]) -> SimpleNamespace:
-    """What a run saw, and what stands on its standard error; it must end by itself, and in time."""
-    try:
-        out, err = process.communicate(timeout=EXIT_SECONDS)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    lines = out.splitlines()
-    assert len(lines) == 1, f"SwanLab's words among ours: {lines}"
-    return SimpleNamespace(**json.loads(lines[0]), warnings=err.splitlines(), output=out + err)
 
 
 def records(folder: Path) -> list[Record]:
@@ -222,7 +193,8 @@ def test_only_the_main_process_tracks_and_none_where_it_is_disabled(mode: Any, m
 
 
 @pytest.fixture(scope="module")
-def restarted(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def restarted(tmp_path_factory: pytest.TempPathFactory, begun: dict[str, SimpleNamespace]) -> SimpleNamespace:
+    """The two starts of one run; the runs that wait for a cloud do so meanwhile."""
     place = tmp_path_factory.mktemp("restarted")
     subprocess.run(["git", "init", "-q", place], check=True)
     remote = "https://me:planted-remote-password@example.org/private.git"
@@ -339,8 +311,8 @@ CLOUDS = ["refuses the key", "is out of order", "cannot be reached", "never answ
 
 
 @pytest.fixture(scope="module")
-def clouds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SimpleNamespace]]:
-    """One run in each kind of cloud; they wait side by side."""
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SimpleNamespace]]:
+    """One run begun in each kind of cloud; they wait side by side."""
     silent = socket.create_server(("127.0.0.1", 0))
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))
@@ -353,13 +325,22 @@ def clouds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Simpl
         environment = {"SWANLAB_API_KEY": KEY, "SWANLAB_API_HOST": host}
         process = begin(place, environment, mode="cloud", run_id=run_id, deadlines=seconds)
         runs[kind] = SimpleNamespace(place=place, run_id=run_id, host=host, process=process, server=server)
-    yield {kind: SimpleNamespace(**vars(run), seen=end(run.process)) for kind, run in runs.items()}
+    yield runs
+    for run in runs.values():
+        run.process.kill()
+        run.process.wait()
     for server in servers:
         if isinstance(server, StandIn):
             server.shutdown()
             server.server_close()
         else:
             server.close()
+
+
+@pytest.fixture(scope="module")
+def clouds(begun: dict[str, SimpleNamespace]) -> dict[str, SimpleNamespace]:
+    """The same runs, ended."""
+    return {kind: SimpleNamespace(**vars(run), seen=end(run.process)) for kind, run in begun.items()}
 
 
 @pytest.mark.parametrize("kind", CLOUDS[:3])

@@ -1,14 +1,51 @@
-"""A run that is tracked, in a process of its own: `python tracked_run.py ARGUMENTS`, a JSON object; tells what it saw."""
+"""A run that is tracked, in a process of its own that has nothing of SwanLab's but what a test gives it."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator
 
 from job.training import tracking
+
+EXIT_SECONDS = 60
+
+
+def begin(place: Path, environment: dict[str, str], **arguments: Any) -> subprocess.Popen[str]:
+    """Starts a run in the folder `place`; `arguments` are those of `main`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
+    clean |= {"HOME": str(place), "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
+    arguments = {"log_dir": str(place / "swanlog"), **arguments}
+    return subprocess.Popen(
+        [sys.executable, __file__, json.dumps(arguments)],
+        cwd=place,
+        env=clean,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> SimpleNamespace:
+    """What a run saw, and what stands on its standard error; it must end by itself, and in time."""
+    try:
+        out, err = process.communicate(timeout=EXIT_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 1, f"SwanLab's words among ours: {lines}"
+    return SimpleNamespace(**json.loads(lines[0]), warnings=err.splitlines(), output=out + err)
+
+
+# ---- In that process ----
 
 
 def main(
@@ -34,7 +71,9 @@ def main(
     kept = signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
     for step in range(first_step, first_step + 10):
         tracker.log({"train/loss": 5 - step / 10, "train/learning_rate": 1e-3}, step=step)
-    tracker.log_texts("samples", {"北京市": "是中华人民共和国的首都。", "牛顿": "是物理学家。\n第二行"}, step=first_step)
+    tracker.log_texts(
+        "samples", {"北京市": "是中华人民共和国的首都。", "牛顿": "是物理学家。\n第二行"}, step=first_step
+    )
     began = time.monotonic()
     tracker.finish(success)
     finish_seconds = time.monotonic() - began

@@ -1,0 +1,354 @@
+"""Shards on a node's disk, from a real S3 server: once per node, verified, within their room, whoever dies."""
+
+import hashlib
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from toy_data import LENGTH, DataSet, loader_of, order_of, rows, write_data_set
+
+from job import storage
+from job.data.cache import ShardCache, _locked
+from job.data.loader import EvaluationLoader
+from job.data.order import EvaluationOrder
+from job.errors import UserError
+
+ROOMY = 10**9
+
+
+def content(cache: ShardCache, index: int) -> bytes:
+    with cache.open(index) as file:
+        return file.read()
+
+
+def stored(data: DataSet, index: int) -> bytes:
+    return storage.read_bytes(storage.join(data.url, data.manifest.train[index].name))
+
+
+def bytes_on_disk(cache_dir: Path) -> int:
+    """What shards and room reserved for shards take."""
+    with _locked(cache_dir / "room.lock"):
+        held = sum(path.stat().st_size for path in cache_dir.glob("*.shard"))
+        return held + sum(int(path.name.split(".")[-2]) for path in cache_dir.glob("*.partial"))
+
+
+class Fetches:
+    """Every fetch from the store, by shard name, and what the test wants done at its beginning."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self.before: Callable[[str, int], None] = lambda name, number: None
+        self._open = storage.open_read
+        monkeypatch.setattr(storage, "open_read", self._counted)
+
+    def _counted(self, url: str) -> BinaryIO:
+        name = url.rpartition("/")[2]
+        self.names.append(name)
+        self.before(name, self.names.count(name))
+        return self._open(url)
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> Fetches:
+    return Fetches(monkeypatch)
+
+
+# ---- Once per node ----
+
+READER = """
+import sys
+from job.data.cache import ShardCache, _locked
+from job.data.manifest import load_manifest
+url, cache_dir = sys.argv[1:]
+manifest = load_manifest(url)
+cache = ShardCache(url, manifest.train, cache_dir, 10**9)
+print("ready", flush=True)
+sys.stdin.readline()
+cache.use(range(len(manifest.train)))
+for index, shard in enumerate(manifest.train):
+    with cache.open(index) as file:
+        assert len(file.read()) == shard.size
+cache.close()
+print(cache.downloads, flush=True)
+"""
+
+HANGING_READER = """
+import threading
+from job import storage
+open_read = storage.open_read
+
+class Hanging:
+    def __init__(self, source): self.source = source
+    def __enter__(self): return self
+    def __exit__(self, *error): self.source.close()
+    def read(self, count):
+        if begun := self.source.tell():
+            print("in the middle", flush=True)
+            threading.Event().wait()
+        return self.source.read(10)
+
+def hanging(url):
+    return Hanging(open_read(url)) if url.endswith("train-00000.bin") else open_read(url)
+"""
+
+
+def start(script: str, data: DataSet, cache_dir: Path) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", script, data.url, str(cache_dir)], stdin=pipe, stdout=pipe, text=True
+    )
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_two_processes_of_a_node_fetch_each_shard_once_between_them(bucket: str, tmp_path: Path) -> None:
+    data = write_data_set(bucket, [2000] * 12)
+    processes = [start(READER, data, tmp_path) for _ in range(2)]
+    assert [said(process) for process in processes] == ["ready", "ready"]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    downloads = [int(said(process)) for process in processes]
+    assert [process.wait(30) for process in processes] == [0, 0]
+    assert sum(downloads) == 12
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".plan")]
+
+
+def test_another_process_takes_over_when_the_one_that_fetches_is_killed(bucket: str, tmp_path: Path) -> None:
+    data = write_data_set(bucket, [2000, 2000])
+    hanging = HANGING_READER + READER.replace("cache.use", "storage.open_read = hanging; cache.use")
+    process = start(hanging, data, tmp_path)
+    assert said(process) == "ready"
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    assert said(process) == "in the middle"
+    cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
+    cache.use([0, 1])
+    got: list[bytes] = []
+    waiting = threading.Thread(target=lambda: got.append(content(cache, 0)))
+    waiting.start()
+    assert content(cache, 1) == stored(data, 1)
+    assert not got and list(tmp_path.glob("*.partial"))
+    process.kill()
+    process.wait()
+    waiting.join(10)
+    assert got == [stored(data, 0)]
+    cache.close()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_killed_process_reserved_is_room_again(bucket: str, tmp_path: Path) -> None:
+    data = write_data_set(bucket, [2000])
+    shard_bytes = data.manifest.train[0].size
+    (tmp_path / "0123456789abcdef-other.bin.5000.partial").touch()
+    (tmp_path / "0123456789abcdef.plan").write_text("1 0123456789abcdef-older.bin\n")
+    (tmp_path / "0123456789abcdef-older.bin.shard").write_bytes(bytes(5000))
+    cache = ShardCache(data.url, data.manifest.train, tmp_path, shard_bytes)
+    cache.use([0])
+    assert content(cache, 0) == stored(data, 0)
+    assert bytes_on_disk(tmp_path) == shard_bytes
+    assert not list(tmp_path.glob("0123456789abcdef*.p*"))
+    cache.close()
+
+
+# ---- Verified ----
+
+
+def test_a_shard_that_stays_damaged_is_refused_by_name(bucket: str, tmp_path: Path, fetches: Fetches) -> None:
+    data = write_data_set(bucket, [500, 500])
+    damaged = bytearray(stored(data, 1))
+    damaged[100] ^= 1
+    storage.write_bytes(storage.join(data.url, data.manifest.train[1].name), bytes(damaged))
+    fetches.names.clear()
+    with loader_of(data, tmp_path) as loader, pytest.raises(UserError) as caught:
+        list(loader)
+    assert fetches.names.count("train-00001.bin") == 2
+    message = str(caught.value)
+    assert message.startswith("data.shards") and data.manifest.train[1].name in message
+    assert hashlib.sha256(damaged).hexdigest() in message and data.manifest.train[1].sha256 in message
+    assert not list(tmp_path.glob("*train-00001.bin.shard"))
+
+
+def test_a_shard_that_was_damaged_once_is_fetched_again_and_used(bucket: str, tmp_path: Path, fetches: Fetches) -> None:
+    data = write_data_set(bucket, [500])
+    whole = stored(data, 0)
+    url = storage.join(data.url, data.manifest.train[0].name)
+    storage.write_bytes(url, whole[:-8])
+    fetches.names.clear()
+
+    def repair(name: str, number: int) -> None:
+        if number == 2:
+            storage.write_bytes(url, whole)
+
+    fetches.before = repair
+    cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
+    cache.use([0])
+    assert content(cache, 0) == whole
+    assert cache.downloads == 2
+    cache.close()
+
+
+def test_a_missing_shard_is_named(bucket: str, tmp_path: Path) -> None:
+    data = write_data_set(bucket, [500, 500])
+    storage.delete([storage.join(data.url, "train-00001.bin")])
+    with loader_of(data, tmp_path) as loader, pytest.raises(UserError, match=r"^data\.shards: .*train-00001\.bin"):
+        list(loader)
+
+
+def test_another_data_sets_shard_is_not_taken_for_ours(bucket: str, tmp_path: Path) -> None:
+    for url, tokens in ((f"{bucket}/one", 500), (f"{bucket}/two", 501)):
+        data = write_data_set(url, [tokens])
+        cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
+        cache.use([0])
+        assert content(cache, 0) == stored(data, 0)
+        assert cache.downloads == 1
+        cache.close()
+
+
+def test_local_shards_are_used_where_they_lie_and_verified_once(tmp_path: Path, fetches: Fetches) -> None:
+    data = write_data_set(str(tmp_path / "data"), [500, 500])
+
+    def pass_over() -> int:
+        fetches.names.clear()
+        cache = ShardCache(data.url, data.manifest.train, tmp_path / "cache", 1)
+        cache.use([0, 1])
+        assert content(cache, 0)[:2000] == stored_locally[0][:2000]
+        content(cache, 1)
+        cache.close()
+        assert cache.downloads == 0
+        return len(fetches.names)
+
+    stored_locally = [Path(data.url, shard.name).read_bytes() for shard in data.manifest.train]
+    assert [pass_over(), pass_over()] == [2, 0]
+    Path(data.url, "train-00001.bin").write_bytes(stored_locally[1])
+    assert pass_over() == 1
+    assert not list((tmp_path / "cache").glob("*.shard"))
+
+
+# ---- Room ----
+
+
+def test_a_buffer_that_does_not_fit_is_refused_with_the_number_that_does(bucket: str, tmp_path: Path) -> None:
+    data = write_data_set(bucket, [500, 400, 300])
+    order = order_of(data, buffer_bytes=10**9)
+    needed = sum(shard.size for shard in data.manifest.train)
+    with pytest.raises(UserError, match=rf"^data\.cache_bytes: {needed - 1}: .* set it to {needed} or more"):
+        loader_of(data, tmp_path, order, cache_bytes=needed - 1)
+    with loader_of(data, tmp_path, order, cache_bytes=needed) as loader:
+        assert len(list(loader)) == -(-order.position_limit(2) // 4)
+
+
+@pytest.mark.parametrize("buffers_that_fit", [1, 1.5, 2])
+def test_the_cache_keeps_its_limit_and_the_buffer_in_use_over_many_buffers(
+    bucket: str, tmp_path: Path, fetches: Fetches, buffers_that_fit: float
+) -> None:
+    data = write_data_set(bucket, [100] * 9)
+    shard_bytes = data.manifest.train[0].size
+    order = order_of(data, buffer_bytes=3 * shard_bytes)
+    limit = int(3 * shard_bytes * buffers_that_fit)
+    disk: list[int] = []
+    fetches.before = lambda name, number: disk.append(bytes_on_disk(tmp_path / "tight"))
+    with loader_of(data, tmp_path / "tight", order, cache_bytes=limit, workers=2) as loader:
+        batches = []
+        for batch in loader:
+            disk.append(bytes_on_disk(tmp_path / "tight"))
+            batches.append(batch)
+        downloads = loader.downloads
+    assert shard_bytes <= max(disk) <= limit
+    assert downloads <= 18  # each of 9 shards at most once an epoch: none is dropped before its buffer is done
+    fetches.before = lambda name, number: None
+    with loader_of(data, tmp_path / "roomy", order) as loader:
+        assert rows(list(loader)) == rows(batches)
+        assert loader.downloads == 9
+
+
+def test_two_processes_at_different_places_go_on_in_a_cache_too_small_for_both(
+    bucket: str, tmp_path: Path, fetches: Fetches
+) -> None:
+    data = write_data_set(bucket, [60] * 6)
+    shard_bytes = data.manifest.train[0].size
+    order = order_of(data, buffer_bytes=2 * shard_bytes)
+    with loader_of(data, tmp_path / "roomy", order) as loader:
+        expected = rows(list(loader))
+    disk: list[int] = []
+    fetches.before = lambda name, number: disk.append(bytes_on_disk(tmp_path / "tight"))
+    tight: dict[str, Any] = {"cache_bytes": 2 * shard_bytes}
+    with (
+        loader_of(data, tmp_path / "tight", order, **tight) as one,
+        loader_of(data, tmp_path / "tight", order, **tight) as other,
+    ):
+        ahead = [next(iter(one)) for _ in range(len(expected) // 2)]
+        both = [(a, b) for a, b in zip([*ahead, *one], other, strict=True)]
+    assert rows([a for a, _ in both]) == rows([b for _, b in both]) == expected
+    assert max(disk) <= 2 * shard_bytes
+
+
+def test_evaluation_does_not_drop_the_buffer_that_training_uses(bucket: str, tmp_path: Path, fetches: Fetches) -> None:
+    data = write_data_set(bucket, [100] * 4, [100] * 6)
+    shard_bytes = data.manifest.train[0].size
+    room: dict[str, Any] = {"cache_dir": tmp_path, "cache_bytes": 3 * shard_bytes}
+    training_order = order_of(data, buffer_bytes=2 * shard_bytes)
+    held_out = EvaluationOrder([100] * 6, LENGTH, seed=1)
+    fetched = Counter[str]()
+    with loader_of(data, order=training_order, end_position=training_order.position_limit(1), **room) as loader:
+        batches = iter(loader)
+        next(batches)
+        ranks: dict[str, int] = {"rank": 0, "world_size": 1}
+        with EvaluationLoader(data.url, data.manifest, held_out, batch_size=8, **ranks, **room) as evaluation:
+            for _ in range(2):
+                labels = [label for batch in evaluation for label in batch.labels.flatten().tolist() if label > 0]
+                assert labels == [token for tokens in data.validation for token in tokens[1:]]
+        for _ in batches:
+            pass
+        fetched.update(name for name in fetches.names if name.startswith("train"))
+    first_buffer = [data.manifest.train[index].name for index in training_order.shards_needed(0)]
+    assert [fetched[name] for name in first_buffer] == [1, 1]
+
+
+def test_a_store_that_fails_ahead_of_use_does_not_stop_the_training(
+    bucket: str, tmp_path: Path, fetches: Fetches
+) -> None:
+    data = write_data_set(bucket, [100] * 4)
+    order = order_of(data, buffer_bytes=2 * data.manifest.train[0].size)
+    later = {data.manifest.train[index].name for index in order.shards_needed(order.buffer_at(0).stop)}
+    refused = threading.Event()
+
+    def fail_first(name: str, number: int) -> None:
+        if name in later and number == 1:
+            refused.set()
+            raise storage.StoreError("the network is away")
+
+    fetches.before = fail_first
+    with loader_of(data, tmp_path, order) as loader:
+        first = next(iter(loader))
+        assert refused.wait(10)
+        assert len([first, *loader]) == -(-order.position_limit(2) // 4)
+    assert Counter(fetches.names) == {name: 2 if name in later else 1 for name in set(fetches.names)}
+
+
+def test_a_store_that_fails_when_the_shard_is_needed_is_an_error(bucket: str, tmp_path: Path, fetches: Fetches) -> None:
+    data = write_data_set(bucket, [100])
+
+    def fail(name: str, number: int) -> None:
+        raise storage.StoreError("the network is away")
+
+    fetches.before = fail
+    with loader_of(data, tmp_path) as loader, pytest.raises(storage.StoreError, match="the network is away"):
+        list(loader)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    data = write_data_set(str(tmp_path / "data"), [100])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^data\.cache_dir: "):
+        ShardCache(data.url, data.manifest.train, tmp_path / "file", 1)

@@ -1,0 +1,121 @@
+"""The data set on disk: what is written is what is read, and what is not whole is not a data set."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_data import write_data_set
+
+from job.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    TokenType,
+    load_manifest,
+    manifest_bytes,
+    open_shard,
+    shard_bytes,
+    shard_size,
+)
+from job.errors import UserError
+
+
+def shard_of(number: int, tokens: int = 10_000_019, documents: int = 7) -> Shard:
+    return Shard(
+        name=f"train/{number:06d}.bin",
+        tokens=tokens,
+        documents=documents,
+        utf8_bytes=4,
+        characters=2,
+        size=shard_size(tokens, documents, "uint16"),
+        sha256=f"{number:064x}",
+    )
+
+
+def manifest_of(*shards: Shard) -> Manifest:
+    return Manifest(
+        fingerprint="a",
+        tokenizer_fingerprint="b",
+        vocab_size=100,
+        dtype="uint16",
+        eod_id=3,
+        seed=1,
+        validation_fraction=0.1,
+        split_rule="c",
+        train=shards,
+        validation=(),
+        statistics={"texts": {"mean": 1.5}},
+    )
+
+
+@given(st.lists(st.integers(0, 20), max_size=6), st.sampled_from(["uint16", "uint32"]))
+def test_a_shard_gives_back_its_tokens_and_where_its_documents_end(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], dtype: TokenType
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "shard.bin"
+    ends = np.cumsum(lengths, dtype=np.int64)
+    tokens = np.arange(60_000, 60_000 + sum(lengths)).astype(dtype)
+    content = shard_bytes(tokens, ends)
+    path.write_bytes(content)
+    assert len(content) == shard_size(len(tokens), len(lengths), dtype)
+    assert content[: tokens.nbytes] == tokens.astype(f"<u{tokens.itemsize}").tobytes()
+    shard = Shard(
+        name="shard.bin",
+        tokens=len(tokens),
+        documents=len(lengths),
+        utf8_bytes=0,
+        characters=0,
+        size=len(content),
+        sha256="0" * 64,
+    )
+    read_tokens, read_ends = open_shard(path, shard, dtype)
+    assert read_tokens.tolist() == tokens.tolist() and read_ends.tolist() == ends.tolist()
+
+
+def test_a_shard_file_of_another_size_is_refused(tmp_path: Path) -> None:
+    data = write_data_set(str(tmp_path), [100])
+    path = tmp_path / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"data\.shards.*400 bytes where the manifest says 408"):
+        open_shard(path, data.manifest.train[0], "uint32")
+
+
+def test_a_manifest_of_100_000_shards_opens_in_two_seconds(tmp_path: Path) -> None:
+    manifest = manifest_of(*map(shard_of, range(100_000)))
+    content = manifest_bytes(manifest)
+    assert content == manifest_bytes(manifest)
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
+    began = time.process_time()
+    assert load_manifest(str(tmp_path)) == manifest
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ((b"{", b""), "damaged or not of a data set of this program"),
+        ((b'"format_version": 1', b'"format_version": 2'), "format version 2, this program reads 1"),
+        ((b'"format_version": 1', b'"other": 1'), "damaged or not of a data set of this program"),
+        ((b'"eod_id": 3', b'"eod_id": -3'), "damaged at eod_id"),
+        ((b'"eod_id": 3', b'"eod_id": "3"'), "damaged at eod_id"),
+        ((b'"uint16"', b'"uint8"'), "damaged at dtype"),
+        ((b'"tokens": 19', b'"tokens": 26'), "tokens need 112"),
+        ((b'"sha256": "00', b'"sha256": "'), r"damaged at train\.0\.sha256"),
+    ],
+)
+def test_a_damaged_foreign_or_newer_manifest_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    content = manifest_bytes(manifest_of(shard_of(0, tokens=19)))
+    assert change[0] in content
+    (tmp_path / MANIFEST_NAME).write_bytes(content.replace(*change, 1))
+    with pytest.raises(UserError, match=rf"^data\.shards: '{tmp_path}': .*{said}"):
+        load_manifest(str(tmp_path))
+
+
+def test_a_folder_without_a_manifest_is_no_data_set(bucket: str, tmp_path: Path) -> None:
+    for url in (str(tmp_path / "absent"), f"{bucket}/absent"):
+        with pytest.raises(UserError, match=r"^data\.shards: .*run `python -m job prepare` first"):
+            load_manifest(url)
