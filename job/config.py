@@ -6,6 +6,7 @@ command line. The help texts, ``--print-config`` and the commented files in ``co
 
 import difflib
 import json
+import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Run(Section):
     """What this run is called and where everything it makes is kept."""
 
     output: str = setting(
-        "demo-output/run",
+        "data/run",
         "Where the run lives: checkpoints, final model and logs. A folder or a URL such as s3://bucket/runs/one",
         min_length=1,
     )
@@ -80,7 +81,7 @@ class Data(Section):
     on_bad_record: Literal["stop", "skip"] = setting(
         "stop", "What a broken record does: stop with its position, or be counted and left out"
     )
-    shards: str = setting("demo-output/shards", "Where the token shards are kept: a folder or a URL", min_length=1)
+    shards: str = setting("data/shards", "Where the token shards are kept: a folder or a URL", min_length=1)
     slice_bytes: ByteSize = setting(
         ByteSize(64 * MiB), "Size of the pieces the corpus is cut into; each gives one shard", unit="bytes", ge=1024
     )
@@ -279,7 +280,7 @@ def build(tree: dict[str, Any]) -> Config:
         name = ".".join(str(part) for part in first["loc"][:2])
         value = first["input"]
         raise UserError(
-            name, value, _expected(name, first["msg"]), f"see `python -m job {name.split('.')[0]}`"
+            name, value, _expected(name, first["msg"]), "see --help"
         ) from None
 
 
@@ -291,8 +292,9 @@ def to_yaml(config: Config) -> str:
         lines += ([""] if lines else []) + [f"# {group.__doc__}", f"{section}:"]
         for key, value in getattr(config, section):
             one = explained[f"{section}.{key}"]
-            about = f"{one.meaning}. {one.kind}{f', in {one.unit}' if one.unit else ''}; default: {one.default}"
-            lines += [f"  # {about}", f"  {key}: {_shown(value)}"]
+            about = f"{one.meaning}. ({one.kind}{f', in {one.unit}' if one.unit else ''}; default {one.default})"
+            lines += textwrap.wrap(about, 116, initial_indent="  # ", subsequent_indent="  #   ")
+            lines += [f"  {key}: {_shown(value)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -304,19 +306,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def nearest(name: str) -> str | None:
-    """The setting whose name is most like `name`, if any is."""
-    names = [one.name for one in settings()]
-    last = name.rpartition(".")[2]
-    same_key = [one for one in names if one.rpartition(".")[2] == last]
-    return next(iter(same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None) or next(
-        (
-            one
-            for key in difflib.get_close_matches(last, [one.rpartition(".")[2] for one in names], n=1, cutoff=0.75)
-            for one in names
-            if one.endswith("." + key)
-        ),
-        None,
-    )
+    """The setting whose name is most like `name`, if any is; the key counts for more than its section."""
+    section, _, key = name.rpartition(".")
+
+    def likeness(known: str) -> float:
+        known_section, _, known_key = known.partition(".")
+        initials = "".join(word[0] for word in known_key.split("_"))
+        same_key = 1.0 if key == initials else difflib.SequenceMatcher(None, key, known_key).ratio()
+        same_section = difflib.SequenceMatcher(None, section, known_section).ratio() if section else same_key
+        return 0.7 * same_key + 0.3 * same_section
+
+    best = max((one.name for one in settings()), key=likeness)
+    return best if likeness(best) >= 0.65 else None
 
 
 def _sections() -> Iterator[tuple[str, type[Section]]]:
@@ -357,7 +358,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -425,4 +426,4 @@ def _expected(name: str, message: str) -> str:
     one = next((one for one in settings() if one.name == name), None)
     if one is None:
         return message
-    return f"expected {one.kind}{f' in {one.unit}' if one.unit else ''}: {message[:1].lower()}{message[1:]}"
+    return f"expected {one.kind}{f' in {one.unit}' if one.unit else ''}: {message.removeprefix('Input ')}"

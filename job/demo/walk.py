@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from job import storage
 from job.config import Config, to_yaml
 from job.demo.curve import draw_loss_curve

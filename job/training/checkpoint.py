@@ -188,7 +188,7 @@ def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str
 
 
 class CheckpointFiles(Mapping[str, Mapping[str, Tensor]]):
-    """The tensors of a downloaded checkpoint by parameter, read from the disk one at a time, for `Engine.load_state`."""
+    """The tensors of a downloaded checkpoint by parameter, read one at a time: what `Engine.load_state` takes."""
 
     def __init__(self, folder: Path, only: Iterable[str] = tuple(_FILES)) -> None:
         self._files = {key: safe_open(folder / _FILES[key], framework="pt") for key in only}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
@@ -63,7 +63,7 @@ def continue_text(
     streamer = _TextStreamer(tokenizer, on_text)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
-        model.generate(
+        cast(Any, model).generate(  # its self type is one that no model has
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,

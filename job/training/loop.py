@@ -329,7 +329,7 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def _open(config: Config, tokenizer: TextTokenizer) -> tuple[RunRecord, Checkpoint | None]:
-    """The run and where it goes on; the tokenizer is kept with it, so that a checkpoint is of use without the shards."""
+    """The run and where it goes on; the tokenizer is kept with it, so that a checkpoint is usable without shards."""
     output, resume = config.run.output, config.train.resume
     run = open_run(output, config.run.name, settings.to_dict(config), start_over=resume == "never")
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")

@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from job import storage
 from job.data.tokenizer import TextTokenizer, load_tokenizer
@@ -88,7 +88,7 @@ def _from_folder(url: str, cache_dir: Path) -> TrainedModel:
             for entry in storage.list_files(url):
                 storage.download_file(entry.url, folder / entry.url.rpartition("/")[2], size=entry.size)
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+            model = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32")
         except (OSError, ValueError) as error:
             raise UserError("generate.model", url, f"not a model: {one_line(str(error))[:200]}") from None
     return TrainedModel(model, tokenizer, model.config.max_position_embeddings, url)

@@ -1,0 +1,52 @@
+# WikiLLM. `make help` lists the targets.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench-memory lock clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(VENV)/.installed ## .venv with the exact versions of requirements.lock
+
+# torch comes first: what follows then finds it there, and does not ask for another build of it.
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+demo: setup ## the whole path on this machine: no GPU, no account, no data of yours
+	$(RUN) -m job demo
+
+test: setup ## all tests, against a real S3 server and real processes
+	$(RUN) -m pytest
+
+lint: setup ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup ## formats the code
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench-memory: setup ## peak memory of the chunked loss against the plain one (needs 14 GiB)
+	$(RUN) -m benchmarks.loss_memory
+
+lock: ## requirements.lock anew, from the ranges in pyproject.toml
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(VENV)-lock/bin/pip install --quiet '.[demo,dev]'
+	{ sed -n '/^#/p' requirements.lock; \
+	  $(VENV)-lock/bin/pip freeze --exclude wikillm | sed -E 's/^(torch==[^+]*)\+.*/\1/'; } > $(VENV)-lock/new
+	mv $(VENV)-lock/new requirements.lock
+	rm -rf $(VENV)-lock build
+
+clean: ## removes what the demo and the tests have made, and .venv
+	rm -rf $(VENV) $(VENV)-lock demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis

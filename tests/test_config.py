@@ -1,0 +1,128 @@
+"""The tree of settings: what it accepts, what it refuses in one line, and that it explains itself."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from job import config as settings
+from job.errors import UserError
+from job.model.architecture import ModelSpec
+from job.model.counts import flops_per_token, parameter_counts
+
+PRESETS = sorted(Path("configs").glob("*.yaml"))
+QWEN2_VOCABULARY = 151_646
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_key_of_a_preset_is_there_and_explained_by_the_text_of_the_tree(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    header, _, body = text.partition("\n\n")
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert body == settings.to_yaml(settings.load(str(path)))
+
+
+def test_printed_settings_read_back_as_the_same_settings() -> None:
+    changed = settings.load(
+        None, [("train.learning_rate", "3e-4"), ("data.slice_bytes", "1MiB"), ("run.name", "no: 1")]
+    )
+    assert settings.build(yaml.safe_load(settings.to_yaml(changed))) == changed
+
+
+def test_every_setting_has_a_meaning_and_numbers_of_things_have_a_unit_or_a_name_that_has_it() -> None:
+    for one in settings.settings():
+        assert one.meaning, one.name
+        assert one.kind, one.name
+    assert len({one.name for one in settings.settings()}) == len(list(settings.settings()))
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train:\n  epochs: 7\n  micro_batch_size: 3\n")
+    found = settings.load(str(path), [("train.micro_batch_size", "5")]).train
+    assert (found.epochs, found.micro_batch_size, found.context_length) == (7, 5, 512)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("5e-4", 5e-4), ("1E-3", 1e-3), ("0.1", 0.1), (".5", 0.5)],
+)
+def test_numbers_in_yaml_may_be_written_as_people_write_them(tmp_path: Path, written: str, value: float) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"train:\n  learning_rate: {written}\n")
+    assert settings.load(str(path)).train.learning_rate == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train.learnin_rate", "train.learning_rate"),
+        ("trian.learning_rate", "train.learning_rate"),
+        ("learning_rate", "train.learning_rate"),
+        ("train.lr", "train.learning_rate"),
+        ("model.hiden_size", "model.hidden_size"),
+        ("train.batch_size", "train.micro_batch_size"),
+        ("data.shard", "data.shards"),
+        ("checkpoint.evry", "checkpoint.every"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest_one(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"^{typed}: unknown setting; did you mean {meant}\?$"):
+        settings.load(None, [(typed, "1")])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train:\n  epoch: 1\n", r"^train\.epoch: 1: unknown setting; did you mean train\.epochs\?$"),
+        ("trian:\n  epochs: 1\n", r"^trian: unknown section of settings; did you mean train\?$"),
+        ("train:\n  epochs: many\n", r"^train\.epochs: 'many': expected whole number"),
+        ("train:\n  epochs: 1.5\n", r"^train\.epochs: 1\.5: expected whole number"),
+        ("train:\n  epochs: yes\n", r"^train\.epochs: 'true': expected whole number"),
+        ("train:\n  epochs: 0\n", r"^train\.epochs: 0: expected whole number.*greater than or equal to 1"),
+        ("train:\n  epochs: null\n", r"^train\.epochs: expected whole number"),
+        ("train:\n  epochs: [1]\n", r"^train\.epochs: \[1\]: expected whole number"),
+        ("train:\n  strategy: zero3\n", r"^train\.strategy: 'zero3': expected zero2 \| ddp"),
+        ("generate:\n  prompts: 北京\n", r"^generate\.prompts: '北京': expected list of texts"),
+        ("data:\n  slice_bytes: 64 parsecs\n", r"^data\.slice_bytes: '64 parsecs': expected size in bytes"),
+        ("train: 3\n", r"^train: 3: expected settings under it"),
+        ("- train\n", r"^--config: .*expected sections with settings, found list"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", r"^--config: .*not valid YAML.*'epochs' stands twice"),
+        ("train: {epochs: 1\n", r"^--config: .*not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_the_setting(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said) as caught:
+        settings.load(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_passwords_in_urls_are_neither_recorded_nor_shown() -> None:
+    secret = settings.load(None, [("data.source", "https://me:hunter2@example.org/wiki.jsonl")])
+    assert "hunter2" not in str(settings.to_dict(secret))
+    assert "hunter2" not in str(UserError("data.source", secret.data.source, "is not there"))
+
+
+def test_the_tutorials_model_has_its_123_28_million_parameters_and_its_flops() -> None:
+    preset = settings.load("configs/wiki-123m.yaml")
+    spec = ModelSpec(**preset.model.model_dump())
+    parameters = parameter_counts(spec, QWEN2_VOCABULARY)
+    assert round(parameters.total / 1e6, 2) == 123.28
+    assert round(parameters.embedding / 1e6, 1) == 77.6
+    assert round(flops_per_token(spec, QWEN2_VOCABULARY, preset.train.context_length).total / 1e6) == 758
+
+
+def test_the_tutorials_hyperparameters_are_kept_to_the_letter() -> None:
+    train = settings.load("configs/wiki-123m.yaml").train
+    assert train.global_batch_size * train.context_length == 131_072
+    assert (train.micro_batch_size, train.epochs, train.warmup_steps) == (32, 2, 200)
+    assert (train.learning_rate, train.weight_decay, train.precision) == (5e-4, 0.1, "bf16")
+    preset = settings.load("configs/wiki-123m.yaml")
+    assert (preset.data.validation_fraction, preset.data.seed) == (0.1, 2333)
+    assert (preset.evaluate.every, preset.checkpoint.every, preset.checkpoint.keep) == (500, 500, 10)
+    assert preset.generate.prompts == ["人工智能", "牛顿", "北京市", "亚洲历史"]
+    assert preset.tokenizer.source == "Qwen/Qwen2-0.5B"
+    assert preset.data.source == "fjcanyue/wikipedia-zh-cn"
+    assert preset.data.shards.startswith("s3://")
