@@ -9,6 +9,7 @@ from pathlib import Path
 from job import storage
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
+from job.data.manifest import load_manifest
 from job.data.shards import Recipe, describe
 from job.data.split import is_held_out
 from job.data.tokenizer import load_tokenizer, refuse_hub_id, store_tokenizer, train_tokenizer
@@ -114,8 +115,18 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
 
 def train(config: Config, words: Sequence[str] = ()) -> int:
     """Shards → model."""
-    from job.cluster.launch import launch
+    from job.cluster.launch import launch, processes
+    from job.cluster.place import world_from_environment
+    from job.training.batching import accumulation_steps
 
+    # The workers check these as well, but they take seconds to start.
+    world = world_from_environment()
+    accumulation_steps(
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        world.world_size if world else processes(config),
+    )
+    load_manifest(config.data.shards)
     return launch("train", config)
 
 

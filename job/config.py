@@ -279,9 +279,7 @@ def build(tree: dict[str, Any]) -> Config:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"][:2])
         value = first["input"]
-        raise UserError(
-            name, value, _expected(name, first["msg"]), "see --help"
-        ) from None
+        raise UserError(name, value, _expected(name, first["msg"]), "see --help") from None
 
 
 def to_yaml(config: Config) -> str:

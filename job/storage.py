@@ -430,7 +430,7 @@ def _run(
 ) -> Result:
     """Awaits ``function(*args, **kw)``, again and again until it succeeds, cannot succeed, or the deadline has passed.
 
-    A try gets a third of the deadline at most: a connection that only drips leaves time for another.
+    Every try gets twice the time of the one before: one that stalls is soon replaced, one that is slow gets through.
 
     Raises:
         FileNotFoundError, FileExistsError, NotImplementedError: the store says so.
@@ -438,17 +438,18 @@ def _run(
         StoreError: the deadline has passed.
     """
     started, tries = time.monotonic(), 0
-    loop, deadline_seconds = _filesystem(url).loop, _process.options.deadline_seconds
+    loop, options = _filesystem(url).loop, _process.options
     while True:
-        left = deadline_seconds - (time.monotonic() - started)
+        left = started + options.deadline_seconds - time.monotonic()
+        timeout = max(0.1, min(left, options.read_timeout_seconds * 2**tries))
         try:
-            result = sync(loop, function, *args, timeout=max(0.1, min(left, deadline_seconds / 3)), **kw)
+            result = sync(loop, function, *args, timeout=timeout, **kw)
         except Exception as error:
             tries += 1
             tried_seconds = time.monotonic() - started
             _raise_if_permanent(error, operation, url, tried_seconds)
             pause = random.uniform(0.5, 1) * min(0.1 * 2**tries, 15)
-            if tried_seconds + pause > deadline_seconds:
+            if tried_seconds + pause > options.deadline_seconds:
                 reason = f"{type(error).__name__} {error}; gave up after {tries} tries in {tried_seconds:.0f} s"
                 raise StoreError(without_passwords(one_line(f"{operation} {url}: {reason}"))) from error
             time.sleep(pause)

@@ -19,11 +19,8 @@ from job.demo.server import S3Server
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A running server that this process, and all it starts, reaches through the environment."""
-    with S3Server() as server, pytest.MonkeyPatch.context() as environment:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            environment.delenv(name)
-        for name, value in server.environment.items():
-            environment.setenv(name, value)
+    with S3Server() as server:
+        server.take_over_environment()
         yield server
 
 

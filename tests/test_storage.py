@@ -62,7 +62,7 @@ class Front:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.options = StoreOptions(
             endpoint_url=f"http://127.0.0.1:{self._listener.getsockname()[1]}",
-            read_timeout_seconds=1,
+            read_timeout_seconds=0.5,
             deadline_seconds=20,
         )
         self._closed = threading.Event()
@@ -76,9 +76,10 @@ class Front:
 
     def close(self) -> None:
         """From now on the port refuses connections, and those that were open are closed."""
-        self._closed.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        if not self._closed.is_set():
+            self._closed.set()
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
 
     def _accept(self) -> None:
         while True:
@@ -98,9 +99,11 @@ class Front:
                 self._closed.wait()
                 return
             if fault == "503":
-                self._read_request(client)
-                body = b"<Error><Code>SlowDown</Code></Error>"
-                client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                client.recv(2**16)
+                client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(2**16):
+                    pass  # closing on a body that is still coming would reset the connection
                 return
             answered = 0
             while not self._closed.is_set():
@@ -115,15 +118,6 @@ class Front:
                     if fault == "lost" or (fault == "cut" and answered > 100_000):
                         return
                     client.sendall(data)
-
-    @staticmethod
-    def _read_request(client: socket.socket) -> None:
-        head, _, body = client.recv(2**16).partition(b"\r\n\r\n")
-        length = next(
-            (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
-        )
-        while len(body) < length:
-            body += client.recv(2**16)
 
 
 @contextmanager
@@ -396,7 +390,7 @@ def test_of_all_who_create_a_file_exactly_one_is_told_so(place: str) -> None:
 
 def test_in_every_race_of_threads_exactly_one_wins(place: str) -> None:
     with ThreadPoolExecutor(8) as pool:
-        for number in range(10):
+        for number in range(3):
             url = storage.join(place, str(number))
             # All write the same: the winner cannot be told from the content.
             assert sum(pool.map(lambda _, url=url: storage.create_bytes(url, b"same"), range(8))) == 1  # type: ignore[misc]
@@ -431,6 +425,7 @@ def test_an_upload_whose_last_answer_was_lost_is_known_as_ones_own(bucket: str, 
 class NegligentStore(BaseHTTPRequestHandler):
     """A store that ignores If-None-Match, as some do."""
 
+    protocol_version = "HTTP/1.1"
     objects: dict[str, str] = {}  # noqa: RUF012
 
     def answer(self, status: int, **headers: str) -> None:
@@ -497,10 +492,10 @@ def test_what_passes_is_tried_again(bucket: str, s3_server: S3Server, tmp_path: 
     }
     storage.write_bytes(f"{bucket}/there", data)
     for name, operation in operations.items():
-        with Front(s3_server.endpoint_url, fault, fault) as front:
+        with Front(s3_server.endpoint_url, fault) as front:
             storage.configure(front.options)
             result = operation()
-            assert front.faults == [] or fault == "cut", name
+            assert front.faults == []
         if name == "read":
             assert result == data
         storage.configure(StoreOptions())
@@ -514,12 +509,11 @@ def test_the_deadline_holds_for_a_store_that_never_answers(
     bucket: str, s3_server: S3Server, operation: Callable[[str], object]
 ) -> None:
     with Front(s3_server.endpoint_url, *["silent"] * 50) as front:
-        options = StoreOptions(front.options.endpoint_url, read_timeout_seconds=0.3, deadline_seconds=1.5)
-        storage.configure(options)
+        storage.configure(StoreOptions(front.options.endpoint_url, read_timeout_seconds=0.2, deadline_seconds=1.5))
         started = time.monotonic()
-        with pytest.raises(StoreError, match=rf"{bucket}/object: .*gave up after \d tries in 1 s"):
+        with pytest.raises(StoreError, match=rf"{bucket}/object: .*gave up after [2-9] tries in [12] s"):
             operation(f"{bucket}/object")
-        assert time.monotonic() - started < 2.5
+        assert 1 < time.monotonic() - started < 2.5
 
 
 def test_the_deadline_holds_for_a_store_that_only_drips(bucket: str) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from job.cluster import outcome, worker
+from job.cluster.place import world_from_environment
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
 
@@ -20,8 +21,15 @@ def launch(command: str, config: Config) -> int:
     """Runs `command` (``train`` or ``evaluate``) over the processes of this machine; returns the exit code.
 
     SIGTERM and SIGINT are passed on, and the workers are waited for. Where torchrun has already started this process,
-    it is a worker itself.
+    it is a worker itself, and does not return.
+
+    Raises:
+        UserError: the environment tells half of what a launcher tells.
     """
+    world = world_from_environment()
+    if world is not None:
+        os.environ |= _worker_environment(world.local_world_size)
+        worker.leave(EXIT_STOPPED if worker.work(command, config, world) == outcome.STOPPED else EXIT_DONE)
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         folder = Path(scratch)
         (folder / "config.json").write_text(config.model_dump_json())

@@ -6,52 +6,63 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from job import storage
 from job.cluster import outcome
 from job.cluster.outcome import Outcome
+from job.cluster.place import world_from_environment
 from job.config import Config
 from job.errors import EXIT_DONE, UserError
 from job.quiet import silence_libraries
+from job.training.world import World
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
 """Names the local folder that holds the command, the settings (config.json), and takes the outcomes."""
 
 
-def main() -> int:
-    """Runs ``train`` or ``evaluate`` in this process; the outcome says what the exit code cannot."""
-    folder = Path(os.environ[FOLDER_VARIABLE])
-    rank = int(os.environ["RANK"])
+def work(command: str, config: Config, world: World) -> str:
+    """Runs `command` (``train`` or ``evaluate``) in this process and its part of the run; returns how it ended.
+
+    SIGTERM and SIGINT ask it to stop.
+
+    Raises:
+        UserError: as the command.
+    """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    storage.configure(storage.StoreOptions(**config.store.model_dump()))
+    silence_libraries()
+    from job.training.held_out import evaluate_trained
+    from job.training.loop import train
+
+    return {"train": train, "evaluate": evaluate_trained}[command](config, world, stop.is_set)
+
+
+def main() -> int:
+    """What torchrun starts: the outcome says what the exit code cannot, since torchrun makes a 1 of every failure."""
+    folder, world = Path(os.environ[FOLDER_VARIABLE]), world_from_environment()
+    assert world is not None
     try:
         config = Config.model_validate_json((folder / "config.json").read_bytes())
-        status = _work((folder / "command").read_text(), config, stop)
-        outcome.record(folder, Outcome(rank, status))
+        status = work((folder / "command").read_text(), config, world)
+        outcome.record(folder, Outcome(world.rank, status))
     except UserError as error:
-        outcome.record(folder, Outcome(rank, outcome.REFUSED, str(error)))
+        outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(error)))
         return 1
     except Exception:
-        outcome.record(folder, Outcome(rank, outcome.CRASHED, traceback.format_exc()))
+        outcome.record(folder, Outcome(world.rank, outcome.CRASHED, traceback.format_exc()))
         return 1
     return EXIT_DONE
 
 
-def _work(command: str, config: Config, stop: threading.Event) -> str:
-    silence_libraries()
-    storage.configure(storage.StoreOptions(**config.store.model_dump()))
-    from job.training.held_out import evaluate_trained
-    from job.training.loop import train
-    from job.training.world import World
-
-    world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
-    return {"train": train, "evaluate": evaluate_trained}[command](config, world, stop.is_set)
+def leave(code: int) -> NoReturn:
+    """Ends this process; communication threads may abort one that shuts down in the usual way, after all is done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Communication threads may abort an interpreter that shuts down in the usual way, after all is done.
-    os._exit(code)
+    leave(main())

@@ -32,7 +32,7 @@ _DATA_FILE = re.compile(rf"\.(?:(?:{'|'.join(_JSON_NAMES)})(?:\.({'|'.join(_COMP
 _HUB_PATTERNS = [f"*.{name}{end}" for name in _JSON_NAMES for end in ("", ".gz", ".zst")] + ["*.parquet"]
 # What hubs and the `datasets` library put beside the data.
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-_PARQUET_BATCH_BYTES = 2**22
+_PARQUET_READ_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _parquet_slices(
     source: BinaryIO, url: str, slice_bytes: int, wanted: Callable[[int], bool], text_field: str, id_field: str
 ) -> Iterator[SliceItem]:
     try:
-        table = pq.ParquetFile(source, buffer_size=CHUNK_BYTES)
+        table = pq.ParquetFile(source, pre_buffer=False, buffer_size=_PARQUET_READ_BYTES)
     except (pa.ArrowException, OSError) as error:
         _raise_unless_damage(error)
         if wanted(0):
@@ -275,7 +275,7 @@ def _column_bytes(group: pq.RowGroupMetaData, columns: set[str]) -> int:
 def _group_documents(
     table: pq.ParquetFile, group: int, first_row: int, url: str, text_field: str, id_field: str
 ) -> Iterator[Document | BadRecord]:
-    """The documents of a row group, read in batches of about `_PARQUET_BATCH_BYTES`."""
+    """The documents of a row group, read in batches of about `_PARQUET_READ_BYTES`."""
     names = table.schema_arrow.names
     described = table.metadata.row_group(group)
     if text_field not in names:
@@ -284,7 +284,7 @@ def _group_documents(
         return
     columns = list(dict.fromkeys(name for name in (text_field, id_field) if name in names))
     row_bytes = max(1, _column_bytes(described, set(columns)) // max(1, described.num_rows))
-    batch_rows = min(1024, max(1, _PARQUET_BATCH_BYTES // row_bytes))
+    batch_rows = min(1024, max(1, _PARQUET_READ_BYTES // row_bytes))
     row = first_row
     try:
         for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):

@@ -69,6 +69,12 @@ class S3Server:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
+    def take_over_environment(self) -> None:
+        """Makes this the server that this process and its children find, and clears all else that is set for S3."""
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            del os.environ[name]
+        os.environ.update(self.environment)
+
     def start(self, deadline_seconds: float = 30) -> "S3Server":
         """Starts the server and returns when it answers S3 requests.
 
@@ -146,7 +152,7 @@ class S3Server:
 
     def client(self) -> Any:
         """A botocore client that tries every request once."""
-        return botocore.session.Session().create_client(
+        return botocore.session.Session({"profile": (None, None, None, None)}).create_client(
             "s3",
             region_name="us-east-1",
             endpoint_url=self.endpoint_url,

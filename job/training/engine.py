@@ -210,12 +210,6 @@ class Engine:
             self.model.optimizer._lazy_init_hp_params_optimizer_state()  # has no public name
 
 
-def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int | None:
-    """Micro-batches of one rank in one step, or None where the global batch cannot be cut evenly."""
-    steps, rest = divmod(global_batch_size, micro_batch_size * world_size)
-    return None if rest else steps
-
-
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay for matrices, the embedding among them; none for norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]

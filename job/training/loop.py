@@ -27,6 +27,8 @@ from job.errors import UserError, one_line
 from job.model import counts
 from job.model.architecture import LanguageModel, ModelSpec, build_model
 from job.report import Report, metrics_line
+from job.training.agreement import StopAgreement, agree
+from job.training.batching import accumulation_steps
 from job.training.checkpoint import (
     Checkpoint,
     CheckpointFiles,
@@ -37,7 +39,7 @@ from job.training.checkpoint import (
     find_checkpoint,
     save_checkpoint,
 )
-from job.training.engine import AdamW, Engine, Strategy, gradient_accumulation_steps, start_accelerator
+from job.training.engine import AdamW, Engine, Strategy, start_accelerator
 from job.training.evaluation import Evaluation
 from job.training.export import export_model, model_card
 from job.training.generation import Sampling, continue_text
@@ -47,7 +49,7 @@ from job.training.run import RunRecord, open_run
 from job.training.schedule import learning_rate
 from job.training.tracking import choose_mode, start_tracker
 from job.training.trained import TOKENIZER_FOLDER
-from job.training.world import StopAgreement, World, agree
+from job.training.world import World
 
 DONE, STOPPED = "done", "stopped"
 _FIRST_EVALUATION_BATCHES = 2
@@ -272,25 +274,10 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
 
 
 def strategy_of(config: Config, world_size: int) -> Strategy:
-    """How the global batch is spread over `world_size` processes.
-
-    Raises:
-        UserError: it cannot be cut evenly; the nearest global batches that can are named.
-    """
-    micro, size = config.train.micro_batch_size, config.train.global_batch_size
-    steps = gradient_accumulation_steps(size, micro, world_size)
-    if steps is None:
-        unit = micro * world_size
-        nearest = sorted({max(1, size // unit) * unit, (size // unit + 1) * unit})
-        expected = (
-            f"expected a multiple of train.micro_batch_size x processes ({micro} x {world_size} = {unit}): "
-            f"the nearest are {' and '.join(map(str, nearest))}"
-        )
-        divisors = [one for one in range(1, micro + 1) if size % (one * world_size) == 0]
-        remedy = f"or set train.micro_batch_size to {divisors[-1]}" if divisors else ""
-        raise UserError("train.global_batch_size", size, expected, remedy)
+    """How the global batch is spread over `world_size` processes; errors as `accumulation_steps`."""
     train = config.train
-    return Strategy(train.strategy, train.precision, world_size, micro, steps, train.gradient_clipping)
+    steps = accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)
+    return Strategy(train.strategy, train.precision, world_size, train.micro_batch_size, steps, train.gradient_clipping)
 
 
 def check_tokenizer(tokenizer: TextTokenizer, manifest: Manifest, shards_url: str) -> None:

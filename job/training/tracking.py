@@ -42,7 +42,7 @@ Mode = Literal["cloud", "local", "offline", "disabled"]
 Result = TypeVar("Result")
 
 START_SECONDS = 60.0
-"""Longest wait for the start; SwanLab's login gives up a closed port after 16 s, a silent one after 46 s."""
+"""Longest wait for the cloud at the start; SwanLab's login ends by itself after 16 s (closed port) or 46 s (silence)."""
 FINISH_SECONDS = 15.0
 """Longest wait for what is not uploaded yet at the end: a job that was told to stop has little time."""
 _LOGIN_SECONDS = 5
@@ -134,7 +134,7 @@ class Tracker:
         try:
             self._thread.do(lambda: run.finish(**end), FINISH_SECONDS)
         except TimeoutError:
-            logger.warning("SwanLab's cloud does not take the rest of the run; later: %s", _sync_command(run))
+            logger.warning("SwanLab has not taken the whole run in time; for the rest: %s", _sync_command(run))
 
 
 def start_tracker(
@@ -212,7 +212,7 @@ def start_tracker(
             except Exception as error:
                 logger.warning("SwanLab's cloud refuses or is not reached, so offline: %s", one_line(str(error)))
                 mode = "offline"
-        run = thread.do(lambda: start(mode), START_SECONDS)
+        run = thread.do(lambda: start(mode))
     except OSError as error:
         raise UserError("tracking.log_dir", str(folder), f"cannot be written: {error.strerror or error!r}") from None
     watch = f"swanlab watch {shlex.quote(str(folder))}" if mode == "local" else _sync_command(run)
@@ -235,8 +235,8 @@ class _Thread:
         self._orders.put((work, done))
         return done
 
-    def do(self, work: Callable[[], Result], seconds: float) -> Result:
-        """Has `work` done, and returns or raises what it does; TimeoutError if that takes too long."""
+    def do(self, work: Callable[[], Result], seconds: float | None = None) -> Result:
+        """Has `work` done, and returns or raises what it does; TimeoutError if that takes longer than `seconds`."""
         with contextlib.redirect_stdout(io.StringIO()):
             return self.order(work).result(timeout=seconds)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -75,8 +76,13 @@ def _is_object(content: bytes) -> bool:
 
 @pytest.mark.parametrize("reader", [elements, lines])
 def test_a_record_without_an_end_is_not_kept_in_memory(reader, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_RECORD_BYTES", 1000)
-    data = b'[{"text": "' + b"a" * 5000 + (b'"},\n{"text": "b"}]' if reader is elements else b'"}\n{"text": "b"}')
-    long, short = reader(stream(data, 100))
-    assert long.content == b"" and long.fault == "no end within 1,000 bytes"
+    monkeypatch.setattr(records, "LONGEST_RECORD_BYTES", 10**5)
+    start, end = (b"[", b"]") if reader is elements else (b"", b"")
+    data = start + b'{"text": "' + b"a" * 10**7 + b'"},\n{"text": "b"}' + end
+    tracemalloc.start()
+    long, short = reader(stream(data, 10**4))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert long.content == b"" and long.fault == "no end within 100,000 bytes"
     assert (short.content, short.fault) == (b'{"text": "b"}', None)
+    assert peak_bytes < 2 * 10**6

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen import ENTRIES, qwen2_tokenizer_folder
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from job import storage
@@ -177,7 +177,7 @@ def test_a_folder_with_vocabulary_and_merges_alone_is_read_as_qwen2s(trained: Te
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n")
     loaded = load_tokenizer(str(folder), tmp_path / "cache")
     assert loaded.decode([loaded.eod_id]) == END_OF_DOCUMENT
-    theirs = Qwen2Tokenizer(vocab=vocab, merges=list(map(tuple, model["merges"])))
+    theirs = Qwen2Tokenizer(vocab=vocab, merges=[(left, right) for left, right in model["merges"]])
     assert loaded.encode(TEXTS) == theirs(TEXTS)["input_ids"]
     assert [loaded.decode(ids) for ids in loaded.encode(TEXTS)] == TEXTS
 
@@ -237,7 +237,7 @@ def byte_fallback(folder: Path) -> None:
     """As Llama 2's: a text comes back, but its tokens are not its bytes."""
     vocab = {END_OF_DOCUMENT: 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.save(str(folder / "tokenizer.json"))
 
 

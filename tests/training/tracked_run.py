@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 
 from job.training import tracking
 
-EXIT_SECONDS = 60
+EXIT_SECONDS = 150
 
 
 def begin(place: Path, environment: dict[str, str], **arguments: Any) -> subprocess.Popen[str]:
@@ -56,7 +55,6 @@ def main(
     accelerator = Accelerator(cpu=True, log_with="swanlab")
     signal.signal(signal.SIGINT, on_interrupt)
     hook = sys.excepthook
-    began = time.monotonic()
     tracker = tracking.start_tracker(
         accelerator,
         mode=mode,
@@ -67,25 +65,16 @@ def main(
         log_dir=log_dir,
         config={"train": {"learning_rate": 5e-4}},
     )
-    start_seconds = time.monotonic() - began
     kept = signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
     for step in range(first_step, first_step + 10):
         tracker.log({"train/loss": 5 - step / 10, "train/learning_rate": 1e-3}, step=step)
     tracker.log_texts(
         "samples", {"北京市": "是中华人民共和国的首都。", "牛顿": "是物理学家。\n第二行"}, step=first_step
     )
-    began = time.monotonic()
     tracker.finish(success)
-    finish_seconds = time.monotonic() - began
     kept = kept and signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
     accelerator.end_training()
-    seen = {
-        "how_to_watch": tracker.how_to_watch,
-        "start_seconds": start_seconds,
-        "finish_seconds": finish_seconds,
-        "hooks_kept": kept,
-    }
-    print(json.dumps(seen))
+    print(json.dumps({"how_to_watch": tracker.how_to_watch, "hooks_kept": kept}))
 
 
 def on_interrupt(*_: Any) -> None:

@@ -1,0 +1,171 @@
+"""Runs as a user starts them, `python -m job ...`, so small that a step takes milliseconds, with data in a real store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from job import storage
+from job.data.manifest import Manifest
+from job.data.shards import Recipe, prepare
+from job.data.tokenizer import TextTokenizer, train_tokenizer
+from job.demo.server import S3Server
+from job.demo.walk import SAMPLE
+from job.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+
+REPOSITORY = Path(__file__).parent.parent
+CONTEXT_LENGTH = 32
+STEPS = 80
+"""Of every run here that is not stopped."""
+_EXIT_SECONDS = 240
+_PIPE_BYTES = 4096
+"""The least that a pipe can hold: a run whose lines are not read stands still a few steps later."""
+
+MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The bundled sample as token shards in the store."""
+
+    shards: str
+    manifest: Manifest
+    tokenizer: TextTokenizer
+    recipe: Recipe
+
+
+def prepare_sample(server: S3Server, folder: Path) -> DataSet:
+    """Makes the data set in a bucket of its own; `folder` takes the tokenizer."""
+    texts = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    tokenizer = train_tokenizer(texts, 400, folder)
+    shards = f"{server.create_bucket('small-run-data')}/shards"
+    recipe = Recipe(str(SAMPLE), "text", "id", "stop", slice_bytes=2**15, validation_fraction=0.1, seed=2333)
+    manifest = prepare(recipe, tokenizer, shards)
+    assert manifest is not None
+    return DataSet(shards, manifest, tokenizer, recipe)
+
+
+def write_settings(folder: Path, data: DataSet, output: str, **changes: dict[str, Any]) -> Path:
+    """Settings of a small run as a file in `folder`; `changes` are sections, as ``train={"processes": 1}``."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"output": output},
+        "data": {"shards": data.shards, "cache_dir": str(folder / "cache")},
+        "model": MODEL,
+        "train": {
+            "processes": 2,
+            "precision": "fp32",
+            "context_length": CONTEXT_LENGTH,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "warmup_steps": 5,
+            "log_every": 1,
+        },
+        "checkpoint": {"every": 1000},
+        "evaluate": {"every": 1000},
+        "generate": {"prompts": ["人工智能"], "max_new_tokens": 8},
+        "tracking": {"mode": "disabled"},
+    }
+    for section, values in changes.items():
+        tree[section] = tree[section] | values
+    path = Path(tempfile.mkstemp(".yaml", dir=folder)[1])
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+class Job:
+    """A command in a process of its own; at the end of the block nothing of it is left."""
+
+    def __init__(self, command: str, settings: Path, *words: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "job", command, "--config", str(settings), *words],
+            cwd=REPOSITORY,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            pipesize=_PIPE_BYTES,
+        )
+        self.lines: list[str] = []
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self.descendants(), self.process]:
+            process.kill()
+        self.process.communicate()
+
+    def read_until(self, beginning: str) -> str:
+        """The first further line on standard output that begins so; what comes after it is left in the pipe."""
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline().decode():
+            self.lines.append(line)
+            if line.startswith(beginning):
+                return line
+        raise AssertionError(f"no line began with {beginning!r}:\n{''.join(self.lines)}{self.end()[2]}")
+
+    def descendants(self) -> list[psutil.Process]:
+        """Every process that it has started, directly or not."""
+        return psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+
+    def workers(self) -> list[psutil.Process]:
+        """Its training processes, by rank."""
+        found = [one for one in self.descendants() if "job.cluster.worker" in one.cmdline()]
+        return sorted(found, key=lambda one: int(one.environ()["RANK"]))
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error, when it has ended by itself."""
+        out, err = self.process.communicate(timeout=_EXIT_SECONDS)
+        return self.process.returncode, "".join(self.lines) + out.decode(), err.decode()
+
+
+def run(command: str, settings: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    with Job(command, settings, *words, **environment) as job:
+        return job.end()
+
+
+def train_until(step: int, settings: Path, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+    """Trains, and sends the entrypoint a signal after `step`; it takes effect a few steps later."""
+    with Job("train", settings) as job:
+        job.read_until(f"step {step}/")
+        job.process.send_signal(number)
+        return job.end()
+
+
+def checkpoints(output: str) -> list[Checkpoint]:
+    """The complete checkpoints of a run, the oldest first."""
+    return [open_checkpoint(url) for url in list_checkpoints(output)]
+
+
+def stored(url: str) -> dict[str, bytes]:
+    """Every file below `url`."""
+    return {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(url)}
+
+
+def held_out_texts(data: DataSet) -> Iterator[str]:
+    """The texts of the sample that are held out."""
+    from job.data.split import is_held_out
+
+    for line in SAMPLE.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if is_held_out(record["id"], record["text"], data.recipe.seed, data.recipe.validation_fraction):
+            yield record["text"]
