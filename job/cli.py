@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from job import config as settings
-from job.errors import EXIT_DONE, EXIT_REFUSED, UserError, without_passwords
+from job.config import Config
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, UserError, without_passwords
 
 _DEFAULT_CONFIG = "job.yaml"
 
@@ -42,16 +43,26 @@ def main(argv: Sequence[str]) -> int:
         if arguments.wants_config:
             sys.stdout.write(without_passwords(settings.to_yaml(config)))
             return EXIT_DONE
-        from job import storage
-
-        storage.configure(storage.StoreOptions(**config.store.model_dump()))
-        run = getattr(importlib.import_module("job.commands"), command.name)
-        return int(run(config, arguments.words))
+        return _run(command, config, arguments.words)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
+
+
+def _run(command: "Command", config: Config, words: Sequence[str]) -> int:
+    from job import storage  # with the libraries behind it, which --help can do without
+
+    storage.configure(storage.StoreOptions(**config.store.model_dump()))
+    try:
+        run = getattr(importlib.import_module("job.commands"), command.name)
+        return int(run(config, words))
+    except UserError as error:
+        raise settings.name_setting(config, error) from None
+    except storage.StoreError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
 
 
 def parse(argv: Sequence[str]) -> Arguments:

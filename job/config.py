@@ -395,6 +395,20 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
                 raise unknown_setting(f"{section}.{key}", value)
 
 
+def name_setting(config: Config, error: UserError) -> UserError:
+    """An error about a URL, told with the setting that the URL comes from; any other error as it is."""
+    values = ((f"{section}.{key}", value) for section, group in config for key, value in group)
+    origins = [
+        (name, value)
+        for name, value in values
+        if isinstance(value, str) and "/" in value and error.setting.startswith(value)
+    ]
+    if not origins:
+        return error
+    name, _ = max(origins, key=lambda origin: len(origin[1]))
+    return UserError(name, error.setting, error.expected, error.remedy)
+
+
 def unknown_setting(name: str, value: Any = None) -> UserError:
     """The error for a setting that does not exist, with the nearest one that does."""
     close = nearest(name)

@@ -4,6 +4,10 @@ import re
 
 EXIT_DONE = 0
 """The work is finished."""
+EXIT_FAILED = 1
+"""A crash, or a store that failed until the deadline: starting it again may help."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C."""
 EXIT_NO_PROGRESS = 70
 """Started several times without one new checkpoint: a person has to look."""
 EXIT_STOPPED = 75

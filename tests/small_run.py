@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from job.data.shards import Recipe, prepare
 from job.data.tokenizer import TextTokenizer, train_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
-from job.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from job.training.checkpoint import list_checkpoints, open_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 CONTEXT_LENGTH = 32
@@ -58,6 +57,15 @@ def prepare_sample(server: S3Server, folder: Path) -> DataSet:
     manifest = prepare(recipe, tokenizer, shards)
     assert manifest is not None
     return DataSet(shards, manifest, tokenizer, recipe)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of `STEPS` steps without a stop, over two processes under ZeRO-2."""
+
+    output: str
+    settings: Path
+    printed: str
 
 
 def write_settings(folder: Path, data: DataSet, output: str, **changes: dict[str, Any]) -> Path:
@@ -151,21 +159,11 @@ def train_until(step: int, settings: Path, number: int = signal.SIGTERM) -> tupl
         return job.end()
 
 
-def checkpoints(output: str) -> list[Checkpoint]:
-    """The complete checkpoints of a run, the oldest first."""
-    return [open_checkpoint(url) for url in list_checkpoints(output)]
+def saved_steps(output: str) -> list[int]:
+    """The steps of a run's complete checkpoints."""
+    return [open_checkpoint(url).state.step for url in list_checkpoints(output)]
 
 
 def stored(url: str) -> dict[str, bytes]:
     """Every file below `url`."""
     return {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(url)}
-
-
-def held_out_texts(data: DataSet) -> Iterator[str]:
-    """The texts of the sample that are held out."""
-    from job.data.split import is_held_out
-
-    for line in SAMPLE.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if is_held_out(record["id"], record["text"], data.recipe.seed, data.recipe.validation_fraction):
-            yield record["text"]

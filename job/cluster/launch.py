@@ -10,9 +10,8 @@ from pathlib import Path
 from job.cluster import outcome, worker
 from job.cluster.place import world_from_environment
 from job.config import Config
-from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 
-_CRASHED = 1
 _SHUTDOWN_SECONDS = 600
 """How long workers may take to save a checkpoint after a signal before torchrun kills them."""
 
@@ -93,9 +92,9 @@ def _exit_code(folder: Path, expected: int, agent_code: int) -> int:
     for one in found:
         if one.status == outcome.CRASHED:
             sys.stderr.write(f"rank {one.rank} failed first:\n{one.message}\n")
-            return _CRASHED
+            return EXIT_FAILED
     if len(found) < expected:
         missing = sorted(set(range(expected)) - {one.rank for one in found})
         sys.stderr.write(f"ranks {missing} ended without a word (killed? out of memory?)\n")
-        return _CRASHED if agent_code >= 0 else 128 - agent_code
+        return EXIT_FAILED if agent_code >= 0 else 128 - agent_code
     return EXIT_STOPPED if any(one.status == outcome.STOPPED for one in found) else EXIT_DONE

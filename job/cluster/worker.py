@@ -12,7 +12,7 @@ from job import storage
 from job.cluster import outcome
 from job.cluster.outcome import Outcome
 from job.cluster.place import world_from_environment
-from job.config import Config
+from job.config import Config, name_setting
 from job.errors import EXIT_DONE, UserError
 from job.quiet import silence_libraries
 from job.training.world import World
@@ -44,12 +44,12 @@ def main() -> int:
     """What torchrun starts: the outcome says what the exit code cannot, since torchrun makes a 1 of every failure."""
     folder, world = Path(os.environ[FOLDER_VARIABLE]), world_from_environment()
     assert world is not None
+    config = Config.model_validate_json((folder / "config.json").read_bytes())
     try:
-        config = Config.model_validate_json((folder / "config.json").read_bytes())
         status = work((folder / "command").read_text(), config, world)
         outcome.record(folder, Outcome(world.rank, status))
     except UserError as error:
-        outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(error)))
+        outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(config, error))))
         return 1
     except Exception:
         outcome.record(folder, Outcome(world.rank, outcome.CRASHED, traceback.format_exc()))

@@ -10,7 +10,7 @@ only be read from the start, and then the records of other slices are passed ove
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -29,10 +29,10 @@ Compression = Literal["gzip", "zstd"]
 _COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "zst": "zstd"}
 _JSON_NAMES = ("json", "jsonl", "ndjson")
 _DATA_FILE = re.compile(rf"\.(?:(?:{'|'.join(_JSON_NAMES)})(?:\.({'|'.join(_COMPRESSIONS)}))?|(parquet))$")
-_HUB_PATTERNS = [f"*.{name}{end}" for name in _JSON_NAMES for end in ("", ".gz", ".zst")] + ["*.parquet"]
+_HUB_PATTERNS = ["*.parquet", *(f"*.{one}{end}" for one in _JSON_NAMES for end in ("", ".gz", ".zst"))]
 # What hubs and the `datasets` library put beside the data.
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-_PARQUET_READ_BYTES = 2**22
+_PARQUET_READ_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def list_corpus(source: str) -> list[CorpusFile]:
     found = _find(source)
     files = [(*one, match) for one in sorted(found) if (match := _data_file(one[0]))]
     if not files:
-        expected = f"none of the {len(found)} files there is a corpus" if found else "there is no such file"
+        expected = f"none of the {len(found)} files there is a corpus" if found else "there is no file"
         raise UserError("data.source", source, expected, "give .json, .jsonl, .json.gz, .json.zst or .parquet files")
     return [
         CorpusFile(index, url, path, size, "parquet" if match[2] else "json", _COMPRESSIONS.get(match[1]))
@@ -346,7 +346,7 @@ def _parsed(record: Record) -> Any:
 
 def _document(record: Any, text_field: str, id_field: str) -> Document:
     """The document in a record. Raises ValueError with why there is none."""
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         raise ValueError(f"{_kind(record)} and not an object")
     if text_field not in record:
         raise ValueError(f"no {text_field!r}, only {', '.join(map(repr, list(record)[:8])) or 'nothing'}")

@@ -275,7 +275,10 @@ def _agree_on_plan(recipe: Recipe, tokenizer: TextTokenizer, files: list[CorpusF
         found = dict(storage.read_json(url))
     except (ValueError, TypeError):
         found = {}
-    if different := [name for name in plan if found.get(name) != plan[name]]:
+    different = [name for name in plan if found.get(name) != plan[name]]
+    if different and not _finished_parts(shards_url):  # what was planned there has not been begun
+        storage.write_bytes(url, content)
+    elif different:
         expected = f"holds a data set that differs in {', '.join(different)}"
         raise UserError("data.shards", shards_url, expected, "choose another place for this one, or delete that one")
 
@@ -319,6 +322,8 @@ def _publish_manifest(
         tuple(Shard(**part[split]) for part in parts if part[split]) for split in ("train", "validation")
     )
     if not train:
+        for folder in ("parts", "validation"):  # so that the same place can be used with other settings
+            storage.delete_tree(storage.join(shards_url, folder))
         expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
         raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")
     contents = [tokenizer.fingerprint, *(shard.sha256 for shard in train), "", *(shard.sha256 for shard in validation)]

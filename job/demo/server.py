@@ -60,6 +60,16 @@ class S3Server:
         self.endpoint_url = f"http://127.0.0.1:{self._settings['ports']['s3']}"
 
     @property
+    def ports(self) -> list[int]:
+        """All ports it listens on."""
+        return [port + offset for port in self._settings["ports"].values() for offset in (0, _GRPC_OFFSET)]
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def environment(self) -> dict[str, str]:
         """The variables by which any S3 client finds this server."""
         return {
@@ -82,38 +92,28 @@ class S3Server:
             RuntimeError: it ended, did not answer in time, or a port of its is taken; with the end of its log.
         """
         ports: dict[str, int] = self._settings["ports"]
-        if taken := [port for port in ports.values() if not _is_free(port)]:
+        if taken := [port for port in self.ports if not _is_free(port)]:
             raise RuntimeError(f"port {taken[0]} is taken: does another server run on {self.folder}?")
         keys = {"accessKey": self._settings["access_key"], "secretKey": self._settings["secret_key"]}
         identity = {"name": "owner", "credentials": [keys], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
         _write_private(self.folder / "s3.json", {"identities": [identity]})
-        command = [
-            sys.executable,
-            "-ISc",
-            _DIE_WITH_PARENT,
-            _binary(),
-            "-logtostderr=true",
-            "mini",
-            f"-dir={self.folder / 'data'}",
-        ]
-        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self.folder / 's3.json'}"]
+        command = [sys.executable, "-ISc", _DIE_WITH_PARENT, _binary(), "-logtostderr=true", "mini"]
+        command += [f"-dir={self.folder / 'data'}", f"-s3.config={self.folder / 's3.json'}"]
+        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}.port={port}" for name, port in ports.items())]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
-        command += [f"-{service}.port={port}" for service, port in ports.items()]
-        # Of these the server would make an identity of its own.
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))
-        }
+        command += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
+        # Credentials in the environment would open the server too.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
+        environment = inherited | {"GOMEMLIMIT": "600MiB"}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=environment | {"GOMEMLIMIT": "600MiB"},
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=environment
             )
-        self._wait_until_ready(self._process, time.monotonic() + deadline_seconds)
+        try:
+            self._wait_until_ready(self._process, time.monotonic() + deadline_seconds)
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def stop(self) -> None:
@@ -122,10 +122,9 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
-        for port in self._settings["ports"].values():
-            for number in (port, port + _GRPC_OFFSET):
-                for left_behind in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
-                    left_behind.unlink(missing_ok=True)
+        for port in self.ports:
+            for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left_behind.unlink(missing_ok=True)
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -139,11 +138,7 @@ class S3Server:
         return f"s3://{name}"
 
     def __enter__(self) -> "S3Server":
-        try:
-            return self.start()
-        except BaseException:
-            self.stop()
-            raise
+        return self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -183,19 +178,18 @@ def _binary() -> str:
 
 
 def _is_free(port: int) -> bool:
-    for number in (port, port + _GRPC_OFFSET):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", number))
-            except OSError:
-                return False
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
     return True
 
 
 def _free_ports() -> dict[str, int]:
     candidates = random.SystemRandom().sample(_PORTS, 1000)
-    free = (port for port in candidates if _is_free(port))
+    free = (port for port in candidates if _is_free(port) and _is_free(port + _GRPC_OFFSET))
     return {service: next(free) for service in _SERVICES}
 
 

@@ -76,14 +76,13 @@ def save_checkpoint(
         output: the run's prefix.
         state: where the run is.
         full_state: `Engine.full_state()`; other ranks go through theirs meanwhile.
-        scratch_dir: local folder for the files until they are uploaded.
+        scratch_dir: local folder, there already, for the files until they are uploaded.
     """
     tensors: dict[str, dict[str, Tensor]] = {key: {} for key in _FILES}
     for name, of_parameter in full_state:
         for key, tensor in of_parameter.items():
             tensors[key][name] = tensor.contiguous()
     url = storage.join(checkpoints_url(output), f"step-{state.step:08d}")
-    scratch_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch_dir, prefix="checkpoint-") as folder:
         for key, file in _FILES.items():
             save_file(tensors[key], Path(folder) / file, metadata={"format": "pt"})
@@ -110,33 +109,30 @@ def list_checkpoints(output: str) -> list[str]:
     return sorted((url for url in folders if _STEP.fullmatch(url.rpartition("/")[2])), key=_step_of)
 
 
-def delete_old_checkpoints(output: str, keep: int, run_id: str) -> None:
-    """Deletes all but the run's newest `keep` checkpoints, and those of an earlier run that it started over.
+def delete_old_checkpoints(output: str, keep: int, newest: TrainingState) -> None:
+    """Deletes what the checkpoint of the state `newest` makes old: all but the `keep` last ones of the run up to it.
 
-    A checkpoint's manifest goes first, so that no half of one is ever taken for a whole.
+    Those of an earlier run that was started over go too, and those of later steps: the run has gone back to an
+    earlier one since. A checkpoint's manifest goes first, so that no half of one is ever taken for a whole.
     """
-    own = {url: open_checkpoint(url).state.run_id == run_id for url in list_checkpoints(output)}
-    kept = [url for url, is_own in own.items() if is_own][-keep:]
-    for url in own.keys() - kept if kept else ():
+    urls = list_checkpoints(output)
+    states = [open_checkpoint(url).state for url in urls]
+    kept = [
+        url
+        for url, state in zip(urls, states, strict=True)
+        if state.run_id == newest.run_id and state.step <= newest.step
+    ]
+    for url in set(urls) - set(kept[-keep:]):
         storage.delete([storage.join(url, _MANIFEST)])
         storage.delete_tree(url)
 
 
-def find_checkpoint(output: str, resume: str, run_id: str) -> Checkpoint | None:
-    """The checkpoint to go on from.
-
-    Args:
-        output: the run's prefix.
-        resume: ``auto`` (the newest of this run), ``never``, or a checkpoint's URL.
-        run_id: the run; an earlier one in the same place that was started over is passed by.
+def newest_checkpoint(output: str, run_id: str) -> Checkpoint | None:
+    """The checkpoint to go on from; those of an earlier run in the same place, started over, are passed by.
 
     Raises:
-        UserError: the named checkpoint is not there, one is damaged, or was written by a newer version.
+        UserError: it is damaged, or was written by a newer version.
     """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return open_checkpoint(resume)
     found = (open_checkpoint(url) for url in reversed(list_checkpoints(output)))
     return next((one for one in found if one.state.run_id == run_id), None)
 

@@ -36,7 +36,8 @@ from job.training.checkpoint import (
     check_identity,
     delete_old_checkpoints,
     download_checkpoint,
-    find_checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
     save_checkpoint,
 )
 from job.training.engine import AdamW, Engine, Strategy, start_accelerator
@@ -103,10 +104,8 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
     # ---- The other processes, and the run that they all work on ----
     tracking_mode, why = choose_mode(config.tracking.mode)
     accelerator = start_accelerator(strategy, log_with="swanlab")
-    run, checkpoint = agree(world, lambda: _open(config, tokenizer))
     identity = identity_of(config, spec, manifest)
-    if checkpoint is not None:
-        check_identity(checkpoint.state, identity, checkpoint.url)
+    run, checkpoint = agree(world, lambda: _open(config, tokenizer, identity))
     state = (
         TrainingState(run.id, 0, 0, 0, identity, settings.to_dict(config)) if checkpoint is None else checkpoint.state
     )
@@ -201,10 +200,10 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
                 report.say(f"    {prompt} → {one_line(text)}")
         if step != saved_step and (is_last or is_stopping or (step > 0 and step % config.checkpoint.every == 0)):
             state = TrainingState(run.id, step, windows_consumed, tokens_seen, identity, settings.to_dict(config))
+            if world.rank == 0:
+                metrics.store()  # before the checkpoint: lines that are ahead of it are dropped, missing ones are lost
             _save(engine, state, config, world, report)
             saved_step = step
-            if world.rank == 0:
-                metrics.store()
         if is_last or is_stopping:
             break
 
@@ -300,8 +299,10 @@ def identity_of(config: Config, spec: ModelSpec, manifest: Manifest) -> dict[str
 
 
 def scratch_dir(config: Config) -> Path:
-    """Where checkpoints are put together."""
-    return Path(config.checkpoint.scratch_dir or gettempdir()).expanduser()
+    """Where checkpoints are put together; made if it is not there."""
+    folder = Path(config.checkpoint.scratch_dir or gettempdir()).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -315,12 +316,20 @@ def describe(evaluation: Evaluation) -> str:
 # ---- The parts of the loop ----
 
 
-def _open(config: Config, tokenizer: TextTokenizer) -> tuple[RunRecord, Checkpoint | None]:
-    """The run and where it goes on; the tokenizer is kept with it, so that a checkpoint is usable without shards."""
+def _open(config: Config, tokenizer: TextTokenizer, identity: dict[str, Any]) -> tuple[RunRecord, Checkpoint | None]:
+    """The run and where it goes on; the tokenizer is kept with it, so that a checkpoint is usable without shards.
+
+    Whatever is refused is refused before anything is written.
+    """
     output, resume = config.run.output, config.train.resume
-    run = open_run(output, config.run.name, settings.to_dict(config), start_over=resume == "never")
+    checkpoint = None if resume in ("auto", "never") else open_checkpoint(resume)
+    if checkpoint is not None:
+        check_identity(checkpoint.state, identity, checkpoint.url)
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
-    return run, find_checkpoint(output, resume, run.id)
+    run = open_run(output, config.run.name, settings.to_dict(config), start_over=resume == "never")
+    if resume == "auto" and (checkpoint := newest_checkpoint(output, run.id)) is not None:
+        check_identity(checkpoint.state, identity, checkpoint.url)
+    return run, checkpoint
 
 
 def _load(engine: Engine, checkpoint: Checkpoint, world: World, scratch: Path) -> None:
@@ -342,7 +351,7 @@ def _save(engine: Engine, state: TrainingState, config: Config, world: World, re
     began = time.perf_counter()
     if world.rank == 0:
         saved = save_checkpoint(config.run.output, state, engine.full_state(), scratch_dir(config))
-        delete_old_checkpoints(config.run.output, config.checkpoint.keep, state.run_id)
+        delete_old_checkpoints(config.run.output, config.checkpoint.keep, state)
         report.say(f"step {state.step} | saved {saved.url} in {time.perf_counter() - began:.1f} s")
     else:
         for _ in engine.full_state():

@@ -4,7 +4,8 @@ A run keeps one id through all restarts, and what becomes of that depends on the
 
 cloud    one experiment, continued: steps that it has already are kept as they are, later ones are added.
 local    each start is an experiment of its own in the dashboard, named `run`, `run-2`, ...: SwanLab cannot add to one.
-         All have the colour that belongs to the id, so that a chart of the project shows them as one curve.
+         All have the colour that belongs to the id, so that a chart of the project shows them as one curve. Stop and
+         Delete there end the tracking, not the training; its table shows each number one column too far right.
 offline  each start leaves a folder `run-<time>-<id>`. `swanlab sync --id <id> FOLDER`, oldest folder first, makes them
          one experiment; without `--id` each becomes a new one. The dashboard does not show them.
 
@@ -42,7 +43,7 @@ Mode = Literal["cloud", "local", "offline", "disabled"]
 Result = TypeVar("Result")
 
 START_SECONDS = 60.0
-"""Longest wait for the cloud at the start; SwanLab's login ends by itself after 16 s (closed port) or 46 s (silence)."""
+"""Longest wait for the cloud at the start; SwanLab's login ends by itself after 16 s (port closed) or 46 s (silent)."""
 FINISH_SECONDS = 15.0
 """Longest wait for what is not uploaded yet at the end: a job that was told to stop has little time."""
 _LOGIN_SECONDS = 5

@@ -315,6 +315,26 @@ def test_evaluation_does_not_drop_the_buffer_that_training_uses(bucket: str, tmp
     assert [fetched[name] for name in first_buffer] == [1, 1]
 
 
+def test_fetching_ahead_spares_what_another_process_uses_and_an_urgent_fetch_does_not_wait_for_it(
+    bucket: str, tmp_path: Path
+) -> None:
+    data = write_data_set(bucket, [100] * 3)
+    limit = 2 * data.manifest.train[0].size
+    one, other = (ShardCache(data.url, data.manifest.train, tmp_path, limit) for _ in range(2))
+    one.use([0, 1])
+    held = [content(one, 0), content(one, 1)]
+    other.use([], ahead=[2])
+    with other._changed:
+        assert other._changed.wait_for(lambda: not other._missing, timeout=10)
+    assert (other.downloads, bytes_on_disk(tmp_path)) == (0, limit)
+    other.use([2])
+    assert content(other, 2) == stored(data, 2)
+    assert bytes_on_disk(tmp_path) == limit
+    assert [content(one, 0), content(one, 1)] == held
+    one.close()
+    other.close()
+
+
 def test_a_store_that_fails_ahead_of_use_does_not_stop_the_training(
     bucket: str, tmp_path: Path, fetches: Fetches
 ) -> None:

@@ -1,0 +1,88 @@
+"""What several tests of training look at: one data set, one whole run, and engines in every world there is."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_worker import LAST_STEP, RESUMES_FROM, SAVED_STEP, Case
+from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, prepare_sample, run, write_settings
+
+from job.cluster.launch import _worker_environment
+from job.demo.server import S3Server
+
+
+@pytest.fixture(scope="session")
+def data_set(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return prepare_sample(s3_server, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(data_set: DataSet, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    output = f"{s3_server.create_bucket('finished-run')}/run"
+    path = write_settings(
+        tmp_path_factory.mktemp("finished"), data_set, output, checkpoint={"every": STEPS // 2}, evaluate={"every": 30}
+    )
+    code, out, err = run("train", path)
+    assert (code, err) == (0, ""), out + err
+    return FinishedRun(output, path, out)
+
+
+@pytest.fixture(scope="session")
+def seen_in(
+    data_set: DataSet, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[int, str], dict[str, Any]]]:
+    """By processes and strategy: losses and gradient norms of each case in `engine_worker`, launched once."""
+    bucket = s3_server.create_bucket("engines")
+
+    def saved(world: tuple[int, str], case: str) -> str:
+        return f"{bucket}/{world[0]}-{world[1]}-{case}"
+
+    def resumed(world: tuple[int, str], source: tuple[int, str], case: str, precision: str) -> Case:
+        name = f"{case} resumed" if source == world else f"{case} resumed from {source[0]} x {source[1]}"
+        checkpoint = f"{saved(source, case)}/checkpoints/step-{SAVED_STEP:08d}"
+        saves = {LAST_STEP: saved(world, name.replace(" ", "-"))}
+        return Case(name, precision, 1, SAVED_STEP, LAST_STEP, checkpoint, saves)
+
+    def cases(world: tuple[int, str]) -> Iterator[Case]:
+        for precision in ("fp32", "bf16"):
+            output = saved(world, precision)
+            yield Case(precision, precision, saves={SAVED_STEP: output, LAST_STEP: output})
+            yield Case(f"{precision}, 4 accumulated", precision, accumulation_steps=4)
+            yield resumed(world, world, precision, precision)
+        for source in RESUMES_FROM[world]:
+            yield resumed(world, source, "fp32", "fp32")
+
+    @cache
+    def launch(processes: int, strategy: str) -> dict[str, Any]:
+        for source in RESUMES_FROM[processes, strategy]:
+            launch(*source)
+        folder = tmp_path_factory.mktemp("engines")
+        orders = {
+            "strategy": strategy,
+            "shards": data_set.shards,
+            "cases": [asdict(case) for case in cases((processes, strategy))],
+        }
+        (folder / "orders.json").write_text(json.dumps(orders))
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+                *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
+            ],
+            cwd=REPOSITORY,
+            env=os.environ | _worker_environment(processes) | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        found: dict[str, Any] = json.loads((folder / "seen.json").read_text())
+        return found
+
+    yield launch

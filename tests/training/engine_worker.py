@@ -1,0 +1,202 @@
+"""One process of a real launch that trains engines, one after another, on windows that a test knows as well."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from transformers import Qwen2ForCausalLM
+
+from job import config as settings
+from job.cluster.place import world_from_environment
+from job.cluster.worker import leave
+from job.data.manifest import load_manifest
+from job.data.order import rank_slice
+from job.data.tokenizer import load_tokenizer
+from job.model.architecture import LanguageModel, ModelSpec, build_model
+from job.quiet import silence_libraries
+from job.training.checkpoint import (
+    CheckpointFiles,
+    TrainingState,
+    download_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from job.training.engine import AdamW, Engine, Strategy, start_accelerator
+from job.training.evaluation import evaluate
+from job.training.held_out import HeldOut
+from job.training.world import World
+
+SPEC = ModelSpec(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+)
+VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH = 300, 0, 16
+GLOBAL_BATCH_SIZE = 16
+ADAMW = AdamW(weight_decay=0.3, beta1=0.9, beta2=0.95, epsilon=1e-5)
+"""An epsilon so large that a gradient of nothing but rounding errors (of a key bias) moves nothing."""
+GRADIENT_CLIPPING = 1.5
+"""Between the norms of the even steps and those of the odd ones, which are clipped."""
+SAVED_STEP, LAST_STEP = 3, 6
+
+WORLDS = [(1, "ddp"), (2, "zero2"), (1, "zero2"), (2, "ddp")]
+"""Processes and strategy, in an order in which each resumes only from earlier ones."""
+RESUMES_FROM = {(1, "ddp"): [], (2, "zero2"): [(1, "ddp")], (1, "zero2"): [(2, "zero2")], (2, "ddp"): [(2, "zero2")]}
+"""Of which other worlds' checkpoints each world goes on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Steps of an engine, from new weights or from a checkpoint."""
+
+    name: str
+    precision: str = "fp32"
+    accumulation_steps: int = 1
+    first_step: int = 0
+    last_step: int = LAST_STEP
+    resume: str | None = None
+    """URL of the checkpoint that it begins with."""
+    saves: dict[int, str] = field(default_factory=dict)
+    """After so many steps it is saved, as a checkpoint of the run at this URL."""
+
+
+def new_model() -> Qwen2ForCausalLM:
+    return build_model(SPEC, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=1)
+
+
+def learning_rate_of(step: int) -> float:
+    return 1e-3 * (step + 1)
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """Input ids and labels of a step, `[GLOBAL_BATCH_SIZE, CONTEXT_LENGTH]`.
+
+    The further behind a window is in the batch, the more targets it has; the first have none. So ranks and
+    micro-batches differ as much as they can, and a mean of their means is far from the mean over all targets. Odd
+    steps have few targets, hence long gradients.
+    """
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB_SIZE, (GLOBAL_BATCH_SIZE, CONTEXT_LENGTH + 1), generator=generator)
+    targets = torch.tensor([0, 0, 0, 0, 1, 1, 0, 2, 1, 0, 3, 2, 9, 14, 16, 16]).unsqueeze(-1)
+    if step % 2:
+        targets = targets // 4
+    labels = tokens[:, 1:].masked_fill(torch.arange(CONTEXT_LENGTH) >= targets, -100)
+    return tokens[:, :-1], labels
+
+
+# ---- In the processes ----
+
+
+def main(folder: Path) -> None:
+    silence_libraries()
+    orders = json.loads((folder / "orders.json").read_text())
+    world = world_from_environment()
+    assert world is not None
+    seen: dict[str, Any] = {}
+    for order in orders["cases"]:
+        order["saves"] = {int(step): url for step, url in order["saves"].items()}
+        case = Case(**order)
+        seen[case.name] = train_case(case, orders["strategy"], world)
+    seen["held out"] = evaluate_held_out(orders["shards"], world, folder)
+    seen["refusals"] = list(refusals(orders["strategy"], world))
+    if world.rank == 0:
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+def strategy_of(case: Case, name: str, world: World) -> Strategy:
+    micro_batch_size = GLOBAL_BATCH_SIZE // world.world_size // case.accumulation_steps
+    return Strategy(
+        name, case.precision, world.world_size, micro_batch_size, case.accumulation_steps, GRADIENT_CLIPPING
+    )
+
+
+def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
+    """Mean loss and gradient norm of each step, and where the last checkpoint is."""
+    forget_accelerate()
+    strategy = strategy_of(case, name, world)
+    accelerator = start_accelerator(strategy)
+    engine = Engine(accelerator, LanguageModel(new_model(), loss_chunk_tokens=24), strategy, ADAMW)
+    if case.resume is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint = open_checkpoint(case.resume)
+            download_checkpoint(checkpoint, Path(scratch))
+            assert checkpoint.state.step == case.first_step
+            engine.load_state(case.first_step, CheckpointFiles(Path(scratch)))
+    seen: dict[str, Any] = {"losses": [], "norms": [], "checkpoint": None}
+    mine = rank_slice(GLOBAL_BATCH_SIZE, world.rank, world.world_size)
+    for step in range(case.first_step, case.last_step):
+        input_ids, labels = (side[mine] for side in global_batch(step))
+        micro_batches = zip(
+            input_ids.split(strategy.micro_batch_size), labels.split(strategy.micro_batch_size), strict=True
+        )
+        targets = int((global_batch(step)[1] >= 0).sum())
+        nats, norm = engine.step(list(micro_batches), targets, learning_rate_of(step))
+        seen["losses"].append(float(accelerator.reduce(nats, "sum")) / targets)
+        seen["norms"].append(float(norm))
+        if step + 1 in case.saves:
+            seen["checkpoint"] = save(engine, case.saves[step + 1], step + 1, world)
+    return seen
+
+
+def save(engine: Engine, output: str, step: int, world: World) -> str | None:
+    """Saves the engine as a run does; returns the checkpoint's URL on the first rank."""
+    state = TrainingState("a-run", step, GLOBAL_BATCH_SIZE * step, 0, {}, {})
+    saved = None
+    if world.rank == 0:
+        saved = save_checkpoint(output, state, engine.full_state(), Path(tempfile.gettempdir())).url
+    else:
+        for _ in engine.full_state():
+            pass
+    engine.accelerator.wait_for_everyone()
+    return saved
+
+
+def evaluate_held_out(shards: str, world: World, folder: Path) -> dict[str, float]:
+    """The new model on the held-out shards, over all processes."""
+    manifest = load_manifest(shards)
+    tokenizer = load_tokenizer(f"{shards}/{manifest.tokenizer}", folder)
+    config = settings.build(
+        {"data": {"shards": shards, "cache_dir": str(folder / "cache")}, "evaluate": {"batch_size": 7}}
+    )
+    model = LanguageModel(build_model(SPEC, manifest.vocab_size, manifest.eod_id, CONTEXT_LENGTH, seed=1))
+    found = HeldOut(config, manifest, tokenizer, CONTEXT_LENGTH, world).evaluate(
+        model, torch.device("cpu"), nullcontext
+    )
+    assert found is not None
+    return asdict(found)
+
+
+def refusals(name: str, world: World) -> Iterator[str]:
+    """What is said where the world or the strategy that forms is not the one asked for."""
+    right = strategy_of(Case("any"), name, world)
+    wrong = [(replace(right, world_size=world.world_size + 1), {})]
+    # A user's setting of accelerate's, which makes it leave DeepSpeed out without a word.
+    wrong += [(right, {"ACCELERATE_USE_CPU": "true"})] if name == "zero2" else []
+    for strategy, environment in wrong:
+        forget_accelerate()
+        os.environ |= environment
+        try:
+            start_accelerator(strategy)
+            yield "nothing"
+        except RuntimeError as error:
+            yield str(error)
+
+
+def forget_accelerate() -> None:
+    """Lets the next Accelerator of this process be another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    dist.barrier()
+    leave(0)

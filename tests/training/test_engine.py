@@ -1,0 +1,85 @@
+"""The engine: one mathematics, however the work is spread over processes, strategies and micro-batches."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_worker import ADAMW, GRADIENT_CLIPPING, LAST_STEP, WORLDS, global_batch, learning_rate_of, new_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
+
+SeenIn = Callable[[int, str], dict[str, Any]]
+
+pytestmark = pytest.mark.parametrize(("processes", "strategy"), WORLDS)
+
+
+@cache
+def plain_training(steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, gradient norms and weights of plain PyTorch on the whole global batch at once."""
+    model = new_model()
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        betas=(ADAMW.beta1, ADAMW.beta2),
+        eps=ADAMW.epsilon,
+        weight_decay=ADAMW.weight_decay,
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        input_ids, labels = global_batch(step)
+        loss = F.cross_entropy(model(input_ids=input_ids).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIPPING)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_of(step)
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+
+@pytest.mark.parametrize("case", ["fp32", "fp32, 4 accumulated"])
+def test_losses_and_gradient_norms_are_those_of_plain_pytorch_on_the_whole_batch(
+    seen_in: SeenIn, processes: int, strategy: str, case: str
+) -> None:
+    losses, norms, _ = plain_training(LAST_STEP)
+    seen = seen_in(processes, strategy)[case]
+    assert seen["losses"] == pytest.approx(losses, rel=1e-5)
+    assert seen["norms"] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) < GRADIENT_CLIPPING < max(norms)
+
+
+def test_weights_are_those_of_plain_pytorch(seen_in: SeenIn, processes: int, strategy: str, tmp_path: Path) -> None:
+    *_, weights = plain_training(LAST_STEP)
+    download_checkpoint(open_checkpoint(seen_in(processes, strategy)["fp32"]["checkpoint"]), tmp_path)
+    saved = CheckpointFiles(tmp_path)
+    assert saved.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(saved[name]["param"], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", ["bf16", "bf16, 4 accumulated"])
+def test_bf16_stays_near_fp32(seen_in: SeenIn, processes: int, strategy: str, case: str) -> None:
+    losses, norms, _ = plain_training(LAST_STEP)
+    seen = seen_in(processes, strategy)[case]
+    assert seen["losses"] == pytest.approx(losses, rel=1e-3)
+    assert seen["norms"] == pytest.approx(norms, rel=1e-2)
+    assert seen["losses"] != pytest.approx(losses, rel=1e-7), "this is fp32"
+
+
+def test_another_world_or_strategy_than_the_one_asked_for_is_refused(
+    seen_in: SeenIn, processes: int, strategy: str
+) -> None:
+    another_world, *another_strategy = seen_in(processes, strategy)["refusals"]
+    assert another_world.startswith(f"{processes + 1} processes were asked for")
+    assert len(another_strategy) == (strategy == "zero2")
+    for said in another_strategy:
+        assert said.startswith("strategy zero2 was asked for")

@@ -1,0 +1,125 @@
+"""Stopping and going on: to the bit in the same world, and the same training in another."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_worker import RESUMES_FROM, SAVED_STEP, WORLDS
+from small_run import STEPS, DataSet, FinishedRun, run, saved_steps, stored, train_until, write_settings
+
+from job import storage
+from job.demo.server import S3Server
+from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
+from job.training.checkpoint import list_checkpoints, open_checkpoint
+from job.training.metrics import read_metrics
+
+SeenIn = Callable[[int, str], dict[str, Any]]
+
+MEASURED = ["train/loss", "train/gradient_norm", "train/learning_rate", "train/tokens_seen", "train/epoch"]
+"""What depends on the training alone, not on the time it took."""
+
+
+def tensor_files(checkpoint: str) -> dict[str, str]:
+    """sha256 of weights and moments."""
+    files = open_checkpoint(checkpoint).files
+    return {name: files[name]["sha256"] for name in files if name.endswith(".safetensors")}
+
+
+def measured(output: str) -> dict[int, list[float]]:
+    return {row["step"]: [row[name] for name in MEASURED] for row in read_metrics(output)}
+
+
+# ---- Engines: a checkpoint fits every world ----
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("processes", "strategy"), WORLDS)
+def test_an_engine_goes_on_to_the_bit_in_the_same_world(
+    seen_in: SeenIn, processes: int, strategy: str, precision: str
+) -> None:
+    seen = seen_in(processes, strategy)
+    straight, resumed = seen[precision], seen[f"{precision} resumed"]
+    assert resumed["losses"] == straight["losses"][SAVED_STEP:]
+    assert resumed["norms"] == straight["norms"][SAVED_STEP:]
+    files = tensor_files(resumed["checkpoint"])
+    assert files.keys() == {"model.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"}
+    assert files == tensor_files(straight["checkpoint"])
+
+
+@pytest.mark.parametrize(("world", "source"), [(world, source) for world in WORLDS for source in RESUMES_FROM[world]])
+def test_an_engine_goes_on_with_the_same_losses_in_another_world(
+    seen_in: SeenIn, world: tuple[int, str], source: tuple[int, str]
+) -> None:
+    straight = seen_in(*source)["fp32"]
+    resumed = seen_in(*world)[f"fp32 resumed from {source[0]} x {source[1]}"]
+    assert resumed["losses"] == pytest.approx(straight["losses"][SAVED_STEP:], rel=1e-5)
+    assert resumed["norms"] == pytest.approx(straight["norms"][SAVED_STEP:], rel=1e-4)
+
+
+# ---- Whole runs ----
+
+
+def test_a_run_stopped_twice_is_to_the_bit_the_run_that_was_not(
+    finished_run: FinishedRun, data_set: DataSet, s3_server: S3Server, tmp_path: Path
+) -> None:
+    output = f"{s3_server.create_bucket('stopped-run')}/run"
+    # Other intervals than in the finished run: looking at a training does not change it.
+    settings = write_settings(tmp_path, data_set, output, checkpoint={"keep": 2}, evaluate={"every": 50})
+    stops: list[int] = []
+    for step in (5, 35):
+        code, out, err = train_until(step, settings)
+        assert (code, err) == (EXIT_STOPPED, ""), out + err
+        stops += saved_steps(output)[-1:]
+        assert step <= stops[-1] < STEPS
+        assert f"stopped after step {stops[-1]}" in out
+    code, out, err = run("train", settings)
+    assert (code, err) == (EXIT_DONE, ""), out + err
+    assert f"step {stops[-1] + 1}/{STEPS}" in out
+    assert f"step {stops[-1]}/{STEPS}" not in out
+
+    assert tensor_files(list_checkpoints(output)[-1]) == tensor_files(list_checkpoints(finished_run.output)[-1])
+    assert saved_steps(output) == [stops[-1], STEPS], "keep: 2"
+    assert [row["step"] for row in read_metrics(output)] == list(range(1, STEPS + 1))
+    assert measured(output) == measured(finished_run.output)
+    run_ids = {open_checkpoint(url).state.run_id for url in list_checkpoints(output)}
+    assert run_ids == {storage.read_json(f"{output}/run.json")["id"]}
+
+
+def test_a_run_goes_on_from_a_named_checkpoint_of_another_one_in_another_world(
+    finished_run: FinishedRun, data_set: DataSet, s3_server: S3Server, tmp_path: Path
+) -> None:
+    output, begun = f"{s3_server.create_bucket('forked-run')}/run", STEPS // 2
+    origin = stored(finished_run.output)
+    checkpoint = f"{finished_run.output}/checkpoints/step-{begun:08d}"
+    train = {"resume": checkpoint, "processes": 1, "strategy": "ddp", "micro_batch_size": 8}
+    code, out, err = run("train", write_settings(tmp_path, data_set, output, train=train))
+    assert (code, err) == (EXIT_DONE, ""), out + err
+    seen, expected = measured(output), measured(finished_run.output)
+    assert list(seen) == list(range(begun + 1, STEPS + 1))
+    for step, values in seen.items():
+        assert values == pytest.approx(expected[step], rel=1e-5), step
+    assert stored(finished_run.output) == origin
+
+
+def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
+    finished_run: FinishedRun, data_set: DataSet, s3_server: S3Server, tmp_path: Path
+) -> None:
+    bucket = s3_server.create_bucket("refused-run")
+    origin, checkpoint = stored(finished_run.output), list_checkpoints(finished_run.output)[0]
+    settings = write_settings(
+        tmp_path,
+        data_set,
+        f"{bucket}/run",
+        train={"resume": checkpoint, "global_batch_size": 16},
+        model={"intermediate_size": 64},
+    )
+    code, _, err = run("train", settings)
+    assert code == EXIT_REFUSED
+    (line,) = err.splitlines()
+    assert line.startswith(f"train.resume: '{checkpoint}'")
+    assert "global_batch_size was 8, is 16" in line
+    assert "'intermediate_size': 48" in line and "'intermediate_size': 64" in line
+    assert "context_length" not in line
+    assert stored(bucket) == {}
+    assert stored(finished_run.output) == origin
