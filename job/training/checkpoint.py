@@ -143,22 +143,22 @@ def open_checkpoint(url: str) -> Checkpoint:
     Raises:
         UserError: there is none, it is damaged, or a newer version wrote it.
     """
+    damaged = UserError("train.resume", url, f"its {_MANIFEST} or {_STATE} is damaged", "name an older one")
     try:
-        manifest = storage.read_json(storage.join(url, _MANIFEST))
+        files = storage.read_json(storage.join(url, _MANIFEST))["files"]
         state = storage.read_json(storage.join(url, _STATE))
         version = state.pop("format_version")
+        is_whole = all({"size", "sha256"} <= files[name].keys() for name in _FILES.values())
     except FileNotFoundError:
         raise UserError("train.resume", url, f"no complete checkpoint there (it has no {_MANIFEST})") from None
-    except (ValueError, KeyError, AttributeError):
-        raise UserError("train.resume", url, f"its {_MANIFEST} or {_STATE} is damaged", "name an older one") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
     if version != FORMAT_VERSION:
         expected = f"has format version {version!r}, this program reads {FORMAT_VERSION}"
         raise UserError("train.resume", url, expected, "use the version of the program that wrote it")
-    if set(state) != {field.name for field in fields(TrainingState)} or not set(_FILES.values()) <= set(
-        manifest["files"]
-    ):
-        raise UserError("train.resume", url, f"its {_MANIFEST} or {_STATE} is damaged", "name an older one")
-    return Checkpoint(url, manifest["files"], TrainingState(**state))
+    if not is_whole or set(state) != {field.name for field in fields(TrainingState)}:
+        raise damaged
+    return Checkpoint(url, files, TrainingState(**state))
 
 
 def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str] = tuple(_FILES)) -> None:
