@@ -33,7 +33,8 @@ class UserError(Exception):
         super().__init__(str(self))
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        return UserError, (self.setting, str(self.value), self.expected, self.remedy)
+        value = self.value if self.value is None else str(self.value)
+        return UserError, (self.setting, value, self.expected, self.remedy)
 
     def __str__(self) -> str:
         shown = f"{self.setting}: {self.value!r}" if self.value is not None else self.setting

@@ -4,6 +4,7 @@ A place is a path, ``file://…``, ``s3://bucket/key`` or, to read only, ``https
 Credentials come from the environment alone, as botocore finds them there: no setting holds a secret.
 """
 
+import base64
 import errno
 import hashlib
 import io
@@ -225,7 +226,7 @@ def create_bytes(url: str, data: bytes) -> bool:
         return True
     token = secrets.token_hex(16)
     try:
-        _s3("create", url, "put_object", **_place(url), Body=data, IfNoneMatch="*", Metadata={_TOKEN: token})
+        _s3("create", url, "put_object", **_place(url), **_body(data), IfNoneMatch="*", Metadata={_TOKEN: token})
     except FileExistsError:
         return _is_from(token, url)
     return True
@@ -360,7 +361,7 @@ def _upload(url: str, total: int, read: Callable[[int, int], bytes]) -> None:
     """Puts ``read(0, total)`` at `url`, in parts that are tried again one by one if it is large."""
     place = _place(url)
     if total <= PART_BYTES:
-        _s3("write", url, "put_object", Body=read(0, total), **place)
+        _s3("write", url, "put_object", **_body(read(0, total)), **place)
         return
     token = secrets.token_hex(16)
     part_bytes = max(PART_BYTES, -(-total // 10_000))  # S3 takes no more than 10,000 parts
@@ -368,7 +369,7 @@ def _upload(url: str, total: int, read: Callable[[int, int], bytes]) -> None:
 
     def put(number: int) -> dict[str, Any]:
         part = read((number - 1) * part_bytes, min(number * part_bytes, total))
-        answer = _s3("write", url, "upload_part", PartNumber=number, Body=part, **place)
+        answer = _s3("write", url, "upload_part", PartNumber=number, **_body(part), **place)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     try:
@@ -381,6 +382,12 @@ def _upload(url: str, total: int, read: Callable[[int, int], bytes]) -> None:
     except BaseException:
         _abort(url, place)
         raise
+
+
+def _body(data: bytes) -> dict[str, Any]:
+    """What is sent, with its checksum: some stores keep an empty object of a writer that was killed, unless told."""
+    digest = hashlib.md5(data, usedforsecurity=False).digest()
+    return {"Body": data, "ContentMD5": base64.b64encode(digest).decode()}
 
 
 def _abort(url: str, upload: dict[str, Any]) -> None:

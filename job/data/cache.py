@@ -127,6 +127,7 @@ class ShardCache:
         """Has these shards of the plan brought here before all others."""
         absent = [index for index in shards if not self._is_here(index)]
         with self._changed:
+            absent = [index for index in absent if index not in self._failed]
             self._demanded |= dict.fromkeys(absent)
             self._missing |= dict.fromkeys(index for index in absent if index in self._plan)
             self._changed.notify_all()

@@ -16,9 +16,10 @@ def linear_cross_entropy(
     """Sum of ``-log softmax(hidden @ weight.T)[label]`` over the labels that are not ignored, in nats.
 
     The gradients of a chunk are computed while its logits are there, so forward and backward together are the three
-    matrix products of the plain loss and hold two chunks of logits at most (one in fp32). Where no gradient is
-    asked for, none is computed. The logits leave their product in the dtype of the inputs, or of autocast, as they
-    leave an ``nn.Linear``; softmax, loss and the sum of the weight's gradient over the chunks are fp32 (fp64 for fp64).
+    matrix products of the plain loss, and one chunk of logits is held (in bf16 a second beside it, in fp32). Where no
+    gradient is asked for, none is computed. The logits leave their product in the dtype of the inputs, or of autocast,
+    as they leave an ``nn.Linear``; softmax, loss and the sum of the weight's gradient over the chunks are fp32 (fp64
+    for fp64).
 
     The backward pass scales the saved gradients in place: a graph can be walked once, and a second walk
     (``retain_graph=True``) raises RuntimeError. fp16 is not for this loss: an unscaled ``softmax`` underflows in it.
@@ -50,12 +51,13 @@ def token_nats(
 def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """The largest power of two (it divides the usual micro-batches) whose fp32 logits fit the budget of the device.
 
-    CPU, 512 MiB: with 151,936 entries and hidden size 512, two Zen 5 cores did 231, 306, 376 and 372 tokens/s in
-    chunks of 128, 256, 512 and 1,024: past 512 nothing is gained. Elsewhere, 2 GiB: each chunk reads the head twice and
-    adds to its fp32 gradient, about 16 bytes an entry of the head against 32 bytes a logit, so the part of the memory
-    traffic that is the head's is hidden_size / (2 · chunk): an eighth at 2,048, half at 512.
+    CPU, 256 MiB: the products dominate, and memory decides; with 151,936 entries and hidden size 512, one Zen 5 core
+    did 196, 209, 202 and 200 tokens per second of its time in chunks of 128, 256, 512 and 1,024. Elsewhere, 2 GiB, by
+    arithmetic: each chunk reads the head twice and adds to its fp32 gradient, about 16 bytes an entry of the head
+    against 32 bytes a logit in bf16, so the head's traffic is hidden_size / (2 · chunk) of the logits': an eighth at
+    2,048, half at 512.
     """
-    budget_bytes = 2**29 if device.type == "cpu" else 2**31
+    budget_bytes = 2**28 if device.type == "cpu" else 2**31
     return 2 ** (max(1, budget_bytes // (4 * vocab_size)).bit_length() - 1)
 
 

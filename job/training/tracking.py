@@ -48,7 +48,7 @@ FINISH_SECONDS = 15.0
 """Longest wait for what is not uploaded yet at the end: a job that was told to stop has little time."""
 _LOGIN_SECONDS = 5
 _ID_LENGTH = 21
-"""The length of SwanLab's own ids; older servers take no other."""
+"""Older servers take ids of this length alone, newer ones any of 1 to 64."""
 
 _UNTRACKED = "in metrics.jsonl alone"
 
@@ -176,7 +176,7 @@ def start_tracker(
         "log_dir": folder,
         "interactive": False,
         "project": {"name": project, "workspace": workspace},
-        "experiment": {"name": name},
+        "experiment": {"name": name, "color": _color(run_id) if mode == "local" else None},
         "run": {"id": run_id, "resume": "allow"},
         "terminal": {"proxy_type": "none"},
         # A command line and a remote's address may hold passwords; listing the packages starts a process.
@@ -188,8 +188,6 @@ def start_tracker(
         if mode == "cloud":
             # On its own, as `init` leaves an empty folder where the login fails.
             _swanlab().login(timeout=_LOGIN_SECONDS)
-        else:
-            values["experiment"] = {"name": name, "color": _color(run_id)}
         settings = _settings(**values, mode="online" if mode == "cloud" else mode)
         accelerator.trackers.clear()
         accelerator.init_trackers(project, init_kwargs={"swanlab": {"settings": settings, "config": config}})

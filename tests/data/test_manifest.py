@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_data import write_data_set
 
@@ -52,6 +52,7 @@ def manifest_of(*shards: Shard) -> Manifest:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=6), st.sampled_from(["uint16", "uint32"]))
 def test_a_shard_gives_back_its_tokens_and_where_its_documents_end(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], dtype: TokenType

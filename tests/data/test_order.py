@@ -21,6 +21,7 @@ from job.data.order import (
 )
 from job.errors import UserError
 
+UNHURRIED = settings(deadline=None)
 SEEDS = st.integers(0, 2**63 - 1)
 
 
@@ -50,6 +51,7 @@ def ids(order: WindowOrder, position: int, count: int, limit: int | None = None)
 # ---- Completeness ----
 
 
+@UNHURRIED
 @given(orders())
 def test_every_window_of_an_epoch_appears_exactly_once(order: WindowOrder) -> None:
     every = {(shard, window) for shard, count in enumerate(order.windows.tolist()) for window in range(count)}
@@ -58,6 +60,7 @@ def test_every_window_of_an_epoch_appears_exactly_once(order: WindowOrder) -> No
         assert len(seen) == len(every) and set(seen) == every
 
 
+@UNHURRIED
 @given(orders())
 def test_the_targets_of_an_epoch_are_every_token_but_the_first_of_each_shard(order: WindowOrder) -> None:
     targets = order.targets(*order.window_ids(0, order.windows_per_epoch))
@@ -70,6 +73,7 @@ def test_a_shard_has_as_many_windows_as_its_targets_fill(tokens: int, windows: i
     assert count_windows(np.array([tokens]), context_length=4) == [windows]
 
 
+@UNHURRIED
 @given(orders(), st.integers(1, 3), st.integers(0, 20))
 def test_places_after_the_last_epoch_are_padding_without_targets(order: WindowOrder, epochs: int, extra: int) -> None:
     limit = order.position_limit(epochs)
@@ -87,6 +91,7 @@ def test_a_data_set_without_anything_to_predict_is_refused() -> None:
 # ---- One number is the whole state ----
 
 
+@UNHURRIED
 @given(orders(), st.data())
 def test_any_cursor_gives_what_consuming_from_the_start_gives(order: WindowOrder, data: st.DataObject) -> None:
     total = 2 * order.windows_per_epoch
@@ -120,6 +125,7 @@ def test_any_of_a_billion_windows_is_reached_in_constant_memory_and_work(monkeyp
     assert max(work) < 5000  # 64 windows × 8 rounds, the shards, the keys, and seldom a second walk
 
 
+@UNHURRIED
 @given(orders())
 def test_buffers_follow_each_other_and_hold_no_more_than_their_bytes(order: WindowOrder) -> None:
     position = 0
@@ -146,6 +152,7 @@ def test_the_ranks_slices_are_equal_and_make_the_batch(world_size: int) -> None:
     assert {len(part) for part in parts} == {12 // world_size}
 
 
+@UNHURRIED
 @given(orders(), st.integers(0, 100), st.integers(1, 4))
 def test_a_node_group_reads_only_its_own_part_of_the_shards(order: WindowOrder, position: int, share: int) -> None:
     groups, size = order.node_groups, order.node_groups * share
@@ -211,6 +218,7 @@ def test_epochs_seeds_and_buffers_are_shuffled_differently() -> None:
 # ---- The permutation ----
 
 
+@UNHURRIED
 @given(st.integers(1, 3000), SEEDS)
 def test_it_is_a_permutation_of_any_size(size: int, seed: int) -> None:
     assert sorted(permute(np.arange(size), size, np.uint64(seed)).tolist()) == list(range(size))
@@ -251,6 +259,7 @@ def test_a_large_permutation_looks_random() -> None:
 EVALUATION = st.lists(st.integers(0, 60), min_size=1, max_size=12)
 
 
+@UNHURRIED
 @given(EVALUATION, st.integers(1, 9), st.data())
 def test_evaluation_reads_every_window_in_the_order_of_the_shards(
     tokens: list[int], context_length: int, data: st.DataObject
@@ -265,7 +274,7 @@ def test_evaluation_reads_every_window_in_the_order_of_the_shards(
     assert list(zip(shards.tolist(), windows.tolist(), strict=True)) == every[start:stop]
 
 
-@settings(max_examples=50)
+@UNHURRIED
 @given(EVALUATION, st.integers(1, 100), SEEDS)
 def test_a_sample_for_evaluation_has_no_window_twice_and_is_always_the_same(
     tokens: list[int], max_windows: int, seed: int

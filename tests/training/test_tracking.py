@@ -172,11 +172,15 @@ NAMES = {"project": "WikiLLM", "workspace": None, "name": "a run", "run_id": "id
         ({"log_dir": "/dev/null/swanlog"}, "tracking.log_dir"),
     ],
 )
-def test_a_name_or_folder_that_swanlab_cannot_take_is_named(wrong: dict[str, str], setting: str, home: Path) -> None:
+@pytest.mark.parametrize("mode", ["offline", "cloud"])
+def test_a_name_or_folder_that_swanlab_cannot_take_is_named_at_once(
+    wrong: dict[str, str], setting: str, mode: Any, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     accelerator: Any = SimpleNamespace(is_main_process=True, trackers=[])
     with pytest.raises(UserError) as refused:
-        start_tracker(accelerator, mode="offline", **(NAMES | wrong))
+        start_tracker(accelerator, mode=mode, **(NAMES | wrong))
     assert refused.value.setting == setting
+    assert not caplog.records, "a try without the cloud"
 
 
 @pytest.mark.parametrize(("mode", "main"), [("disabled", True), ("offline", False)])
@@ -307,29 +311,40 @@ class Answer(BaseHTTPRequestHandler):
         """Silent."""
 
 
-CLOUDS = ["refuses the key", "is out of order", "cannot be reached", "never answers", "fails after the start"]
+REFUSES, BROKEN, CLOSED, SILENT = "refuses the key", "is out of order", "cannot be reached", "never answers"
+FAILS, FORGOTTEN = "fails after the start", "fails after the start of a run that nobody ends"
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SimpleNamespace]]:
     """One run begun in each kind of cloud; they wait side by side."""
-    silent = socket.create_server(("127.0.0.1", 0))
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))
-    servers: list[Any] = [StandIn(401, False), StandIn(503, False), closed, silent, StandIn(503, True)]
-    deadlines: list[dict[str, float]] = [{}, {}, {}, {"START_SECONDS": 1.0}, {"FINISH_SECONDS": 2.0}]
+    servers: dict[str, Any] = {
+        REFUSES: StandIn(401, starts=False),
+        BROKEN: StandIn(503, starts=False),
+        CLOSED: closed,
+        SILENT: socket.create_server(("127.0.0.1", 0)),
+        FAILS: StandIn(503, starts=True),
+        FORGOTTEN: StandIn(503, starts=True),
+    }
+    special: dict[str, dict[str, Any]] = {
+        SILENT: {"deadlines": {"START_SECONDS": 1.0}},
+        FAILS: {"deadlines": {"FINISH_SECONDS": 2.0}},
+        FORGOTTEN: {"deadlines": {"FINISH_SECONDS": 2.0}, "success": None},
+    }
     runs = {}
-    for kind, server, seconds in zip(CLOUDS, servers, deadlines, strict=True):
+    for kind, server in servers.items():
         address = server.server_address if isinstance(server, StandIn) else server.getsockname()
         place, run_id, host = tmp_path_factory.mktemp("cloud"), new_run_id(), f"http://127.0.0.1:{address[1]}"
         environment = {"SWANLAB_API_KEY": KEY, "SWANLAB_API_HOST": host}
-        process = begin(place, environment, mode="cloud", run_id=run_id, deadlines=seconds)
+        process = begin(place, environment, mode="cloud", run_id=run_id, **special.get(kind, {}))
         runs[kind] = SimpleNamespace(place=place, run_id=run_id, host=host, process=process, server=server)
     yield runs
     for run in runs.values():
         run.process.kill()
         run.process.wait()
-    for server in servers:
+    for server in servers.values():
         if isinstance(server, StandIn):
             server.shutdown()
             server.server_close()
@@ -343,7 +358,7 @@ def clouds(begun: dict[str, SimpleNamespace]) -> dict[str, SimpleNamespace]:
     return {kind: SimpleNamespace(**vars(run), seen=end(run.process)) for kind, run in begun.items()}
 
 
-@pytest.mark.parametrize("kind", CLOUDS[:3])
+@pytest.mark.parametrize("kind", [REFUSES, BROKEN, CLOSED])
 def test_a_run_goes_on_offline_where_the_cloud(kind: str, clouds: dict[str, SimpleNamespace]) -> None:
     run = clouds[kind]
     (folder,) = folders(run.place)
@@ -356,21 +371,22 @@ def test_a_run_goes_on_offline_where_the_cloud(kind: str, clouds: dict[str, Simp
 
 
 def test_a_start_does_not_wait_for_a_cloud_that_never_answers(clouds: dict[str, SimpleNamespace]) -> None:
-    run = clouds["never answers"]
+    run = clouds[SILENT]
     (warning,) = run.seen.warnings
     assert "does not answer" in warning, "the login's own deadlines would have ended in an offline run"
     assert KEY not in run.seen.output
 
 
 def test_the_cloud_is_told_the_runs_own_id(clouds: dict[str, SimpleNamespace]) -> None:
-    run = clouds["fails after the start"]
+    run = clouds[FAILS]
     (experiment,) = run.server.experiments
     assert (experiment["cuid"], experiment["name"]) == (run.run_id, "a run")
     assert run.seen.how_to_watch == f"{run.host}/@me/WikiLLM/runs/{run.run_id}"
 
 
-def test_an_end_does_not_wait_for_a_cloud_that_takes_nothing(clouds: dict[str, SimpleNamespace]) -> None:
-    run = clouds["fails after the start"]
+@pytest.mark.parametrize("kind", [FAILS, FORGOTTEN])
+def test_an_end_does_not_wait_for_a_cloud_that(kind: str, clouds: dict[str, SimpleNamespace]) -> None:
+    run = clouds[kind]
     (folder,) = folders(run.place)
     assert f"swanlab sync --id {run.run_id} {shlex.quote(str(folder))}" in run.seen.output
     assert any(record.HasField("finish") for record in records(folder))

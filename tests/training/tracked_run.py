@@ -48,7 +48,13 @@ def end(process: subprocess.Popen[str]) -> SimpleNamespace:
 
 
 def main(
-    mode: str, run_id: str, log_dir: str, first_step: int = 0, success: bool = True, deadlines: Any = None, **_: Any
+    mode: str,
+    run_id: str,
+    log_dir: str,
+    first_step: int = 0,
+    success: bool | None = True,
+    deadlines: Any = None,
+    **_: Any,
 ) -> None:
     for name, seconds in (deadlines or {}).items():
         setattr(tracking, name, seconds)
@@ -71,9 +77,10 @@ def main(
     tracker.log_texts(
         "samples", {"北京市": "是中华人民共和国的首都。", "牛顿": "是物理学家。\n第二行"}, step=first_step
     )
-    tracker.finish(success)
+    if success is not None:
+        tracker.finish(success)
+        accelerator.end_training()
     kept = kept and signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
-    accelerator.end_training()
     print(json.dumps({"how_to_watch": tracker.how_to_watch, "hooks_kept": kept}))
 
 

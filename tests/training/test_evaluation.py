@@ -1,0 +1,138 @@
+"""Held-out loss: every target counted once, the same number however it is computed, wherever the model comes from."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_worker import CONTEXT_LENGTH, SPEC
+from small_run import STEPS, DataSet, FinishedRun, run
+from torch.nn import functional as F
+from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+from job import storage
+from job.data.loader import EvaluationLoader
+from job.data.manifest import open_shard
+from job.data.order import EvaluationOrder
+from job.data.split import is_held_out
+from job.demo.walk import SAMPLE
+from job.model.architecture import LanguageModel, build_model
+from job.training.evaluation import Evaluation, evaluate
+from job.training.metrics import read_metrics
+
+SeenIn = Callable[[int, str], dict[str, Any]]
+
+
+def held_out_texts(data: DataSet) -> list[str]:
+    records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    rule = data.recipe.seed, data.recipe.validation_fraction
+    return [record["text"] for record in records if is_held_out(record["id"], record["text"], *rule)]
+
+
+def validation_shards(data: DataSet, folder: Path) -> list[torch.Tensor]:
+    """The tokens of each held-out shard."""
+    found = []
+    for shard in data.manifest.validation:
+        storage.download_file(f"{data.shards}/{shard.name}", folder / "shard")
+        found.append(torch.tensor(open_shard(folder / "shard", shard, data.manifest.dtype)[0].tolist()))
+    return found
+
+
+def new_model(data: DataSet) -> Qwen2ForCausalLM:
+    return build_model(SPEC, data.manifest.vocab_size, data.manifest.eod_id, CONTEXT_LENGTH, seed=1)
+
+
+@torch.no_grad()
+def plain_nats(model: Qwen2ForCausalLM, shards: list[torch.Tensor]) -> float:
+    """The loss summed over the shards with full logits, a window after the other."""
+    nats = 0.0
+    for tokens in shards:
+        for first in range(0, len(tokens) - 1, CONTEXT_LENGTH):
+            window = tokens[first : first + CONTEXT_LENGTH + 1]
+            logits = model(input_ids=window[None, :-1]).logits[0]
+            nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return nats
+
+
+def exact(data: DataSet, batch_size: int, folder: Path) -> Evaluation:
+    """What `evaluate` finds with the new model in fp64."""
+    order = EvaluationOrder([shard.tokens for shard in data.manifest.validation], CONTEXT_LENGTH, seed=5)
+    model = LanguageModel(new_model(data).double(), loss_chunk_tokens=24)
+    with EvaluationLoader(
+        data.shards,
+        data.manifest,
+        order,
+        batch_size=batch_size,
+        rank=0,
+        world_size=1,
+        cache_dir=folder,
+        cache_bytes=2**20,
+    ) as loader:
+        batches = ((batch.input_ids, batch.labels) for batch in loader)
+        found = evaluate(model, batches, data.tokenizer.token_sizes, torch.device("cpu"), nullcontext)
+    assert model.training, "left as it was"
+    return found
+
+
+def test_the_loss_is_that_of_full_logits_for_any_batch_size(data_set: DataSet, tmp_path: Path) -> None:
+    nats = plain_nats(new_model(data_set).double(), validation_shards(data_set, tmp_path))
+    for batch_size in (1, 7, 500):
+        assert exact(data_set, batch_size, tmp_path).nats == pytest.approx(nats, rel=1e-9)
+
+
+def test_every_token_but_the_first_of_each_shard_is_counted_once(data_set: DataSet, tmp_path: Path) -> None:
+    found, shards = exact(data_set, 7, tmp_path), data_set.manifest.validation
+    assert len(shards) > 1
+    assert found.targets == sum(shard.tokens for shard in shards) - len(shards)
+    assert found.nats_per_token == found.nats / found.targets
+
+
+def test_bytes_and_characters_are_those_of_the_held_out_text_without_what_is_not_predicted(
+    data_set: DataSet, tmp_path: Path
+) -> None:
+    found, text = exact(data_set, 7, tmp_path), "".join(held_out_texts(data_set))
+    firsts = [int(tokens[0]) for tokens in validation_shards(data_set, tmp_path)]
+    # A byte-level vocabulary writes each byte as one character; a character cut off at its end is decoded as one.
+    spelled = AutoTokenizer.from_pretrained(data_set.tokenizer.folder).convert_ids_to_tokens(firsts)
+    assert found.utf8_bytes == len(text.encode()) - len("".join(spelled))
+    assert found.characters == len(text) - sum(len(data_set.tokenizer.decode([first])) for first in firsts)
+    assert found.bits_per_byte == pytest.approx(found.nats / math.log(2) / found.utf8_bytes)
+    assert found.bits_per_character == pytest.approx(found.nats / math.log(2) / found.characters)
+
+
+def test_one_process_and_two_find_exactly_the_same(seen_in: SeenIn, data_set: DataSet, tmp_path: Path) -> None:
+    alone, together = seen_in(1, "ddp")["held out"], seen_in(2, "zero2")["held out"]
+    assert alone == together
+    expected = exact(data_set, 7, tmp_path)
+    assert alone["nats"] == pytest.approx(expected.nats, rel=1e-6)
+    counts = ("targets", "utf8_bytes", "characters")
+    assert [alone[name] for name in counts] == [getattr(expected, name) for name in counts]
+
+
+def test_nothing_held_out_costs_nothing() -> None:
+    assert Evaluation(0.0, 0, 0, 0).as_dict() == dict.fromkeys(Evaluation(1.0, 1, 1, 1).as_dict(), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "processes"), [("", 2), (f"checkpoints/step-{STEPS:08d}", 1), ("final", 1)], ids=str
+)
+def test_the_command_finds_the_number_of_the_run_in_whatever_it_left(
+    finished_run: FinishedRun, source: str, processes: int
+) -> None:
+    words = ["--train.processes", str(processes), "--evaluate.batch_size", "5"]
+    words += ["--evaluate.model", f"{finished_run.output}/{source}"] if source else []
+    code, out, err = run("evaluate", finished_run.settings, *words)
+    assert (code, err) == (0, ""), out + err
+    printed = dict(re.findall(r"│ ([\w -]+?) +│ +([\d.,]+) │", out))
+    (row,) = [row for row in read_metrics(finished_run.output) if row["step"] == STEPS]
+    for name, key in (
+        ("nats per token", "validation/loss"),
+        ("bits per byte", "validation/bits_per_byte"),
+        ("bits per character", "validation/bits_per_character"),
+    ):
+        assert float(printed[name]) == pytest.approx(row[key], rel=1e-6), name
