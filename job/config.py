@@ -152,7 +152,7 @@ class Train(Section):
     epsilon: float = setting(1e-8, "AdamW's epsilon", gt=0)
     gradient_clipping: float = setting(1.0, "Largest norm of the gradient; 0: not clipped", ge=0)
     loss_chunk_tokens: int | None = setting(
-        None, "Tokens whose logits exist at once; null: as many as fit 256 MiB", unit="tokens", ge=1
+        None, "Tokens whose logits exist at once; null: as many as fit 256 MiB, on a GPU 2 GiB", unit="tokens", ge=1
     )
     seed: int = setting(2333, "Seed of the initial weights", ge=0, lt=2**63)
     log_every: int = setting(10, "Interval of the log", unit="steps", ge=1)

@@ -1,4 +1,4 @@
-"""Runs as a user starts them, `python -m job ...`, so small that a step takes milliseconds, with data in a real store."""
+"""Runs as a user starts them, `python -m job ...`, so small that a step takes milliseconds, on data in a real store."""
 
 import json
 import os
@@ -136,7 +136,7 @@ class Job:
 
     def workers(self) -> list[psutil.Process]:
         """Its training processes, by rank."""
-        found = [one for one in self.descendants() if "job.cluster.worker" in one.cmdline()]
+        found = [one for one in self.descendants() if one.cmdline()[1:] == ["-u", "-m", "job.cluster.worker"]]
         return sorted(found, key=lambda one: int(one.environ()["RANK"]))
 
     def end(self) -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 Every step is the command that a user would type; only the S3 server is this program's own.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def walk(config: Config) -> int:
             )
     with S3Server(FOLDER / "s3") as server:
         report.say(f"1. an S3 server on {server.endpoint_url}, its data in {FOLDER / 's3'}")
-        os.environ |= server.environment
+        server.take_over_environment()
         server.create_bucket(_BUCKET)
         storage.delete_tree(config.run.output)
         storage.delete_tree(config.data.shards)
