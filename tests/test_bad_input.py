@@ -165,7 +165,11 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "a size with no unit that exists": (PREPARE, options(data__slice_bytes="3 miles"), "data.slice_bytes"),
     "a global batch that cannot be cut": (TRAIN, options(train__global_batch_size="5"), "train.global_batch_size"),
     "heads that do not divide the width": (TRAIN, options(model__num_attention_heads="3"), "model.hidden_size"),
-    "key heads that do not divide the heads": (TRAIN, options(model__num_key_value_heads="3"), "model.num_key_value_heads"),
+    "key heads that do not divide the heads": (
+        TRAIN,
+        options(model__num_key_value_heads="3"),
+        "model.num_key_value_heads",
+    ),
     "a worker beyond the last": (PREPARE, options(data__worker="3/3"), "data.worker"),
     "a worker that is no fraction": (PREPARE, options(data__worker="one of two"), "data.worker"),
     "a config file that is not there": (TRAIN, options(config="nowhere.yaml"), "--config"),
@@ -236,7 +240,10 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
         lambda place: (
             other_store()(place),
             place.environment.update(
-                AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None, HOME=str(place.folder), AWS_EC2_METADATA_DISABLED="true"
+                AWS_ACCESS_KEY_ID=None,
+                AWS_SECRET_ACCESS_KEY=None,
+                AWS_EC2_METADATA_DISABLED="true",
+                HOME=str(place.folder),
             ),
         ),
         "AWS_ACCESS_KEY_ID",

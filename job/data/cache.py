@@ -75,7 +75,7 @@ class ShardCache:
         self._missing: dict[int, None] = {}  # those of them to fetch, in this order
         self._demanded: dict[int, None] = {}  # somebody waits for them
         self._fetching: set[int] = set()
-        self._busy: set[int] = set()  # locked by another process a moment ago
+        self._not_before: dict[int, float] = {}  # when to try again what another process has locked, or what failed
         self._failed: dict[int, Exception] = {}
 
         try:
@@ -120,16 +120,17 @@ class ShardCache:
             self._plan_file.flush()
         with self._changed:
             self._plan = plan
-            self._missing = {index: None for index in plan if index in self._demanded or not self._is_here(index)}
+            absent = (index for index in plan if index in self._demanded or not self._is_here(index))
+            self._missing = {index: None for index in absent if index not in self._failed}
             self._changed.notify_all()
 
     def demand(self, shards: Iterable[int]) -> None:
         """Has these shards of the plan brought here before all others."""
         absent = [index for index in shards if not self._is_here(index)]
         with self._changed:
-            absent = [index for index in absent if index not in self._failed]
-            self._demanded |= dict.fromkeys(absent)
-            self._missing |= dict.fromkeys(index for index in absent if index in self._plan)
+            wanted = [index for index in absent if index not in self._failed]
+            self._demanded |= dict.fromkeys(wanted)
+            self._missing |= dict.fromkeys(index for index in wanted if index in self._plan)
             self._changed.notify_all()
 
     def open(self, index: int) -> BinaryIO:
@@ -151,8 +152,8 @@ class ShardCache:
                 self._changed.wait_for(lambda: self._closed or index in self._failed or index not in self._demanded)
                 if self._closed:
                     raise CacheClosed
-                if error := self._failed.pop(index, None):
-                    raise error
+                if index in self._failed:
+                    raise self._failed[index]
 
     def close(self) -> None:
         """Ends the threads and wakes all who wait; the files stay for the next one."""
@@ -191,27 +192,28 @@ class ShardCache:
                     self._missing.pop(index, None)
                     self._demanded.pop(index, None)
                 elif error is None:
-                    self._busy.add(index)
+                    self._not_before[index] = time.monotonic() + _LOOK_AGAIN_SECONDS
                 elif index in self._demanded or isinstance(error, UserError):
                     self._missing.pop(index, None)
                     self._demanded.pop(index, None)
                     self._failed[index] = error
                 else:
                     logger.warning("will try again to fetch a shard ahead of its use: %s", error)
-                    self._changed.wait(_RETRY_SECONDS)
+                    self._not_before[index] = time.monotonic() + _RETRY_SECONDS
                 self._changed.notify_all()
 
     def _next_missing(self) -> int | None:
         """Waits for something to fetch; None when the cache is closed."""
         with self._changed:
             while not self._closed:
-                taken = self._fetching | self._busy
+                now = time.monotonic()
+                self._not_before = {index: then for index, then in self._not_before.items() if then > now}
+                taken = self._fetching | self._not_before.keys()
                 for index in chain(self._demanded, self._missing):
                     if index in self._missing and index not in taken:
                         self._fetching.add(index)
                         return index
-                self._changed.wait(_LOOK_AGAIN_SECONDS if self._busy else None)
-                self._busy.clear()
+                self._changed.wait(_LOOK_AGAIN_SECONDS if self._not_before else None)
         return None
 
     def _fetch(self, index: int) -> bool:

@@ -32,7 +32,6 @@ from job.training.checkpoint import (
     save_checkpoint,
 )
 from job.training.engine import AdamW, Engine, Strategy, start_accelerator
-from job.training.evaluation import evaluate
 from job.training.held_out import HeldOut
 from job.training.world import World
 
