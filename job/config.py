@@ -205,8 +205,10 @@ class Tracking(Section):
         "cloud: needs an API key; local: for `swanlab watch`; offline: for `swanlab sync`; disabled: metrics.jsonl "
         "only; auto: cloud if there is a key, else local if the dashboard is installed, else offline",
     )
-    project: str = setting("WikiLLM", "Project in SwanLab", min_length=1, max_length=100)
-    workspace: str | None = setting(None, "Workspace (user or team) in SwanLab; null: the key's own")
+    project: str = setting("WikiLLM", "Project in SwanLab", pattern=r"^[0-9a-zA-Z_\-+.]{1,100}$")
+    workspace: str | None = setting(
+        None, "Workspace (user or team) in SwanLab; null: the key's own", pattern=r"^[0-9a-zA-Z_\-]{1,25}$"
+    )
     log_dir: str = setting("swanlog", "Folder for what SwanLab keeps on this machine", min_length=1)
 
 

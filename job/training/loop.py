@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -81,6 +82,11 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
     Raises:
         UserError: the settings do not fit the data, the world, or the run that is there.
     """
+    with ExitStack() as closing:
+        return _train(config, world, stop_requested, closing)
+
+
+def _train(config: Config, world: World, stop_requested: Callable[[], bool], closing: ExitStack) -> str:
     report, output = Report(world.rank), config.run.output
 
     # ---- What there is to train, and on what ----
@@ -151,6 +157,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
         log_dir=config.tracking.log_dir,
         config=settings.to_dict(config),
     )
+    closing.callback(tracker.finish, success=False)  # unless it has been finished as a success before
     report.say(f"tracking: {tracking_mode} ({why}); {tracker.how_to_watch}")
 
     # ---- Two held-out batches before the first step: what would fail in hours fails now ----
@@ -161,20 +168,22 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
 
     evaluate(config.evaluate.batch_size * _FIRST_EVALUATION_BATCHES * world.world_size)
 
-    loader = BatchLoader(
-        config.data.shards,
-        manifest,
-        order,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        start_position=state.windows_consumed,
-        end_position=end,
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_bytes),
-        prefetch_steps=config.data.prefetch_steps,
-        workers=config.data.loader_workers,
+    loader = closing.enter_context(
+        BatchLoader(
+            config.data.shards,
+            manifest,
+            order,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            start_position=state.windows_consumed,
+            end_position=end,
+            cache_dir=config.data.cache_dir,
+            cache_bytes=int(config.data.cache_bytes),
+            prefetch_steps=config.data.prefetch_steps,
+            workers=config.data.loader_workers,
+        )
     )
     stop = StopAgreement(world)
     step, windows_consumed, tokens_seen = state.step, state.windows_consumed, state.tokens_seen
@@ -182,6 +191,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
     interval, started_at_step, train_seconds = Interval(), step, 0.0
     evaluation: Evaluation | None = None
     report.start_bar("training", total_steps, step)
+    closing.callback(report.end_bar)
     batches = iter(loader)
     while True:
         is_last = step >= total_steps
@@ -256,7 +266,6 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
 
     # ---- The end ----
     report.end_bar()
-    loader.close()
     if is_last:
         weights = {name: tensors["param"] for name, tensors in engine.full_state() if world.rank == 0}
         if world.rank == 0:
@@ -265,7 +274,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> s
         report.say(f"done: {storage.join(output, 'final')}")
     else:
         report.say(f"stopped after step {step}, checkpointed; start it again to go on")
-    tracker.finish(success=True)
+    tracker.finish(success=is_last)
     return DONE if is_last else STOPPED
 
 
