@@ -1,0 +1,1 @@
+"""Measurements: each prints its table, and README.md keeps what was seen."""
