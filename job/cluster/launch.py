@@ -12,14 +12,11 @@ from job.cluster.place import world_from_environment
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 
-_SHUTDOWN_SECONDS = 600
-"""How long workers may take to save a checkpoint after a signal before torchrun kills them."""
-
 
 def launch(command: str, config: Config) -> int:
     """Runs `command` (``train`` or ``evaluate``) over the processes of this machine; returns the exit code.
 
-    SIGTERM and SIGINT are passed on, and the workers are waited for. Where torchrun has already started this process,
+    SIGTERM and SIGINT ask the workers to stop, and they are waited for. Where torchrun has already started this process,
     it is a worker itself, and does not return.
 
     Raises:
@@ -34,21 +31,18 @@ def launch(command: str, config: Config) -> int:
         (folder / "config.json").write_text(config.model_dump_json())
         (folder / "command").write_text(command)
         environment = os.environ | _worker_environment(processes(config)) | {worker.FOLDER_VARIABLE: str(folder)}
-        agent = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "job.cluster.agent"),
-                *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
-                *(f"--shutdown-timeout={_SHUTDOWN_SECONDS}", "-m", "job.cluster.worker"),
-            ],
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C comes to this process alone, which passes it on
-        )
-        previous = {
-            number: signal.signal(number, lambda received, _: agent.send_signal(received))
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        stop_file = folder / worker.STOP_FILE
+        previous = {number: signal.signal(number, lambda *_: stop_file.touch()) for number in worker.STOP_SIGNALS}
         try:
-            agent.wait()
+            agent = subprocess.run(
+                [
+                    *(sys.executable, "-m", "job.cluster.agent"),
+                    *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
+                    *("-m", "job.cluster.worker"),
+                ],
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C comes to this process alone
+            )
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -89,6 +83,11 @@ def _exit_code(folder: Path, expected: int, agent_code: int) -> int:
         if one.status == outcome.REFUSED:
             sys.stderr.write(f"{one.message}\n")
             return EXIT_REFUSED
+    for one in found:
+        if one.status == outcome.KILLED:
+            reason = " (out of memory?)" if one.message == "SIGKILL" else ""
+            sys.stderr.write(f"rank {one.rank} was killed by {one.message}{reason}\n")
+            return EXIT_FAILED
     for one in found:
         if one.status == outcome.CRASHED:
             sys.stderr.write(f"rank {one.rank} failed first:\n{one.message}\n")

@@ -6,7 +6,7 @@ from time import time
 
 import orjson
 
-DONE, STOPPED, REFUSED, CRASHED = "done", "stopped", "refused", "crashed"
+DONE, STOPPED, REFUSED, CRASHED, KILLED = "done", "stopped", "refused", "crashed", "killed"
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Outcome:
 
     rank: int
     status: str
-    """``done``, ``stopped``, ``refused`` (a UserError) or ``crashed``."""
+    """``done``, ``stopped``, ``refused`` (a UserError), ``crashed`` or ``killed``."""
     message: str = ""
-    """The line of the UserError, or the traceback."""
+    """The line of the UserError, the traceback, or the signal that killed it."""
     at: float = 0.0
     """Seconds since 1970: of several crashes the first is the cause."""
 

@@ -19,25 +19,32 @@ from job.training.world import World
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
 """Names the local folder that holds the command, the settings (config.json), and takes the outcomes."""
+STOP_FILE = "stop"
+"""Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def work(command: str, config: Config, world: World) -> str:
+def work(command: str, config: Config, world: World, stop_file: Path | None = None) -> str:
     """Runs `command` (``train`` or ``evaluate``) in this process and its part of the run; returns how it ended.
 
-    SIGTERM and SIGINT ask it to stop.
+    `STOP_SIGNALS` ask it to stop, as does the file `stop_file` as soon as it is there.
 
     Raises:
         UserError: as the command.
     """
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stop.set())
+
+    def stop_requested() -> bool:
+        return stop.is_set() or (stop_file is not None and stop_file.exists())
+
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     silence_libraries()
     from job.training.held_out import evaluate_trained
     from job.training.loop import train
 
-    return {"train": train, "evaluate": evaluate_trained}[command](config, world, stop.is_set)
+    return {"train": train, "evaluate": evaluate_trained}[command](config, world, stop_requested)
 
 
 def main() -> int:
@@ -46,7 +53,7 @@ def main() -> int:
     assert world is not None
     config = Config.model_validate_json((folder / "config.json").read_bytes())
     try:
-        status = work((folder / "command").read_text(), config, world)
+        status = work((folder / "command").read_text(), config, world, folder / STOP_FILE)
         outcome.record(folder, Outcome(world.rank, status))
     except UserError as error:
         outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(config, error))))

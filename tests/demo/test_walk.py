@@ -1,0 +1,73 @@
+"""The demonstration from end to end, with fewer steps: the commands a user types, on an S3 server of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SETTINGS = {
+    "train.max_steps": "40",
+    "train.log_every": "5",
+    "checkpoint.every": "20",
+    "evaluate.every": "20",
+    "generate.max_new_tokens": "8",
+}
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which it ran, and what it said."""
+    folder = tmp_path_factory.mktemp("demo")
+    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+    # Whatever a user has set for S3 must not get in the way.
+    variables = os.environ | {
+        "PYTHONPATH": str(Path.cwd()),
+        "AWS_PROFILE": "nobody",
+        "AWS_ENDPOINT_URL": "http://nowhere",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "job", "demo", *words],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return folder, ended.stdout
+
+
+def test_training_is_stopped_half_way_and_goes_on_from_there(walked: tuple[Path, str]) -> None:
+    stopped = re.search(r"stopped after step (\d+), checkpointed", walked[1])
+    assert stopped and 20 <= int(stopped[1]) < 40
+    assert re.search(rf"from +│ +s3://wikillm/runs/demo/checkpoints/step-{int(stopped[1]):08d}", walked[1])
+    assert "step 40/40 | loss" in walked[1]
+
+
+def test_the_loss_falls(walked: tuple[Path, str]) -> None:
+    losses = [float(loss) for loss in re.findall(r"\| loss ([\d.]+) \|", walked[1])]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_it_leaves_a_model_that_transformers_loads_and_a_picture_of_the_loss(walked: tuple[Path, str]) -> None:
+    output = walked[0] / "demo-output"
+    model = AutoModelForCausalLM.from_pretrained(output / "final")
+    tokenizer = AutoTokenizer.from_pretrained(output / "final")
+    assert model.config.vocab_size == len(tokenizer)
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_line_shows_the_servers_secret(walked: tuple[Path, str]) -> None:
+    settings = json.loads((walked[0] / "demo-output" / "s3" / "server.json").read_text())
+    assert settings["secret_key"] not in walked[1]
+    assert settings["access_key"] not in walked[1]
+
+
+def test_lines_are_plain_where_there_is_no_terminal(walked: tuple[Path, str]) -> None:
+    assert "\x1b" not in walked[1]
+    assert "\r" not in walked[1]
