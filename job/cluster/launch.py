@@ -16,8 +16,8 @@ from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 def launch(command: str, config: Config) -> int:
     """Runs `command` (``train`` or ``evaluate``) over the processes of this machine; returns the exit code.
 
-    SIGTERM and SIGINT ask the workers to stop, and they are waited for. Where torchrun has already started this process,
-    it is a worker itself, and does not return.
+    SIGTERM and SIGINT ask the workers to stop, and they are waited for. Where torchrun has already started this
+    process, it is a worker itself, and does not return.
 
     Raises:
         UserError: the environment tells half of what a launcher tells.
@@ -40,6 +40,7 @@ def launch(command: str, config: Config) -> int:
                     *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
                     *("-m", "job.cluster.worker"),
                 ],
+                check=False,
                 env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C comes to this process alone
             )

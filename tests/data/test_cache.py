@@ -147,6 +147,29 @@ def test_another_process_takes_over_when_the_one_that_fetches_is_killed(bucket: 
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_waiting_for_another_process_takes_no_processor_time(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data_set(bucket, [100])
+    tries: list[int] = []
+    fetch = ShardCache._fetch
+
+    def counted(cache: ShardCache, index: int) -> bool:
+        tries.append(index)
+        return fetch(cache, index)
+
+    monkeypatch.setattr(ShardCache, "_fetch", counted)
+    cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
+    with _locked(tmp_path / f"{data.manifest.train[0].sha256[:16]}-train-00000.bin.lock"):
+        cache.use([0])
+        cache.demand([0])
+        with cache._changed:
+            cache._changed.wait_for(lambda: not cache._missing, timeout=0.5)
+    assert 1 <= len(tries) < 20
+    assert content(cache, 0) == stored(data, 0)
+    cache.close()
+
+
 def test_what_a_killed_process_reserved_is_room_again(bucket: str, tmp_path: Path) -> None:
     data = write_data_set(bucket, [2000])
     shard_bytes = data.manifest.train[0].size
