@@ -454,8 +454,8 @@ def _run(
         except Exception as error:
             tries += 1
             tried_seconds = time.monotonic() - started
-            _raise_if_permanent(error, operation, url, tried_seconds)
             pause = random.uniform(0.5, 1) * min(0.1 * 2**tries, 15)
+            _raise_if_permanent(error, operation, url, tried_seconds + pause)
             if tried_seconds + pause > options.deadline_seconds:
                 reason = f"{type(error).__name__} {error}; gave up after {tries} tries in {tried_seconds:.0f} s"
                 raise StoreError(without_passwords(one_line(f"{operation} {url}: {reason}"))) from error
@@ -465,10 +465,15 @@ def _run(
             return cast(Result, result)
 
 
-def _raise_if_permanent(error: Exception, operation: str, url: str, tried_seconds: float) -> None:
-    """Raises what the caller or a person must know now; returns where another try may help."""
+def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_seconds: float) -> None:
+    """Raises what the caller or a person must know now; returns where another try may help.
+
+    Args:
+        next_try_seconds: when the next try would be, since the first.
+    """
     if (cause := _cause(error, _UNREACHABLE)) is not None:
-        if tried_seconds > _UNREACHABLE_SECONDS and _service(url) not in _process.answered:
+        patience_seconds = min(_UNREACHABLE_SECONDS, _process.options.deadline_seconds)
+        if next_try_seconds > patience_seconds and _service(url) not in _process.answered:
             reason = getattr(cause, "kwargs", {}).get("error", cause)
             raise _wrong_endpoint(url, f"cannot be reached: {reason}") from None
     elif (cause := _cause(error, boto.ClientError)) is not None:
