@@ -11,6 +11,7 @@ from job.cluster import outcome, worker
 from job.cluster.place import world_from_environment
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from job.report import Report
 
 
 def launch(command: str, config: Config) -> int:
@@ -31,6 +32,9 @@ def launch(command: str, config: Config) -> int:
         (folder / "config.json").write_text(config.model_dump_json())
         (folder / "command").write_text(command)
         environment = os.environ | _worker_environment(processes(config)) | {worker.FOLDER_VARIABLE: str(folder)}
+        extensions = environment.get("TORCH_EXTENSIONS_DIR")
+        if config.train.strategy == "zero2" and not _gpus() and extensions and not Path(extensions).exists():
+            Report().say(f"DeepSpeed compiles its library for CPUs, once, into {extensions}: about a minute")
         stop_file = folder / worker.STOP_FILE
         previous = {number: signal.signal(number, lambda *_: stop_file.touch()) for number in worker.STOP_SIGNALS}
         try:
