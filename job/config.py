@@ -95,6 +95,12 @@ class Data(Section):
     cache_bytes: ByteSize = setting(
         ByteSize(32 * GiB), "Most local disk that shards may take", unit="bytes", ge=1 * MiB
     )
+    shuffle_bytes: ByteSize = setting(
+        ByteSize(16 * GiB), "Shards that are shuffled together, and on the disk at one time", unit="bytes", ge=1 * MiB
+    )
+    node_groups: int = setting(
+        1, "Parts of the nodes, each of which reads its own part of the shards; above about 16 nodes", ge=1
+    )
     prefetch_steps: int = setting(4, "Batches prepared ahead of the training step", unit="steps", ge=1)
     loader_workers: int = setting(1, "Threads that cut batches from shards, per process", ge=1, le=64)
 

@@ -42,7 +42,7 @@ class Manifest:
 
     format_version: int = FORMAT_VERSION
     fingerprint: str
-    """Identity of the data set: of what it was made from, and how."""
+    """Identity of the data set: of its tokenizer, and of the content of every shard, in order."""
     tokenizer_fingerprint: str
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer, relative to the manifest's."""

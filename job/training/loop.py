@@ -101,7 +101,8 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
         [shard.size for shard in manifest.train],
         config.train.context_length,
         config.data.seed,
-        buffer_bytes=int(config.data.cache_bytes) // 2,  # the next buffer arrives while this one is in use
+        buffer_bytes=int(config.data.shuffle_bytes),
+        node_groups=config.data.node_groups,
     )
     end = order.position_limit(config.train.epochs)
     epochs_steps = math.ceil(end / config.train.global_batch_size)
@@ -303,7 +304,11 @@ def identity_of(config: Config, spec: ModelSpec, manifest: Manifest) -> dict[str
         "tokenizer": manifest.tokenizer_fingerprint,
         "context_length": config.train.context_length,
         "global_batch_size": config.train.global_batch_size,
-        "order_seed": config.data.seed,
+        "order": {
+            "seed": config.data.seed,
+            "shuffle_bytes": min(int(config.data.shuffle_bytes), sum(shard.size for shard in manifest.train)),
+            "node_groups": config.data.node_groups,
+        },
     }
 
 
