@@ -24,7 +24,7 @@ demo: setup ## the whole path on this machine: no GPU, no account, no data of yo
 	$(RUN) -m job demo
 
 test: setup ## all tests, against a real S3 server and real processes
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: setup ## style and types
 	$(RUN) -m ruff check .

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,8 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         for process in [*self.descendants(), self.process]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.communicate()
 
     def read_until(self, beginning: str) -> str:
@@ -136,13 +139,27 @@ class Job:
 
     def workers(self) -> list[psutil.Process]:
         """Its training processes, by rank."""
-        found = [one for one in self.descendants() if one.cmdline()[1:] == ["-u", "-m", "job.cluster.worker"]]
-        return sorted(found, key=lambda one: int(one.environ()["RANK"]))
+        found: dict[int, psutil.Process] = {}
+        for one in self.descendants():
+            with suppress(psutil.NoSuchProcess):
+                if one.cmdline()[1:] == ["-u", "-m", "job.cluster.worker"]:
+                    found[int(one.environ()["RANK"])] = one
+        return [one for _, one in sorted(found.items())]
 
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error, when it has ended by itself."""
-        out, err = self.process.communicate(timeout=_EXIT_SECONDS)
+    def end(self, seconds: float = _EXIT_SECONDS) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error, when it has ended by itself, which it must in time."""
+        out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, "".join(self.lines) + out.decode(), err.decode()
+
+
+def still_alive(processes: list[psutil.Process], seconds: float = 60) -> list[psutil.Process]:
+    """Those that do not end in time, which is that of a loaded machine; who has ended may wait to be collected."""
+    deadline = time.monotonic() + seconds
+    alive = processes
+    while alive and time.monotonic() < deadline:
+        alive = [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        time.sleep(0.02)
+    return alive
 
 
 def run(command: str, settings: Path, *words: str, **environment: str) -> tuple[int, str, str]:

@@ -101,7 +101,8 @@ class S3Server:
         command += [f"-dir={self.folder / 'data'}", f"-s3.config={self.folder / 's3.json'}"]
         command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}.port={port}" for name, port in ports.items())]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
+        # Every bucket takes volumes of its own; by default their number follows from the free disk, and runs out.
+        command += ["-s3.autoCreateBucket=false", "-master.telemetry=false", "-volume.max=100000"]
         # Credentials in the environment would open the server too.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
         environment = inherited | {"GOMEMLIMIT": "600MiB"}

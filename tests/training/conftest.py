@@ -37,27 +37,25 @@ def finished_run(data_set: DataSet, s3_server: S3Server, tmp_path_factory: pytes
 @pytest.fixture(scope="session")
 def seen_in(
     data_set: DataSet, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[int, str], dict[str, Any]]]:
+) -> Callable[[int, str], dict[str, Any]]:
     """By processes and strategy: losses and gradient norms of each case in `engine_worker`, launched once."""
     bucket = s3_server.create_bucket("engines")
 
-    def saved(world: tuple[int, str], case: str) -> str:
-        return f"{bucket}/{world[0]}-{world[1]}-{case}"
+    def output(world: tuple[int, str], case: str) -> str:
+        return f"{bucket}/{world[0]}-{world[1]}-{case.replace(' ', '-')}"
 
-    def resumed(world: tuple[int, str], source: tuple[int, str], case: str, precision: str) -> Case:
-        name = f"{case} resumed" if source == world else f"{case} resumed from {source[0]} x {source[1]}"
-        checkpoint = f"{saved(source, case)}/checkpoints/step-{SAVED_STEP:08d}"
-        saves = {LAST_STEP: saved(world, name.replace(" ", "-"))}
-        return Case(name, precision, 1, SAVED_STEP, LAST_STEP, checkpoint, saves)
+    def resumed(world: tuple[int, str], source: tuple[int, str], precision: str) -> Case:
+        name = f"{precision} resumed" if source == world else f"{precision} resumed from {source[0]} x {source[1]}"
+        checkpoint = f"{output(source, precision)}/checkpoints/step-{SAVED_STEP:08d}"
+        return Case(name, precision, 1, SAVED_STEP, LAST_STEP, checkpoint, {LAST_STEP: output(world, name)})
 
     def cases(world: tuple[int, str]) -> Iterator[Case]:
         for precision in ("fp32", "bf16"):
-            output = saved(world, precision)
-            yield Case(precision, precision, saves={SAVED_STEP: output, LAST_STEP: output})
+            yield Case(precision, precision, saves=dict.fromkeys((SAVED_STEP, LAST_STEP), output(world, precision)))
             yield Case(f"{precision}, 4 accumulated", precision, accumulation_steps=4)
-            yield resumed(world, world, precision, precision)
+            yield resumed(world, world, precision)
         for source in RESUMES_FROM[world]:
-            yield resumed(world, source, "fp32", "fp32")
+            yield resumed(world, source, "fp32")
 
     @cache
     def launch(processes: int, strategy: str) -> dict[str, Any]:
@@ -85,4 +83,4 @@ def seen_in(
         found: dict[str, Any] = json.loads((folder / "seen.json").read_text())
         return found
 
-    yield launch
+    return launch

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -93,6 +94,17 @@ def test_bytes_that_are_no_character_are_handed_on_when_what_follows_shows_it(da
     text = continue_text(model, data_set.tokenizer, "", GREEDY, CONTEXT_LENGTH, pieces.append)
     assert text == data_set.tokenizer.decode(ids[1:])
     assert pieces == [text]
+
+
+def test_a_character_that_the_end_cuts_off_is_shown_as_cut_off(data_set: DataSet) -> None:
+    ids = spelled(data_set, "a龘")
+    model = speaker(data_set, {token: {other: 1.0} for token, other in pairwise([data_set.manifest.eod_id, *ids])})
+    pieces: list[str] = []
+    text = continue_text(
+        model, data_set.tokenizer, "", replace(GREEDY, max_new_tokens=3), CONTEXT_LENGTH, pieces.append
+    )
+    assert text == data_set.tokenizer.decode(ids[:3])
+    assert pieces == ["a", text[1:]]
 
 
 def test_pieces_of_a_new_model_are_its_text(model: Qwen2ForCausalLM, data_set: DataSet) -> None:

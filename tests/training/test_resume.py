@@ -78,7 +78,8 @@ def test_a_run_stopped_twice_is_to_the_bit_the_run_that_was_not(
     assert f"step {stops[-1] + 1}/{STEPS}" in out
     assert f"step {stops[-1]}/{STEPS}" not in out
 
-    assert tensor_files(list_checkpoints(output)[-1]) == tensor_files(list_checkpoints(finished_run.output)[-1])
+    final, expected = (list_checkpoints(one)[-1] for one in (output, finished_run.output))
+    assert tensor_files(final) == tensor_files(expected), f"stopped after {stops}"
     assert saved_steps(output) == [stops[-1], STEPS], "keep: 2"
     assert [row["step"] for row in read_metrics(output)] == list(range(1, STEPS + 1))
     assert measured(output) == measured(finished_run.output)
@@ -100,6 +101,21 @@ def test_a_run_goes_on_from_a_named_checkpoint_of_another_one_in_another_world(
     for step, values in seen.items():
         assert values == pytest.approx(expected[step], rel=1e-5), step
     assert stored(finished_run.output) == origin
+
+
+def test_never_begins_a_new_run_where_an_old_one_was(
+    finished_run: FinishedRun, data_set: DataSet, s3_server: S3Server, tmp_path: Path
+) -> None:
+    output = f"{s3_server.create_bucket('begun-anew')}/run"
+    for url, content in stored(finished_run.output).items():
+        storage.write_bytes(url.replace(finished_run.output, output), content)
+    train = {"resume": "never", "processes": 1, "strategy": "ddp", "max_steps": 4}
+    code, out, err = run("train", write_settings(tmp_path, data_set, output, train=train))
+    assert (code, err) == (EXIT_DONE, ""), out + err
+    assert storage.read_json(f"{output}/run.json")["id"] != storage.read_json(f"{finished_run.output}/run.json")["id"]
+    assert saved_steps(output) == [4], "those of the old run are gone"
+    assert list(measured(output)) == [1, 2, 3, 4]
+    assert measured(output)[1][0] == pytest.approx(measured(finished_run.output)[1][0], rel=1e-5)
 
 
 def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
