@@ -1,12 +1,12 @@
 """torchrun, deaf to requests to stop and without its closing report: both are for the process that started this one."""
 
-import ctypes
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
@@ -14,7 +14,6 @@ from job.cluster import outcome, worker
 from job.cluster.outcome import Outcome
 
 _HEARD = "SIGHUP,SIGQUIT"
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -23,8 +22,7 @@ def main() -> int:
     # twice. The workers inherit the deafness for as long as they are too young to listen.
     for number in worker.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # should the entrypoint be killed, nothing trains on in secret
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+    worker.die_with_parent()
     try:
         run(parse_args([f"--signals-to-handle={_HEARD}", *sys.argv[1:]]))
     except ChildFailedError as error:
@@ -33,6 +31,8 @@ def main() -> int:
         for rank in silent:
             if (code := error.failures[rank].exitcode) < 0:
                 outcome.record(folder, Outcome(rank, outcome.KILLED, signal.Signals(-code).name))
+        return 1
+    except SignalException:
         return 1
     return 0
 

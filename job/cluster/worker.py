@@ -1,5 +1,6 @@
 """One process of a run, as torchrun starts it: joins the others, does its part, and records how it ended."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
 STOP_FILE = "stop"
 """Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
 
 
 def work(command: str, config: Config, world: World, stop_file: Path | None = None) -> str:
@@ -49,6 +51,7 @@ def work(command: str, config: Config, world: World, stop_file: Path | None = No
 
 def main() -> int:
     """What torchrun starts: the outcome says what the exit code cannot, since torchrun makes a 1 of every failure."""
+    die_with_parent()
     folder, world = Path(os.environ[FOLDER_VARIABLE]), world_from_environment()
     assert world is not None
     config = Config.model_validate_json((folder / "config.json").read_bytes())
@@ -62,6 +65,12 @@ def main() -> int:
         outcome.record(folder, Outcome(world.rank, outcome.CRASHED, traceback.format_exc()))
         return 1
     return EXIT_DONE
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process as soon as its parent is gone, however that ended: none trains on in secret."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave(code: int) -> NoReturn:

@@ -276,7 +276,7 @@ def _agree_on_plan(recipe: Recipe, tokenizer: TextTokenizer, files: list[CorpusF
     except (ValueError, TypeError):
         found = {}
     different = [name for name in plan if found.get(name) != plan[name]]
-    if different and not _finished_parts(shards_url):  # what was planned there has not been begun
+    if different and found.keys() == plan.keys() and not _finished_parts(shards_url):  # planned, but never begun
         storage.write_bytes(url, content)
     elif different:
         expected = f"holds a data set that differs in {', '.join(different)}"
