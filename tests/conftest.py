@@ -13,7 +13,6 @@ os.environ |= {
 
 import pytest
 
-from job import storage
 from job.demo.server import S3Server
 
 
@@ -27,7 +26,5 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3_server: S3Server) -> str:
-    """The URL of an empty bucket that no other test uses, reached as it was before any test changed how."""
-    s3_server.take_over_environment()
-    storage.configure(storage.StoreOptions())
+    """The URL of an empty bucket that no other test uses."""
     return s3_server.create_bucket(f"test-{secrets.token_hex(6)}")

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ from botocore.exceptions import ClientError
 
 from job import storage
 from job.demo.server import S3Server
+
+
+@pytest.fixture(autouse=True)
+def the_tests_own_server_again_afterwards(s3_server: S3Server) -> Iterator[None]:
+    yield
+    s3_server.take_over_environment()
+    storage.configure(storage.StoreOptions())
 
 
 def test_only_its_own_credentials_open_it(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
