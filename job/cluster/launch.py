@@ -17,8 +17,8 @@ from job.report import Report
 def launch(command: str, config: Config) -> int:
     """Runs `command` (``train`` or ``evaluate``) over the processes of this machine; returns the exit code.
 
-    SIGTERM and SIGINT ask the workers to stop, and they are waited for. Where torchrun has already started this
-    process, it is a worker itself, and does not return.
+    SIGTERM and SIGINT ask the workers to stop, and they are waited for; afterwards both are ignored. Where torchrun
+    has already started this process, it is a worker itself, and does not return.
 
     Raises:
         UserError: the environment tells half of what a launcher tells.
@@ -36,21 +36,20 @@ def launch(command: str, config: Config) -> int:
         if config.train.strategy == "zero2" and not _gpus() and extensions and not Path(extensions).exists():
             Report().say(f"DeepSpeed compiles its library for CPUs, once, into {extensions}: about a minute")
         stop_file = folder / worker.STOP_FILE
-        previous = {number: signal.signal(number, lambda *_: stop_file.touch()) for number in worker.STOP_SIGNALS}
-        try:
-            agent = subprocess.run(
-                [
-                    *(sys.executable, "-m", "job.cluster.agent"),
-                    *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
-                    *("-m", "job.cluster.worker"),
-                ],
-                check=False,
-                env=environment,
-                start_new_session=True,  # a terminal's Ctrl-C comes to this process alone
-            )
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        for number in worker.STOP_SIGNALS:
+            signal.signal(number, lambda *_: stop_file.touch())
+        agent = subprocess.run(
+            [
+                *(sys.executable, "-m", "job.cluster.agent"),
+                *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
+                *("-m", "job.cluster.worker"),
+            ],
+            check=False,
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C comes to this process alone
+        )
+        for number in worker.STOP_SIGNALS:  # how it ended is all that is left to say, and one more must not prevent it
+            signal.signal(number, signal.SIG_IGN)
         return _exit_code(folder, processes(config), agent.returncode)
 
 

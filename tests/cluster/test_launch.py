@@ -2,9 +2,12 @@
 
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from small_run import REPOSITORY, STEPS, DataSet, Job, prepare_sample, saved_steps, still_alive, write_settings
 
@@ -79,10 +82,18 @@ def test_signals_to_every_process_and_more_than_one_of_them_are_one_stop(setting
     with Job("train", settings) as job:
         job.read_until("step 3/")
         processes = job.descendants()
-        for _ in range(3):
-            for process in (job.process, *processes):  # as Slurm does
-                process.send_signal(signal.SIGTERM)
+
+        def signal_all() -> None:  # as Slurm does
+            while job.process.poll() is None:
+                for process in (job.process, *processes):
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(signal.SIGTERM)
+                time.sleep(0.02)
+
+        impatience = threading.Thread(target=signal_all)
+        impatience.start()
         code, out, err = job.end()
+        impatience.join()
     (step,) = saved_steps(f"{bucket}/run")
     assert (code, err) == (EXIT_STOPPED, ""), out
     assert out.endswith(f"stopped after step {step}, checkpointed; start it again to go on\n")
