@@ -86,7 +86,7 @@ class S3Server:
         os.environ.update(self.environment)
 
     def start(self, deadline_seconds: float = 30) -> "S3Server":
-        """Starts the server and returns when it answers S3 requests.
+        """Starts the server and returns when what it holds can be read.
 
         Raises:
             RuntimeError: it ended, did not answer in time, or a port of its is taken; with the end of its log.
@@ -161,7 +161,10 @@ class S3Server:
         client = self.client()
         while True:
             try:
-                client.list_buckets()
+                # It lists its buckets before the volumes behind them are there.
+                for bucket in client.list_buckets()["Buckets"]:
+                    for item in client.list_objects_v2(Bucket=bucket["Name"], MaxKeys=1).get("Contents", []):
+                        client.get_object(Bucket=bucket["Name"], Key=item["Key"])["Body"].read(1)
                 return
             except (BotoCoreError, ClientError) as error:
                 if process.poll() is not None or time.monotonic() > deadline:
