@@ -6,6 +6,7 @@ command line. The help texts, ``--print-config`` and the commented files in ``co
 
 import difflib
 import json
+import re
 import textwrap
 import types
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,40 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
 from job.errors import UserError, one_line, without_passwords
 
 MiB = 2**20
 GiB = 2**30
+
+
+class Duration(str):
+    """A length of time as a person writes it: ``3h50m``, ``90s``, ``01:30:00``, or a number of seconds."""
+
+    _FORM = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?|(\d+):(\d\d):(\d\d)")
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        found = self._FORM.fullmatch(self)
+        assert found is not None
+        days, hours, minutes, seconds = (float(found[i] or 0) for i in (1, 2, 3, 4))
+        clock = [float(found[i] or 0) for i in (5, 6, 7)]
+        return 86400 * days + 3600 * (hours + clock[0]) + 60 * (minutes + clock[1]) + seconds + clock[2]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(cls._checked, str_schema(coerce_numbers_to_str=True))
+
+    @classmethod
+    def _checked(cls, text: str) -> "Duration":
+        if not cls._FORM.fullmatch(text) or cls(text).seconds <= 0:
+            raise ValueError("a time above 0 such as 3h50m, 90s or 01:30:00")
+        return cls(text)
 
 
 def setting(default: Any, meaning: str, *, unit: str = "", **constraints: Any) -> Any:
@@ -163,7 +191,27 @@ class Train(Section):
     seed: int = setting(2333, "Seed of the initial weights", ge=0, lt=2**63)
     log_every: int = setting(10, "Interval of the log", unit="steps", ge=1)
     resume: str = setting(
-        "auto", "auto: from the run's newest checkpoint, if any; never: from step 0; or a checkpoint's URL"
+        "auto",
+        "auto: from the run's newest good checkpoint, if any; never: from step 0, once for each job of a scheduler; or "
+        "the URL of a checkpoint, where the run begins",
+    )
+    max_time: Duration | None = setting(
+        None, "Longest time of one start, such as 3h50m: by then it has saved and stopped; null: no limit"
+    )
+    stop_file: str | None = setting(
+        None, "Where this file or object is, the run stops: a path or a URL; null: none", min_length=1
+    )
+    max_attempts_without_progress: int = setting(
+        3, "Starts without one new checkpoint, after which the next one gives up (exit 70)", ge=1
+    )
+    max_skipped_steps: int = setting(
+        10, "Steps in a row whose loss or gradient blew up, after which the run gives up (exit 70)", unit="steps", ge=1
+    )
+    spike_factor: float | None = setting(
+        None, "Skip a step whose gradient norm is this many times the running median; null: only if not finite", gt=1
+    )
+    hang_timeout: Duration = setting(
+        "10m", "Longest time without a sign of life from a process, after which the run ends and names it"
     )
 
 
@@ -171,9 +219,16 @@ class Checkpoint(Section):
     """When a run is saved, and how many of its checkpoints are kept."""
 
     every: int = setting(500, "Interval of the checkpoints", unit="steps", ge=1)
+    every_minutes: float | None = setting(
+        None, "Longest time between two checkpoints as well; null: steps alone decide", unit="minutes", gt=0
+    )
     keep: int = setting(10, "Checkpoints kept, the newest ones", ge=1)
+    keep_every: int | None = setting(
+        None, "Besides, one checkpoint of every so many steps is kept for ever; null: none", unit="steps", ge=1
+    )
+    stop_deadline: Duration = setting("5m", "Longest wait for the last checkpoint when the run is asked to stop")
     scratch_dir: str | None = setting(
-        None, "Folder where a checkpoint is put together before its upload; null: the system's temporary folder"
+        None, "Folder where a checkpoint is put when it is loaded; null: the system's temporary folder"
     )
 
 
@@ -339,7 +394,7 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def _kind(field: FieldInfo) -> str:
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", ByteSize: "size",
-             list[str]: "list of texts", type(None): "null"}  # fmt: skip
+             Duration: "length of time", list[str]: "list of texts", type(None): "null"}  # fmt: skip
     kinds = [
         " | ".join(map(str, get_args(one))) if get_origin(one) is Literal else names[one]
         for one in _members(field.annotation)
@@ -353,7 +408,7 @@ def _shown(value: Any) -> str:
         power = next((power for power in (3, 2, 1) if value and value % 2 ** (10 * power) == 0), 0)
         return f"{value // 2 ** (10 * power)}{('', 'KiB', 'MiB', 'GiB')[power]}"
     if isinstance(value, str):
-        plain = yaml.safe_dump(value, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+        plain = yaml.safe_dump(str(value), allow_unicode=True, width=10**6).removesuffix("...\n").strip()
         return plain if "\n" not in plain else json.dumps(value, ensure_ascii=False)
     return json.dumps(value, ensure_ascii=False)
 
@@ -446,4 +501,5 @@ def _expected(name: str, message: str) -> str:
     one = next((one for one in settings() if one.name == name), None)
     if one is None:
         return message
-    return f"expected {one.kind}{f' in {one.unit}' if one.unit else ''}: {message.removeprefix('Input ')}"
+    reason = message.removeprefix("Input ").removeprefix("Value error, ")
+    return f"expected {one.kind}{f' in {one.unit}' if one.unit else ''}: {reason}"
