@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from job import config as settings
+from job.cluster import stop
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, UserError, without_passwords
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(command: "Command", config: Config, words: Sequence[str]) -> int:
+    if command.is_stopped_with_care:
+        stop.hold()  # before any thread is there that would not
     from job import storage  # with the libraries behind it, which --help can do without
 
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
@@ -118,14 +121,20 @@ class Command:
     """Of the function in `job.commands`, imported when it is called: --help needs none of the libraries."""
     config_path: str | None = None
     """Read where no --config is given."""
+    is_stopped_with_care: bool = False
+    """It listens for requests to stop itself."""
 
 
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 COMMANDS = {
     "prepare": Command("raw documents, from any URL or hub -> token shards in object storage", "prepare"),
-    "train": Command("shards -> model, over as many processes as there are; stops and resumes safely", "train"),
-    "evaluate": Command("held-out loss in nats per token, bits per byte and bits per character", "evaluate"),
+    "train": Command(
+        "shards -> model, over as many processes as there are; stops and resumes safely", "train", None, True
+    ),
+    "evaluate": Command(
+        "held-out loss in nats per token, bits per byte and bits per character", "evaluate", None, True
+    ),
     "generate": Command("continues prompts with a run, a checkpoint or a model folder", "generate"),
     "tokenizer": Command("trains a byte-level BPE tokenizer on the corpus", "tokenizer"),
     "demo": Command("the whole path on this machine, with nothing but this repository", "demo", str(DEMO_CONFIG)),

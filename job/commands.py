@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from job import storage
+from job.cluster.stop import Requests
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
 from job.data.manifest import load_manifest
@@ -115,6 +116,7 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
 
 def train(config: Config, words: Sequence[str] = ()) -> int:
     """Shards → model."""
+    requests = Requests()
     from job.cluster.launch import launch, processes
     from job.cluster.place import world_from_environment
     from job.training.batching import accumulation_steps
@@ -127,14 +129,15 @@ def train(config: Config, words: Sequence[str] = ()) -> int:
         world.world_size if world else processes(config),
     )
     load_manifest(config.data.shards)
-    return launch("train", config)
+    return launch("train", config, requests)
 
 
 def evaluate(config: Config, words: Sequence[str] = ()) -> int:
     """A trained model → held-out loss."""
+    requests = Requests()
     from job.cluster.launch import launch
 
-    return launch("evaluate", config)
+    return launch("evaluate", config, requests)
 
 
 def demo(config: Config, words: Sequence[str] = ()) -> int:
@@ -165,9 +168,8 @@ def _training_texts(config: Config) -> Iterator[str]:
     recipe, left = recipe_of(config), int(config.tokenizer.train_bytes)
     for file in list_corpus(recipe.source):
         for record in read_slices(file, recipe.slice_bytes, lambda _: True, recipe.text_field, recipe.id_field):
-            if isinstance(record, BadRecord) and recipe.on_bad_record == "stop":
-                expected = f"bad record at {record.position}: {record.reason}"
-                raise UserError("data.source", record.url, expected, "mend it, or set data.on_bad_record to skip")
+            if isinstance(record, BadRecord):
+                recipe.tolerate(record)
             if not isinstance(record, Document):
                 continue
             if not is_held_out(record.id, record.text, recipe.seed, recipe.validation_fraction):

@@ -9,7 +9,7 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 """Ctrl-C."""
 EXIT_NO_PROGRESS = 70
-"""Started several times without one new checkpoint: a person has to look."""
+"""Started several times without one new checkpoint, or its numbers blow up step after step: a person has to look."""
 EXIT_STOPPED = 75
 """Asked to stop: checkpointed, not finished, start it again."""
 EXIT_REFUSED = 78
@@ -40,6 +40,10 @@ class UserError(Exception):
         shown = f"{self.setting}: {self.value!r}" if self.value is not None else self.setting
         line = f"{shown}: {self.expected}" + (f"; {self.remedy}" if self.remedy else "")
         return one_line(without_passwords(line))
+
+
+class NoProgress(Exception):
+    """The run cannot go on by itself, and starting it again will not help: a person has to look; exit 70."""
 
 
 def one_line(text: str) -> str:

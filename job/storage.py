@@ -4,19 +4,23 @@ A place is a path, ``file://…``, ``s3://bucket/key`` or, to read only, ``https
 Credentials come from the environment alone, as botocore finds them there: no setting holds a secret.
 """
 
+import asyncio
 import base64
 import errno
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -25,7 +29,6 @@ import aiohttp
 import botocore.exceptions as boto
 import fsspec
 from botocore.parsers import ResponseParserError
-from fsspec.asyn import sync
 from fsspec.spec import AbstractBufferedFile
 from s3fs import S3FileSystem
 
@@ -37,9 +40,16 @@ _BUFFER_BYTES = 2**20
 _PARALLEL_REQUESTS = 4
 _UNREACHABLE_SECONDS = 4.0
 """How long an endpoint that has never answered is tried: a wrong address does not mend itself."""
+_DOWNLOADS = 3
+"""How often a file is fetched before it is called damaged."""
+_NOTICE_SECONDS = 0.1
+"""How soon an operation notices that it was cancelled."""
+_LAST_REQUEST_SECONDS = 1.0
+"""How long an operation that is given up waits for the store to clear away what it leaves."""
 _PARTIAL = ".partial"
-_TOKEN = "writer"
-"""The metadata by which a writer knows its own object when the answer to its request is lost."""
+_TOKEN, _MD5 = "writer", "md5"
+"""The metadata by which a writer knows its own object when the answer to its request is lost, and a reader knows that
+an object came as it was sent."""
 
 Result = TypeVar("Result")
 
@@ -71,6 +81,10 @@ class StoreError(OSError):
     """The store failed until the deadline; starting again later may help."""
 
 
+class Cancelled(Exception):
+    """The operation was given up because the event given to `limits` was set."""
+
+
 class IntegrityError(StoreError):
     """What was read is not what was written: another size or checksum, or replaced while it was read."""
 
@@ -90,6 +104,62 @@ def configure(options: StoreOptions) -> None:
     _process.options = options
     _process.filesystems.clear()
     _process.answered.clear()
+
+
+@dataclass(frozen=True)
+class _Limits:
+    end: float = math.inf
+    """On the clock of `time.monotonic`."""
+    events: tuple[threading.Event, ...] = ()
+
+    @property
+    def seconds_left(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def are_cancelled(self) -> bool:
+        return any(event.is_set() for event in self.events)
+
+    def check(self, operation: str, url: str, seconds: float = 0, reason: str = "there is no time left for it") -> None:
+        """Raises Cancelled if an event is set, StoreError for the `reason` unless there are so many seconds left."""
+        if self.are_cancelled:
+            raise Cancelled(without_passwords(f"{operation} {url}: given up, as asked"))
+        if self.seconds_left <= seconds:
+            raise StoreError(without_passwords(one_line(f"{operation} {url}: {reason}")))
+
+    def wait(self, seconds: float, task: Future[Any]) -> None:
+        """Returns after so many seconds, or when the task is done or an event is set."""
+        end = time.monotonic() + seconds
+        while not task.done() and not self.are_cancelled and (left := end - time.monotonic()) > 0:
+            wait([task], min(left, _NOTICE_SECONDS))
+
+
+_UNLIMITED = _Limits()
+_limits = ContextVar("limits", default=_UNLIMITED)
+
+
+@contextmanager
+def limits(deadline_seconds: float | None = None, cancelled: threading.Event | None = None) -> Iterator[None]:
+    """Bounds all that this thread does with files inside the block, taken together; blocks inside blocks add up.
+
+    What is given up in the middle is as if it was never begun or as if it was done: a file is never left in parts.
+
+    Args:
+        deadline_seconds: from now on; what is not done by then ends with a StoreError, what begins then at once.
+        cancelled: once it is set, what is in work ends within a second, in the middle of a request too.
+
+    Raises:
+        StoreError: (by an operation inside) the time is over.
+        Cancelled: (by an operation inside) the event is set.
+    """
+    outer = _limits.get()
+    end = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
+    events = outer.events if cancelled is None else (*outer.events, cancelled)
+    token = _limits.set(_Limits(min(outer.end, end), events))
+    try:
+        yield
+    finally:
+        _limits.reset(token)
 
 
 def is_remote(url: str) -> bool:
@@ -120,10 +190,7 @@ def open_read(url: str) -> BinaryIO:
         total, version = found["ContentLength"], found["ETag"]
 
         def fetch(start: int, end: int) -> bytes:
-            answer, data = _get(url, Range=f"bytes={start}-{end - 1}")
-            if answer["ETag"] != version or len(data) != end - start:
-                raise IntegrityError(f"read {url}: it was replaced while it was read")
-            return data
+            return _get(url, version, start, end)
 
     else:
         total = _run("find", url, filesystem._info, url)["size"]
@@ -131,8 +198,11 @@ def open_read(url: str) -> BinaryIO:
             raise _sent_whole(url)
         file = filesystem.open(url, size=total)
 
+        async def fetch_range(start: int, end: int) -> bytes:
+            return _whole(await file.async_fetch_range(start, end), end - start)
+
         def fetch(start: int, end: int) -> bytes:
-            return cast(bytes, _run("read", url, file.async_fetch_range, start, end))
+            return _run("read", url, fetch_range, start, end)
 
     return cast(BinaryIO, io.BufferedReader(_RangeFile(url, fetch, total), _BUFFER_BYTES))
 
@@ -142,7 +212,7 @@ def read_bytes(url: str) -> bytes:
     if not is_remote(url):
         return _local(url).read_bytes()
     if _protocol(url) == "s3":
-        return _get(url)[1]
+        return _get(url)
     return cast(bytes, _run("read", url, _filesystem(url)._cat_file, url))
 
 
@@ -156,18 +226,27 @@ def download_file(url: str, path: Path | str, size: int | None = None, sha256: s
 
     Raises:
         FileNotFoundError: there is none.
-        IntegrityError: its size in bytes or its hexadecimal checksum is not the one expected.
+        IntegrityError: its size in bytes or its hexadecimal checksum is not the one expected, however often it is
+            fetched: what was damaged on the way is whole the next time.
     """
-    digest, count = hashlib.sha256(), 0
-    with open_read(url) as source, _published(Path(path), os.replace) as target:
-        while chunk := source.read(_BUFFER_BYTES):
-            target.write(chunk)
-            digest.update(chunk)
-            count += len(chunk)
-        if size not in (None, count):
-            raise IntegrityError(f"download {url}: it has {count} bytes, {size} were expected")
-        if sha256 not in (None, digest.hexdigest()):
-            raise IntegrityError(f"download {url}: its sha256 is {digest.hexdigest()}, {sha256} was expected")
+
+    def download() -> None:
+        digest, count = hashlib.sha256(), 0
+        with open_read(url) as source, _published(Path(path), os.replace) as target:
+            while chunk := source.read(_BUFFER_BYTES):
+                _limits.get().check("download", url)
+                target.write(chunk)
+                digest.update(chunk)
+                count += len(chunk)
+            if size not in (None, count):
+                raise IntegrityError(f"download {url}: it has {count} bytes, {size} were expected")
+            if sha256 not in (None, digest.hexdigest()):
+                raise IntegrityError(f"download {url}: its sha256 is {digest.hexdigest()}, {sha256} was expected")
+
+    for _ in range(_DOWNLOADS - 1):
+        with suppress(IntegrityError):
+            return download()
+    return download()
 
 
 def size(url: str) -> int:
@@ -200,11 +279,25 @@ def sha256_file(path: Path | str) -> str:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes or replaces a file: a reader sees the old content or the new, never a part."""
+    write_from(url, len(data), lambda start, end: memoryview(data)[start:end])
+
+
+def write_from(url: str, size: int, read: Callable[[int, int], bytes | memoryview]) -> None:
+    """Writes or replaces a file as `write_bytes` does, with what need not be in one piece, nor all in memory at a time.
+
+    Args:
+        url: where to.
+        size: bytes in all.
+        read: gives the bytes from a start to an end, one part of the file; several threads call it, in any order.
+            What they are sending is copied, and nothing else.
+    """
     if is_remote(url):
-        _upload(url, len(data), lambda start, end: data[start:end])
+        _upload(url, size, read)
     else:
         with _published(_local(url), os.replace) as target:
-            target.write(data)
+            for start in range(0, size, PART_BYTES):
+                _limits.get().check("write", url)
+                target.write(_part(url, read, start, min(start + PART_BYTES, size)))
 
 
 def write_json(url: str, value: Any) -> None:
@@ -226,7 +319,7 @@ def create_bytes(url: str, data: bytes) -> bool:
         return True
     token = secrets.token_hex(16)
     try:
-        _s3("create", url, "put_object", **_place(url), **_body(data), IfNoneMatch="*", Metadata={_TOKEN: token})
+        _put("create", url, data, {_TOKEN: token}, IfNoneMatch="*")
     except FileExistsError:
         return _is_from(token, url)
     return True
@@ -247,12 +340,8 @@ def supports_conditional_create(prefix: str) -> bool:
 def upload_file(path: Path | str, url: str) -> None:
     """Copies a local file to `url`, where it appears whole or not at all."""
     with Path(path).open("rb") as source:
-        if is_remote(url):
-            descriptor = source.fileno()
-            _upload(url, os.fstat(descriptor).st_size, lambda start, end: os.pread(descriptor, end - start, start))
-        else:
-            with _published(_local(url), os.replace) as target:
-                shutil.copyfileobj(source, target, _BUFFER_BYTES)
+        descriptor = source.fileno()
+        write_from(url, os.fstat(descriptor).st_size, lambda start, end: os.pread(descriptor, end - start, start))
 
 
 # ── listing and deleting ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -301,7 +390,7 @@ def delete(urls: Iterable[str]) -> None:
         else:
             _local(url).unlink(missing_ok=True)
 
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+    with _threads() as pool:
         list(pool.map(remove, urls))
 
 
@@ -315,7 +404,9 @@ def delete_tree(prefix: str) -> None:
     with suppress(NotImplementedError):
         found = _s3("list", prefix, "list_multipart_uploads", Bucket=place["Bucket"], Prefix=place["Key"])
         for upload in found.get("Uploads", []):
-            _abort(prefix, {**place, "Key": upload["Key"], "UploadId": upload["UploadId"]})
+            request = {"Bucket": place["Bucket"], "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            with suppress(FileNotFoundError):  # completed or aborted since
+                _s3("delete", prefix, "abort_multipart_upload", **request)
 
 
 # ── S3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,18 +423,36 @@ class _RangeFile(AbstractBufferedFile):
         return b"".join(self._fetch(at, min(at + PART_BYTES, end)) for at in range(start, end, PART_BYTES))
 
 
-def _get(url: str, **request: str) -> tuple[dict[str, Any], bytes]:
-    filesystem, place = _filesystem(url), _place(url)
+def _get(url: str, version: str | None = None, start: int = 0, end: int | None = None) -> bytes:
+    """An object's bytes from `start` to `end`; without these the whole, compared to the checksum it was written with.
 
-    async def get() -> tuple[dict[str, Any], bytes]:
-        answer = await filesystem._call_s3("get_object", **place, **request)
+    Raises:
+        FileNotFoundError: there is none.
+        IntegrityError: it is not of this `version`.
+    """
+    filesystem, request = _filesystem(url), _place(url)
+    if end is not None:
+        request["Range"] = f"bytes={start}-{end - 1}"
+
+    async def get() -> bytes:
+        answer = await filesystem._call_s3("get_object", **request)
         async with answer["Body"] as body:
-            data = await body.read()
-        if len(data) != answer["ContentLength"]:
-            raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes came")
-        return answer, data
+            if version and version != answer["ETag"]:
+                raise IntegrityError(f"read {url}: it was replaced while it was read")
+            data = _whole(await body.read(), answer["ContentLength"] if end is None else end - start)
+        written = answer.get("Metadata", {}).get(_MD5)
+        if end is None and written and written != _md5(data).hex():
+            raise ConnectionError("other bytes came than were written")
+        return data
 
     return _run("read", url, get)
+
+
+def _whole(data: bytes, size: int) -> bytes:
+    """`data`; raises, so that it is read again, what some servers and proxies take no notice of."""
+    if len(data) != size:
+        raise ConnectionError(f"{len(data)} of {size} bytes came")
+    return data
 
 
 def _head(url: str) -> dict[str, Any]:
@@ -357,23 +466,23 @@ def _is_from(token: str, url: str) -> bool:
         return False
 
 
-def _upload(url: str, total: int, read: Callable[[int, int], bytes]) -> None:
+def _upload(url: str, total: int, read: Callable[[int, int], bytes | memoryview]) -> None:
     """Puts ``read(0, total)`` at `url`, in parts that are tried again one by one if it is large."""
-    place = _place(url)
     if total <= PART_BYTES:
-        _s3("write", url, "put_object", **_body(read(0, total)), **place)
+        _put("write", url, _part(url, read, 0, total), {})
         return
+    place = _place(url)
     token = secrets.token_hex(16)
     part_bytes = max(PART_BYTES, -(-total // 10_000))  # S3 takes no more than 10,000 parts
     place["UploadId"] = _s3("write", url, "create_multipart_upload", Metadata={_TOKEN: token}, **place)["UploadId"]
 
     def put(number: int) -> dict[str, Any]:
-        part = read((number - 1) * part_bytes, min(number * part_bytes, total))
-        answer = _s3("write", url, "upload_part", PartNumber=number, **_body(part), **place)
+        body = _body(_part(url, read, (number - 1) * part_bytes, min(number * part_bytes, total)))
+        answer = _s3("write", url, "upload_part", PartNumber=number, **body, **place)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     try:
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        with _threads() as pool:
             parts = list(pool.map(put, range(1, -(-total // part_bytes) + 1)))
         _s3("write", url, "complete_multipart_upload", MultipartUpload={"Parts": parts}, **place)
     except FileNotFoundError:  # no such upload: completed by a request whose answer was lost, or aborted by another
@@ -384,18 +493,37 @@ def _upload(url: str, total: int, read: Callable[[int, int], bytes]) -> None:
         raise
 
 
+def _put(operation: str, url: str, data: bytes, metadata: dict[str, str], **request: str) -> None:
+    metadata = metadata | {_MD5: _md5(data).hex()}
+    _s3(operation, url, "put_object", **_place(url), **_body(data), Metadata=metadata, **request)
+
+
 def _body(data: bytes) -> dict[str, Any]:
     """What is sent, with its checksum: some stores keep an empty object of a writer that was killed, unless told."""
-    digest = hashlib.md5(data, usedforsecurity=False).digest()
-    return {"Body": data, "ContentMD5": base64.b64encode(digest).decode()}
+    return {"Body": data, "ContentMD5": base64.b64encode(_md5(data)).decode()}
+
+
+def _md5(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()
+
+
+def _part(url: str, read: Callable[[int, int], bytes | memoryview], start: int, end: int) -> bytes:
+    data = bytes(read(start, end))
+    if len(data) != end - start:
+        raise IntegrityError(f"write {url}: from byte {start} there are {len(data)}, {end - start} were expected")
+    return data
+
+
+def _threads() -> ThreadPoolExecutor:
+    """A few threads for requests at the same time, under the limits of this one."""
+    return ThreadPoolExecutor(_PARALLEL_REQUESTS, initializer=_limits.set, initargs=(_limits.get(),))
 
 
 def _abort(url: str, upload: dict[str, Any]) -> None:
-    """Tries once, after a failure: what it leaves takes space only, until `delete_tree` or the store removes it."""
+    """Asks once, after a failure: what it leaves takes space only, until `delete_tree` or the store removes it."""
     filesystem = _filesystem(url)
-    with suppress(Exception):
-        timeout = _process.options.read_timeout_seconds
-        sync(filesystem.loop, filesystem._call_s3, "abort_multipart_upload", timeout=timeout, **upload)
+    request = filesystem._call_s3("abort_multipart_upload", **upload)
+    wait([asyncio.run_coroutine_threadsafe(request, filesystem.loop)], _LAST_REQUEST_SECONDS)
 
 
 def _probe(url: str) -> None:
@@ -427,6 +555,7 @@ _MAY_PASS = (OSError, boto.BotoCoreError, ResponseParserError, aiohttp.ClientErr
 _CODES_THAT_MAY_PASS = {
     *("BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "OperationAborted"),
     *("RequestTimeout", "ServiceUnavailable", "SlowDown", "XAmzContentSHA256Mismatch"),
+    *("InvalidPart", "InvalidPartOrder", "MalformedXML"),  # the XML is ours, and right when it is sent
 }
 _OTHER_REGION = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 _GIVE_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN if temporary), or AWS_PROFILE"
@@ -443,26 +572,49 @@ def _run(
         FileNotFoundError, FileExistsError, NotImplementedError: the store says so.
         UserError: a person has to mend it.
         StoreError: the deadline has passed.
+        Cancelled: see `limits`.
     """
     started, tries = time.monotonic(), 0
-    loop, options = _filesystem(url).loop, _process.options
-    while True:
-        left = started + options.deadline_seconds - time.monotonic()
-        timeout = max(0.1, min(left, options.read_timeout_seconds * 2**tries))
-        try:
-            result = sync(loop, function, *args, timeout=timeout, **kw)
-        except Exception as error:
+    options = _process.options
+    with limits(options.deadline_seconds):
+        ours = _limits.get()
+        while True:
+            ours.check(operation, url)
+            result = _try(url, options.read_timeout_seconds * 2**tries, function, *args, **kw)
+            if not isinstance(result, Exception):
+                _process.answered.add(_service(url))
+                return result
             tries += 1
             tried_seconds = time.monotonic() - started
             pause = random.uniform(0.5, 1) * min(0.1 * 2**tries, 15)
-            _raise_if_permanent(error, operation, url, tried_seconds + pause)
-            if tried_seconds + pause > options.deadline_seconds:
-                reason = f"{type(error).__name__} {error}; gave up after {tries} tries in {tried_seconds:.0f} s"
-                raise StoreError(without_passwords(one_line(f"{operation} {url}: {reason}"))) from error
-            time.sleep(pause)
-        else:
-            _process.answered.add(_service(url))
-            return cast(Result, result)
+            _raise_if_permanent(result, operation, url, tried_seconds + pause)
+            reason = f"{type(result).__name__} {result}; gave up after {tries} tries in {tried_seconds:.0f} s"
+            ours.check(operation, url, pause, reason)
+            ours.wait(pause, Future())
+
+
+def _try(
+    url: str, seconds: float, function: Callable[..., Coroutine[Any, Any, Result]], *args: Any, **kw: Any
+) -> Result | Exception:
+    """What ``function(*args, **kw)`` gives or raises within so many seconds and the limits.
+
+    Given up, it is cancelled, which closes its connection: its answer cannot meet the next request.
+    """
+
+    async def outcome() -> Result | Exception:
+        try:
+            return await function(*args, **kw)
+        except Exception as error:  # returned, for asyncio reports what was raised too late for anybody
+            return error
+
+    ours = _limits.get()
+    seconds = max(0, min(seconds, ours.seconds_left))
+    task = asyncio.run_coroutine_threadsafe(outcome(), _filesystem(url).loop)
+    try:
+        ours.wait(seconds, task)
+        return task.result() if task.done() else TimeoutError(f"no answer in {seconds:.1f} s")
+    finally:
+        task.cancel()
 
 
 def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_seconds: float) -> None:
@@ -491,7 +643,7 @@ def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_sec
         raise UserError(url, None, "names no object", "expected s3://bucket/key") from None
     elif isinstance(error, ValueError):
         raise (_wrong_endpoint(url, "is no URL of a service") if _protocol(url) == "s3" else _sent_whole(url)) from None
-    elif not isinstance(error, _MAY_PASS):
+    elif isinstance(error, IntegrityError) or not isinstance(error, _MAY_PASS):
         raise error
 
 
@@ -509,7 +661,8 @@ def _raise_if_refused(status: int, code: str, message: str, operation: str, url:
     if code == "NoSuchBucket":
         raise UserError(place, None, "there is no such bucket", "create it, or correct the URL") from None
     if code == "RequestTimeTooSkewed":
-        raise UserError("AWS_ACCESS_KEY_ID", None, reason, "set this machine's clock") from None
+        wrong = f"{reason}: this machine's clock is too far from the store's"
+        raise UserError(place, None, wrong, "set the clock") from None
     if on_s3 and (status in (401, 403) or code in _CREDENTIALS_REFUSED):
         raise UserError("AWS_ACCESS_KEY_ID", None, reason, f"{_GIVE_CREDENTIALS}, of one who may use {place}") from None
     if on_s3 and code in _OTHER_REGION:

@@ -178,7 +178,12 @@ def train_until(step: int, settings: Path, number: int = signal.SIGTERM) -> tupl
 
 def saved_steps(output: str) -> list[int]:
     """The steps of a run's complete checkpoints."""
-    return [open_checkpoint(url).state.step for url in list_checkpoints(output)]
+    return [open_checkpoint(url).state.step for url in checkpoint_urls(output)]
+
+
+def checkpoint_urls(output: str) -> list[str]:
+    """A run's complete checkpoints, the oldest first."""
+    return [name.url(output) for name in list_checkpoints(output)]
 
 
 def stored(url: str) -> dict[str, bytes]:

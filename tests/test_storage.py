@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import secrets
-import select
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import SLOW_DOWN, Fault, FaultProxy
 
 from job import storage
 from job.demo.server import S3Server
@@ -45,79 +45,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return storage.join(request.getfixturevalue("bucket"), "some/prefix")
     return str(tmp_path / "data") if request.param == "folder" else f"file://{tmp_path}/data"
-
-
-class Front:
-    """A TCP port before the store that spoils the first connections, each by the next of `faults`, and relays the rest.
-
-    ``503``: answers so. ``reset``: closes. ``lost``: passes the request on and drops the answer. ``cut``: drops the
-    answer after 100,000 bytes. ``silent``: never answers.
-    """
-
-    def __init__(self, endpoint_url: str, *faults: str) -> None:
-        self.faults = list(faults)
-        self.connections = 0
-        host, _, port = endpoint_url.removeprefix("http://").partition(":")
-        self._backend = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.options = StoreOptions(
-            endpoint_url=f"http://127.0.0.1:{self._listener.getsockname()[1]}",
-            read_timeout_seconds=0.5,
-            deadline_seconds=20,
-        )
-        self._closed = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def __enter__(self) -> "Front":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """From now on the port refuses connections, and those that were open are closed."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            fault = self.faults.pop(0) if self.faults else None
-            threading.Thread(target=self._serve, args=(client, fault), daemon=True).start()
-
-    def _serve(self, client: socket.socket, fault: str | None) -> None:
-        with client, socket.create_connection(self._backend) as backend:
-            if fault == "reset":
-                return
-            if fault == "silent":
-                self._closed.wait()
-                return
-            if fault == "503":
-                client.recv(2**16)
-                client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(2**16):
-                    pass  # closing on a body that is still coming would reset the connection
-                return
-            answered = 0
-            while not self._closed.is_set():
-                for source in select.select([client, backend], [], [], 0.05)[0]:
-                    data = source.recv(2**16)
-                    if not data:
-                        return
-                    if source is client:
-                        backend.sendall(data)
-                        continue
-                    answered += len(data)
-                    if fault == "lost" or (fault == "cut" and answered > 100_000):
-                        return
-                    client.sendall(data)
 
 
 @contextmanager
@@ -153,6 +80,25 @@ def test_a_file_is_uploaded_and_downloaded_whole(place: str, tmp_path: Path) -> 
     storage.download_file(url, copy, size=LARGE, sha256=storage.sha256_file(source))
     assert copy.read_bytes() == source.read_bytes()
     assert storage.sha256_file(copy) == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, storage.PART_BYTES, LARGE])
+def test_what_lies_in_memory_is_written_without_a_file(place: str, size: int) -> None:
+    url, data = storage.join(place, "object"), content(size)
+    storage.write_from(url, size, lambda start, end: memoryview(data)[start:end])
+    assert storage.read_bytes(url) == data
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_what_gives_another_number_of_bytes_than_it_said_is_refused(place: str, wrong: int) -> None:
+    url = storage.join(place, "object")
+    storage.write_bytes(url, b"old")
+    for size in (1000, LARGE):
+        data = content(size + wrong)
+        with pytest.raises(IntegrityError, match=f"{url}: from byte .* were expected"):
+            storage.write_from(url, size, lambda start, end, of=data: of[start : end if end < size else None])
+    assert storage.read_bytes(url) == b"old"
+    assert len(storage.list_files(place)) == 1
 
 
 def test_any_range_is_read_from_any_position(bucket: str) -> None:
@@ -406,14 +352,16 @@ def test_exactly_one_creates_a_file_even_if_all_write_the_same(place: str) -> No
         assert sum(pool.map(lambda _: storage.create_bytes(url, b"same"), range(8))) == 1
 
 
-@pytest.mark.parametrize("faults", [["lost"], ["503", "lost"], ["lost", "lost", "503"]])
+@pytest.mark.parametrize("lost", [[True], [False, True], [True, True, False]])
 def test_a_creation_whose_answer_was_lost_is_known_as_ones_own(
-    bucket: str, s3_server: S3Server, faults: list[str]
+    bucket: str, s3_server: S3Server, lost: list[bool]
 ) -> None:
-    with Front(s3_server.endpoint_url, *faults) as front:
-        storage.configure(front.options)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        for is_lost in lost:
+            proxy.inject(Fault.RESET_ANSWER if is_lost else SLOW_DOWN, lambda request: request.method == "PUT")
+        storage.configure(StoreOptions(proxy.endpoint_url))
         assert storage.create_bytes(f"{bucket}/object", b"mine")
-        assert not front.faults
+        assert proxy.injected.total() == len(lost)
         assert not storage.create_bytes(f"{bucket}/object", b"mine")
 
 
@@ -496,34 +444,7 @@ def test_a_store_is_known_to_create_conditionally_only_if_it_does(bucket: str, m
     assert NegligentStore.objects == {}
 
 
-# ── what passes is tried again, until the deadline ───────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("fault", ["503", "reset", "cut", "lost", "silent"])
-def test_what_passes_is_tried_again(bucket: str, s3_server: S3Server, fault: str) -> None:
-    url, data = f"{bucket}/object", content(storage.PART_BYTES + 1)
-    for operation, expected in (
-        (lambda: storage.write_bytes(url, data), None),
-        (lambda: storage.read_bytes(url), data),
-        (lambda: storage.list_files(bucket), [Entry(url, len(data))]),
-    ):
-        with Front(s3_server.endpoint_url, fault) as front:
-            storage.configure(front.options)
-            assert operation() == expected
-            assert front.faults == []
-
-
-@pytest.mark.parametrize("operation", [storage.read_bytes, storage.list_files, storage.delete_tree, storage.exists])
-def test_the_deadline_holds_for_a_store_that_never_answers(
-    bucket: str, s3_server: S3Server, operation: Callable[[str], object]
-) -> None:
-    with Front(s3_server.endpoint_url, *["silent"] * 50) as front:
-        storage.configure(StoreOptions(front.options.endpoint_url, read_timeout_seconds=0.2, deadline_seconds=1.5))
-        storage._filesystem(bucket).connect()  # reads botocore's tables: seconds on a busy machine
-        started = time.monotonic()
-        with pytest.raises(StoreError, match=rf"{bucket}/object: .*gave up after [2-9] tries in [12] s"):
-            operation(f"{bucket}/object")
-        assert 1 < time.monotonic() - started < 2.5
+# ── until the deadline (what passes before it is in test_store_faults) ───────────────────────────────────────────────
 
 
 def test_the_deadline_holds_for_a_store_that_only_drips(bucket: str) -> None:
@@ -545,18 +466,6 @@ def test_the_deadline_holds_for_a_store_that_only_drips(bucket: str) -> None:
         with pytest.raises(StoreError, match="gave up after"):
             storage.read_bytes(f"{bucket}/object")
         assert 1 < time.monotonic() - started < 3
-
-
-def test_a_store_that_goes_away_after_it_has_answered_is_no_mistake_of_the_user(
-    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "_UNREACHABLE_SECONDS", 0.1)
-    with Front(s3_server.endpoint_url) as front:
-        storage.configure(StoreOptions(front.options.endpoint_url, deadline_seconds=3))
-        assert not storage.exists(f"{bucket}/object")
-        front.close()
-        with pytest.raises(StoreError, match="gave up after"):
-            storage.exists(f"{bucket}/object")
 
 
 # ── what no retry mends is said at once, in one line ─────────────────────────────────────────────────────────────────
@@ -676,8 +585,8 @@ def test_a_url_that_names_no_object_is_refused(s3_server: S3Server, url: str) ->
 
 
 def test_no_secret_is_in_a_store_error_or_in_the_options(bucket: str, s3_server: S3Server) -> None:
-    with Front(s3_server.endpoint_url, *["503"] * 50) as front:
-        options = StoreOptions(front.options.endpoint_url, deadline_seconds=0.5)
+    with FaultProxy(s3_server.endpoint_url, chances={SLOW_DOWN: 1}) as proxy:
+        options = StoreOptions(proxy.endpoint_url, deadline_seconds=0.5)
         storage.configure(options)
         with pytest.raises(StoreError) as caught:
             storage.write_bytes(f"{bucket}/object", b"x")
@@ -714,9 +623,14 @@ from job import storage
 def peak_mebibytes():  # not getrusage's, which counts the process before exec too
     return int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1]) // 1024
 
-storage.exists(sys.argv[3])
+name, source, target = sys.argv[1:]
+storage.exists(target)
+content = memoryview(open(source, "rb").read()) if name == "write_from" else b""
 before = peak_mebibytes()
-getattr(storage, sys.argv[1])(sys.argv[2], sys.argv[3])
+if name == "write_from":
+    storage.write_from(target, len(content), lambda start, end: content[start:end])
+else:
+    getattr(storage, name)(source, target)
 print(peak_mebibytes() - before)
 """
 
@@ -726,7 +640,8 @@ def test_a_large_file_is_moved_in_bounded_memory(bucket: str, tmp_path: Path) ->
     with source.open("wb") as file:
         for seed in range(100):
             file.write(content(2**20, seed))
-    for *call, most_mebibytes in (("upload_file", source, url, 96), ("download_file", url, copy, 80)):
+    calls = (("upload_file", source, url, 96), ("write_from", source, url, 96), ("download_file", url, copy, 80))
+    for *call, most_mebibytes in calls:
         command = [sys.executable, "-c", PEAK_MEMORY, *map(str, call)]
         grown_mebibytes = int(subprocess.run(command, check=True, capture_output=True).stdout)
         assert grown_mebibytes < most_mebibytes

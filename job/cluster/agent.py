@@ -10,23 +10,25 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from job.cluster import outcome, worker
+from job.cluster import outcome, stop, worker
 from job.cluster.outcome import Outcome
 
 _HEARD = "SIGHUP,SIGQUIT"
+_TAKE_DOWN_SECONDS = 3
+"""What a worker gets between SIGTERM and SIGKILL when another one has failed; it leaves at once if it can."""
 
 
 def main() -> int:
     """Runs the workers, and records which of them were killed: they could not do it themselves."""
+    folder = Path(os.environ[worker.FOLDER_VARIABLE])
     # torchrun would pass a signal on and then kill the workers in the middle of their checkpoint, at once if it comes
-    # twice. The workers inherit the deafness for as long as they are too young to listen.
-    for number in worker.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    # twice: the workers hear of it by the file.
+    stop.listen(lambda number, sender: (folder / worker.STOP_FILE).touch())
     worker.die_with_parent()
+    os.environ[worker.PARENT_VARIABLE] = str(os.getpid())
     try:
-        run(parse_args([f"--signals-to-handle={_HEARD}", *sys.argv[1:]]))
+        run(parse_args([f"--signals-to-handle={_HEARD}", f"--shutdown-timeout={_TAKE_DOWN_SECONDS}", *sys.argv[1:]]))
     except ChildFailedError as error:
-        folder = Path(os.environ[worker.FOLDER_VARIABLE])
         silent = error.failures.keys() - {one.rank for one in outcome.read_all(folder)}
         for rank in silent:
             if (code := error.failures[rank].exitcode) < 0:

@@ -1,24 +1,32 @@
 """Starts the workers of a run on this machine through torchrun, and turns how they ended into one exit code."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from job.cluster import outcome, worker
+from job.cluster import outcome, stop, worker
+from job.cluster.outcome import Outcome
 from job.cluster.place import world_from_environment
 from job.config import Config
-from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
 from job.report import Report
+from job.training.attempts import note_failure
 
 
-def launch(command: str, config: Config) -> int:
+def launch(command: str, config: Config, requests: stop.Requests) -> int:
     """Runs `command` (``train`` or ``evaluate``) over the processes of this machine; returns the exit code.
 
-    SIGTERM and SIGINT ask the workers to stop, and they are waited for; afterwards both are ignored. Where torchrun
-    has already started this process, it is a worker itself, and does not return.
+    Where torchrun has already started this process, it is a worker itself, and does not return.
+
+    Args:
+        command: what to run.
+        config: all settings.
+        requests: the first asks the workers to stop, and they are waited for; the second kills them.
 
     Raises:
         UserError: the environment tells half of what a launcher tells.
@@ -26,31 +34,47 @@ def launch(command: str, config: Config) -> int:
     world = world_from_environment()
     if world is not None:
         os.environ |= _worker_environment(world.local_world_size)
-        worker.leave(EXIT_STOPPED if worker.work(command, config, world) == outcome.STOPPED else EXIT_DONE)
+        status = worker.work_alone(command, config, world, requests)
+        worker.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
-        folder = Path(scratch)
+        folder, name = Path(scratch), secrets.token_hex(8)
+        killed_by: list[int] = []
         (folder / "config.json").write_text(config.model_dump_json())
         (folder / "command").write_text(command)
-        environment = os.environ | _worker_environment(processes(config)) | {worker.FOLDER_VARIABLE: str(folder)}
+        environment = os.environ | _worker_environment(processes(config))
+        environment |= {
+            worker.FOLDER_VARIABLE: str(folder),
+            worker.PARENT_VARIABLE: str(os.getpid()),
+            worker.START_VARIABLE: f"{time.time()} {name}",
+        }
         extensions = environment.get("TORCH_EXTENSIONS_DIR")
         if config.train.strategy == "zero2" and not _gpus() and extensions and not Path(extensions).exists():
             Report().say(f"DeepSpeed compiles its library for CPUs, once, into {extensions}: about a minute")
-        stop_file = folder / worker.STOP_FILE
-        for number in worker.STOP_SIGNALS:
-            signal.signal(number, lambda *_: stop_file.touch())
-        agent = subprocess.run(
+        agent = subprocess.Popen(
             [
                 *(sys.executable, "-m", "job.cluster.agent"),
                 *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
                 *("-m", "job.cluster.worker"),
             ],
-            check=False,
             env=environment,
             start_new_session=True,  # a terminal's Ctrl-C comes to this process alone
         )
-        for number in worker.STOP_SIGNALS:  # how it ended is all that is left to say, and one more must not prevent it
-            signal.signal(number, signal.SIG_IGN)
-        return _exit_code(folder, processes(config), agent.returncode)
+
+        def stop_at_once(number: int) -> None:
+            killed_by.append(number)
+            agent.kill()  # and the workers die with it
+
+        requests.pass_on((folder / worker.STOP_FILE).touch, stop_at_once)
+        agent_code = agent.wait()
+        if killed_by:
+            sys.stderr.write(f"stopped at once by a second {signal.Signals(killed_by[0]).name}: nothing was saved\n")
+            return stop.exit_code_of(killed_by[0])
+        code, said = _exit_code(outcome.read_all(folder), processes(config), agent_code)
+        if said:
+            sys.stderr.write(f"{said.rstrip()}\n")
+        if command == "train" and code not in (EXIT_DONE, EXIT_STOPPED):
+            note_failure(config.run.output, name, said)
+        return code
 
 
 def processes(config: Config) -> int:
@@ -80,24 +104,28 @@ def _worker_environment(processes: int) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ} | {"PATH": path}
 
 
-def _exit_code(folder: Path, expected: int, agent_code: int) -> int:
-    """Says what went wrong, once, and returns the entrypoint's exit code."""
-    found = outcome.read_all(folder)
-    for one in found:
-        if one.status == outcome.REFUSED:
-            sys.stderr.write(f"{one.message}\n")
-            return EXIT_REFUSED
-    for one in found:
-        if one.status == outcome.KILLED:
-            reason = " (out of memory?)" if one.message == "SIGKILL" else ""
-            sys.stderr.write(f"rank {one.rank} was killed by {one.message}{reason}\n")
-            return EXIT_FAILED
-    for one in found:
-        if one.status == outcome.CRASHED:
-            sys.stderr.write(f"rank {one.rank} failed first:\n{one.message}\n")
-            return EXIT_FAILED
+def _exit_code(found: list[Outcome], expected: int, agent_code: int) -> tuple[int, str]:
+    """The entrypoint's exit code, and what went wrong: the cause alone, since one failure makes others.
+
+    Args:
+        found: the outcomes that the workers have left, the earliest first.
+        expected: workers that there were.
+        agent_code: how torchrun ended.
+    """
+    first = {one.status: one for one in reversed(found)}
+    if (one := first.get(outcome.REFUSED)) is not None:
+        return EXIT_REFUSED, one.message
+    if (one := first.get(outcome.NO_PROGRESS)) is not None:
+        return EXIT_NO_PROGRESS, one.message
+    if outcome.HUNG in first:  # the process that stands still can tell where
+        return EXIT_FAILED, max((one.message for one in found if one.status == outcome.HUNG), key=len)
+    if (one := first.get(outcome.KILLED)) is not None:
+        reason = " (out of memory? a smaller train.micro_batch_size takes less)" if one.message == "SIGKILL" else ""
+        return EXIT_FAILED, f"rank {one.rank} was killed by {one.message}{reason}"
+    if (one := first.get(outcome.CRASHED)) is not None:
+        return EXIT_FAILED, f"rank {one.rank} failed first:\n{one.message}"
     if len(found) < expected:
         missing = sorted(set(range(expected)) - {one.rank for one in found})
-        sys.stderr.write(f"ranks {missing} ended without a word (killed? out of memory?)\n")
-        return EXIT_FAILED if agent_code >= 0 else 128 - agent_code
-    return EXIT_STOPPED if any(one.status == outcome.STOPPED for one in found) else EXIT_DONE
+        code = EXIT_FAILED if agent_code >= 0 else stop.exit_code_of(-agent_code)
+        return code, f"ranks {missing} ended without a word (killed? out of memory?)"
+    return (EXIT_STOPPED if outcome.STOPPED in first else EXIT_DONE), ""

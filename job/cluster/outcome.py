@@ -6,7 +6,9 @@ from time import time
 
 import orjson
 
-DONE, STOPPED, REFUSED, CRASHED, KILLED = "done", "stopped", "refused", "crashed", "killed"
+DONE, STOPPED, REFUSED, NO_PROGRESS, HUNG, CRASHED, KILLED = (
+    *("done", "stopped", "refused", "no progress", "hung", "crashed", "killed"),
+)
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,9 @@ class Outcome:
 
     rank: int
     status: str
-    """``done``, ``stopped``, ``refused`` (a UserError), ``crashed`` or ``killed``."""
+    """``done``, ``stopped``, ``refused`` (a UserError), ``no progress``, ``hung``, ``crashed`` or ``killed``."""
     message: str = ""
-    """The line of the UserError, the traceback, or the signal that killed it."""
+    """The line of the error, the traceback, or the signal that killed it."""
     at: float = 0.0
     """Seconds since 1970: of several crashes the first is the cause."""
 

@@ -8,6 +8,7 @@ from job.training.world import World
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+_JOB_IDS = ("WIKILLM_JOB_ID", "SLURM_JOB_ID")
 
 
 def world_from_environment(environment: Mapping[str, str] = os.environ) -> World | None:
@@ -36,3 +37,11 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
         expected = f"expected at most WORLD_SIZE, which is {numbers['WORLD_SIZE']}"
         raise UserError("LOCAL_WORLD_SIZE", numbers["LOCAL_WORLD_SIZE"], expected, remedy)
     return World(*(numbers[name] for name in _VARIABLES))
+
+
+def job_id_from_environment(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The name of the job that its scheduler keeps when it starts the job again; None without a scheduler.
+
+    Slurm sets one; elsewhere WIKILLM_JOB_ID can.
+    """
+    return next((environment[name] for name in _JOB_IDS if environment.get(name)), None)

@@ -5,72 +5,101 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from job import storage
-from job.cluster import outcome
+from job.cluster import outcome, stop
 from job.cluster.outcome import Outcome
-from job.cluster.place import world_from_environment
+from job.cluster.place import job_id_from_environment, world_from_environment
 from job.config import Config, name_setting
-from job.errors import EXIT_DONE, UserError
+from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError
 from job.quiet import silence_libraries
+from job.training.start import Start
 from job.training.world import World
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
 """Names the local folder that holds the command, the settings (config.json), and takes the outcomes."""
+PARENT_VARIABLE = "WIKILLM_PARENT_PID"
+"""The process that this one must not outlive."""
+START_VARIABLE = "WIKILLM_START"
+"""When the entrypoint began (seconds since 1970), and a name that no other start has."""
 STOP_FILE = "stop"
 """Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 
 
-def work(command: str, config: Config, world: World, stop_file: Path | None = None) -> str:
+def work(command: str, config: Config, world: World, start: Start) -> str:
     """Runs `command` (``train`` or ``evaluate``) in this process and its part of the run; returns how it ended.
 
-    `STOP_SIGNALS` ask it to stop, as does the file `stop_file` as soon as it is there.
-
     Raises:
-        UserError: as the command.
+        UserError, NoProgress, StoreError: as the command.
     """
-    stop = threading.Event()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: stop.set())
-
-    def stop_requested() -> bool:
-        return stop.is_set() or (stop_file is not None and stop_file.exists())
-
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     silence_libraries()
     from job.training.held_out import evaluate_trained
     from job.training.loop import train
 
-    return {"train": train, "evaluate": evaluate_trained}[command](config, world, stop_requested)
+    return {"train": train, "evaluate": evaluate_trained}[command](config, world, start)
+
+
+def work_alone(command: str, config: Config, world: World, requests: stop.Requests) -> str:
+    """`work` in a process that torchrun has started itself: there is nobody but this process to hear a signal."""
+    requested = threading.Event()
+    requests.pass_on(requested.set, lambda number: os._exit(stop.exit_code_of(number)))
+
+    def on_hang(message: str) -> None:
+        sys.stderr.write(f"{message}\n")
+        os._exit(EXIT_FAILED)
+
+    return work(command, config, world, _start(requested.is_set, on_hang))
 
 
 def main() -> int:
     """What torchrun starts: the outcome says what the exit code cannot, since torchrun makes a 1 of every failure."""
-    die_with_parent()
     folder, world = Path(os.environ[FOLDER_VARIABLE]), world_from_environment()
     assert world is not None
+    torchrun, requested = int(os.environ[PARENT_VARIABLE]), threading.Event()
+
+    def heard(number: int, sender: int) -> None:
+        if sender == torchrun:  # it passes no requests on: another worker has failed, and nothing can be saved any more
+            os._exit(EXIT_FAILED)
+        requested.set()
+        (folder / STOP_FILE).touch()
+
+    def on_hang(message: str) -> None:
+        outcome.record(folder, Outcome(world.rank, outcome.HUNG, message))
+        os._exit(EXIT_FAILED)
+
+    stop.listen(heard)
+    die_with_parent()
     config = Config.model_validate_json((folder / "config.json").read_bytes())
+    start = _start(lambda: requested.is_set() or (folder / STOP_FILE).exists(), on_hang)
     try:
-        status = work((folder / "command").read_text(), config, world, folder / STOP_FILE)
+        status = work((folder / "command").read_text(), config, world, start)
         outcome.record(folder, Outcome(world.rank, status))
     except UserError as error:
         outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(config, error))))
-        return 1
+    except NoProgress as error:
+        outcome.record(folder, Outcome(world.rank, outcome.NO_PROGRESS, str(error)))
+    except storage.StoreError as error:
+        outcome.record(folder, Outcome(world.rank, outcome.CRASHED, str(error)))
     except Exception:
         outcome.record(folder, Outcome(world.rank, outcome.CRASHED, traceback.format_exc()))
-        return 1
-    return EXIT_DONE
+    else:
+        return EXIT_DONE
+    return EXIT_FAILED
 
 
 def die_with_parent() -> None:
     """Has the kernel kill this process as soon as its parent is gone, however that ended: none trains on in secret."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT_VARIABLE]):  # it was gone before
+        leave(EXIT_FAILED)
 
 
 def leave(code: int) -> NoReturn:
@@ -78,6 +107,11 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _start(stop_requested: Callable[[], bool], on_hang: Callable[[str], None]) -> Start:
+    began, _, name = os.environ.get(START_VARIABLE, f"{time.time()} ").partition(" ")
+    return Start(name, float(began), job_id_from_environment(), stop_requested, on_hang)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ from typing import BinaryIO
 
 from job import storage
 from job.data.manifest import Shard
-from job.errors import UserError
+from job.errors import UserError, one_line
 
 _PARALLEL_FETCHES = 4
 _LOOK_AGAIN_SECONDS = 0.05
 """Nothing tells a process that another one has released a lock."""
 _RETRY_SECONDS = 1.0
+_WARN_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 5.0
 _CHUNK_BYTES = 2**20
 _NOW, _NEXT, _NEVER = 1, 2, 3
@@ -74,9 +75,10 @@ class ShardCache:
         self._plan: dict[int, int] = {}  # shards to hold, each _NOW or _NEXT
         self._missing: dict[int, None] = {}  # those of them to fetch, in this order
         self._demanded: dict[int, None] = {}  # somebody waits for them
-        self._fetching: set[int] = set()
+        self._fetching: dict[int, bool] = {}  # whether somebody waited for it when that was begun
         self._not_before: dict[int, float] = {}  # when to try again what another process has locked, or what failed
-        self._failed: dict[int, Exception] = {}
+        self._failed: dict[int, Exception] = {}  # whoever waited is to be told
+        self._quiet_until = 0.0
 
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,14 +123,16 @@ class ShardCache:
         with self._changed:
             self._plan = plan
             absent = (index for index in plan if index in self._demanded or not self._is_here(index))
-            self._missing = {index: None for index in absent if index not in self._failed}
+            self._missing = {index: None for index in absent if not self._is_refused(index)}
             self._changed.notify_all()
 
     def demand(self, shards: Iterable[int]) -> None:
-        """Has these shards of the plan brought here before all others."""
+        """Has these shards of the plan brought here before all others; what the store failed to give is tried again."""
         absent = [index for index in shards if not self._is_here(index)]
         with self._changed:
-            wanted = [index for index in absent if index not in self._failed]
+            wanted = [index for index in absent if not self._is_refused(index)]
+            for index in wanted:
+                self._failed.pop(index, None)
             self._demanded |= dict.fromkeys(wanted)
             self._missing |= dict.fromkeys(index for index in wanted if index in self._plan)
             self._changed.notify_all()
@@ -138,7 +142,7 @@ class ShardCache:
 
         Raises:
             UserError: the shard is not in the store, or was damaged twice.
-            StoreError: the store failed.
+            StoreError: the store failed until the deadline of an operation that began while the shard was waited for.
             CacheClosed: `close` was called.
         """
         while True:
@@ -154,6 +158,12 @@ class ShardCache:
                     raise CacheClosed
                 if index in self._failed:
                     raise self._failed[index]
+
+    @property
+    def awaited(self) -> list[str]:
+        """URLs of the shards that somebody waits for now."""
+        with self._changed:
+            return [self._urls[index] for index in self._demanded]
 
     def close(self) -> None:
         """Ends the threads and wakes all who wait; the files stay for the next one."""
@@ -171,6 +181,10 @@ class ShardCache:
         path = self._paths[index]
         return path.exists() and (self._is_remote or self._verified_note(index).exists())
 
+    def _is_refused(self, index: int) -> bool:
+        """Whether the shard is not to be had until a person has mended something."""
+        return isinstance(self._failed.get(index), UserError)
+
     def _verified_note(self, index: int) -> Path:
         return self._folder / f"{self._names[index]}.{self._paths[index].stat().st_mtime_ns}.verified"
 
@@ -187,20 +201,27 @@ class ShardCache:
             except Exception as raised:  # whoever waits for the shard gets it
                 error = raised
             with self._changed:
-                self._fetching.discard(index)
+                was_demanded = self._fetching.pop(index)
                 if is_here:
                     self._missing.pop(index, None)
                     self._demanded.pop(index, None)
                 elif error is None:
                     self._not_before[index] = time.monotonic() + _LOOK_AGAIN_SECONDS
-                elif index in self._demanded or isinstance(error, UserError):
-                    self._missing.pop(index, None)
-                    self._demanded.pop(index, None)
-                    self._failed[index] = error
                 else:
-                    logger.warning("will try again to fetch a shard ahead of its use: %s", error)
                     self._not_before[index] = time.monotonic() + _RETRY_SECONDS
+                    if was_demanded or isinstance(error, UserError):
+                        self._missing.pop(index, None)
+                        self._demanded.pop(index, None)
+                        self._failed[index] = error
+                    if not isinstance(error, UserError):
+                        self._warn(error)
                 self._changed.notify_all()
+
+    def _warn(self, error: Exception) -> None:
+        """Says, once in a while, that the store fails: a run goes on without it as long as it has shards."""
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _WARN_AGAIN_SECONDS
+            logger.warning("shards cannot be fetched now: %s", one_line(str(error)))
 
     def _next_missing(self) -> int | None:
         """Waits for something to fetch; None when the cache is closed."""
@@ -208,10 +229,10 @@ class ShardCache:
             while not self._closed:
                 now = time.monotonic()
                 self._not_before = {index: then for index, then in self._not_before.items() if then > now}
-                taken = self._fetching | self._not_before.keys()
+                taken = self._fetching.keys() | self._not_before.keys()
                 for index in chain(self._demanded, self._missing):
                     if index in self._missing and index not in taken:
-                        self._fetching.add(index)
+                        self._fetching[index] = index in self._demanded
                         return index
                 self._changed.wait(_LOOK_AGAIN_SECONDS if self._not_before else None)
         return None

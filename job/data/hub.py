@@ -1,17 +1,20 @@
-"""Data sets of Hugging Face and ModelScope, downloaded into their own caches.
+"""What lies on Hugging Face and ModelScope: data sets and models, downloaded into the hubs' own caches.
 
 Downloaded and not streamed: a JSON array must be read from its start, so that n processes would fetch it n times; a
 download is resumed and done once per machine; and a machine without a network finds what was fetched before.
 """
 
 import re
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 from job.errors import UserError, one_line
 
-_HUGGING_FACE, _MODELSCOPE = "hf://datasets/", "modelscope://"
-_SCHEME = re.compile(f"{_HUGGING_FACE}|{_MODELSCOPE}")
+MODELSCOPE = "modelscope://"
+_HUGGING_FACE = "hf://datasets/"
+_SCHEME = re.compile(f"{_HUGGING_FACE}|{MODELSCOPE}")
 _DATA_SET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<files>.+))?")
 
 
@@ -47,11 +50,12 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     if place["files"]:
         patterns = [place["files"].rstrip("/"), place["files"].rstrip("/") + "/*"]
     revision = place["revision"] and place["revision"].replace("%2F", "/")
-    if scheme and scheme[0] == _MODELSCOPE:
-        folder = _from_modelscope(source, place["name"], revision, patterns)
-        prefix = f"{_MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if revision else "")
+    repository = Repository("dataset", place["name"], revision, "data.source", source)
+    if scheme and scheme[0] == MODELSCOPE:
+        folder = repository.from_modelscope(patterns)
+        prefix = f"{MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if revision else "")
     else:
-        folder = _from_hugging_face(source, place["name"], revision, patterns)
+        folder = repository.from_hugging_face(patterns)
         prefix = f"{_HUGGING_FACE}{place['name']}@{folder.name}"  # a snapshot's folder is named after its commit
     copies = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return [
@@ -61,55 +65,84 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     ]
 
 
-def _from_hugging_face(source: str, name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+@dataclass(frozen=True)
+class Repository:
+    """A data set or a model on a hub."""
 
-    unreachable: Exception | None = None
-    try:
+    kind: Literal["dataset", "model"]
+    name: str
+    """``owner/name``"""
+    revision: str | None
+    setting: str
+    """The setting that names it, for errors."""
+    source: str
+    """What that setting says."""
+
+    def from_hugging_face(self, patterns: list[str]) -> Path:
+        """A local folder with the files that match; from the cache where the hub cannot be reached.
+
+        Raises:
+            UserError: nothing of that name, no permission, or neither hub nor cache has it.
+        """
+        from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+        unreachable: Exception | None = None
         try:
-            # snapshot_download asks the same, but without any timeout.
-            known = revision or constants.DEFAULT_REVISION
-            HfApi().dataset_info(name, revision=known, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-            raise
-        except Exception as error:  # the hub's, its HTTP client's and the system's errors have no base in common
-            unreachable = error
-        folder = snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=patterns,
-            local_files_only=unreachable is not None,
-        )
+            try:
+                # snapshot_download asks the same, but without any timeout.
+                asked, timeout = self.revision or constants.DEFAULT_REVISION, constants.HF_HUB_ETAG_TIMEOUT
+                HfApi().repo_info(self.name, repo_type=self.kind, revision=asked, timeout=timeout)
+            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+                raise
+            except Exception as error:  # the hub's, its HTTP client's and the system's errors have no base in common
+                unreachable = error
+            folder = snapshot_download(
+                self.name,
+                repo_type=self.kind,
+                revision=self.revision,
+                allow_patterns=patterns,
+                local_files_only=unreachable is not None,
+            )
+            return Path(folder)
+        except errors.GatedRepoError:
+            page = f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}{self.name}"
+            expected = f"this {self._what} is given only to those who asked for it"
+            raise self._error(expected, f"ask for access at {page} and set HF_TOKEN") from None
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
+            expected = f"no such path here, and no such {self._what} on the hub {constants.ENDPOINT}"
+            raise self._error(expected, "check the name; a private one needs HF_TOKEN") from None
+        except errors.RevisionNotFoundError:
+            raise self._error(f"the {self._what} has no revision {self.revision!r}") from None
+        except Exception as error:
+            cause = unreachable or error.__cause__ or error
+            reason = one_line(f"{type(cause).__name__}: {cause}")[:200]
+            if constants.HF_HUB_OFFLINE:
+                reason = "HF_HUB_OFFLINE is set, and the files are not all in the cache"
+            answer = "refuses it" if isinstance(cause, errors.HfHubHTTPError) else "cannot be reached"
+            expected = f"no such path here, and the hub {constants.ENDPOINT} {answer} ({reason})"
+            remedy = "set HF_ENDPOINT (for example https://hf-mirror.com), or use modelscope://owner/name, or a URL"
+            raise self._error(expected, remedy) from None
+
+    def from_modelscope(self, patterns: list[str]) -> Path:
+        """A local folder with the files that match.
+
+        Raises:
+            UserError: ModelScope's package is not installed, or does not get them.
+        """
+        try:
+            from modelscope import snapshot_download
+        except ImportError:
+            raise self._error("needs a package that is not here", "pip install modelscope") from None
+        try:
+            folder = snapshot_download(self.name, repo_type=self.kind, revision=self.revision, allow_patterns=patterns)
+        except Exception as error:  # modelscope documents no error types
+            expected = f"ModelScope does not give it ({one_line(f'{type(error).__name__}: {error}')[:200]})"
+            raise self._error(expected, "check the name and the network") from None
         return Path(folder)
-    except errors.GatedRepoError:
-        remedy = f"ask for access at {constants.ENDPOINT}/datasets/{name} and set HF_TOKEN"
-        raise UserError(
-            "data.source", source, "this data set is given only to those who asked for it", remedy
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        expected = f"no such path here, and no such data set on the hub {constants.ENDPOINT}"
-        raise UserError("data.source", source, expected, "check the name; a private one needs HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise UserError("data.source", source, f"the data set has no revision {revision!r}") from None
-    except Exception as error:
-        cause = unreachable or error.__cause__ or error
-        reason = one_line(f"{type(cause).__name__}: {cause}")[:200]
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set, and the files are not all in the cache"
-        answer = "refuses it" if isinstance(cause, errors.HfHubHTTPError) else "cannot be reached"
-        expected = f"no such path here, and the hub {constants.ENDPOINT} {answer} ({reason})"
-        remedy = "set HF_ENDPOINT (for example https://hf-mirror.com), or use modelscope://owner/name, or a URL"
-        raise UserError("data.source", source, expected, remedy) from None
 
+    @property
+    def _what(self) -> str:
+        return {"dataset": "data set", "model": "model"}[self.kind]
 
-def _from_modelscope(source: str, name: str, revision: str | None, patterns: list[str]) -> Path:
-    try:
-        from modelscope import dataset_snapshot_download
-    except ImportError:
-        raise UserError("data.source", source, "needs a package that is not here", "pip install modelscope") from None
-    try:
-        return Path(dataset_snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # modelscope documents no error types
-        expected = f"ModelScope does not give it ({one_line(f'{type(error).__name__}: {error}')[:200]})"
-        raise UserError("data.source", source, expected, "check the name and the network") from None
+    def _error(self, expected: str, remedy: str = "") -> UserError:
+        return UserError(self.setting, self.source, expected, remedy)

@@ -1,16 +1,18 @@
 """Batches for training and evaluation, cut from the shards by threads ahead of the step that uses them."""
 
 import concurrent.futures
+import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +26,14 @@ from job.errors import UserError
 
 IGNORED_LABEL = -100
 """The label of a place where nothing is predicted: PyTorch's own default."""
-_POLL_SECONDS = 0.2
-"""How often a request to stop is looked for while a batch is waited for."""
+_LOOK_SECONDS = 1.0
+_LONG_WAIT_SECONDS = 30.0
+"""What the consumer waits for one batch before it is told why; it is told again every `_SAY_AGAIN_SECONDS`."""
+_SAY_AGAIN_SECONDS = 300.0
 
 Made = TypeVar("Made")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,135 @@ class EvaluationBatch:
     """int64 `[windows, context_length]`, shifted; IGNORED_LABEL where nothing is predicted."""
 
 
-class BatchLoader:
+class _Loader(Iterator[Made]):
+    """One pass over what jobs make, in threads, out of the shards of one split; it comes in the jobs' order.
+
+    `ahead` jobs are begun before what they make is asked for, the first ones as soon as there is a loader.
+    """
+
+    def __init__(
+        self,
+        shards_url: str,
+        shards: Sequence[Shard],
+        manifest: Manifest,
+        context_length: int,
+        cache_dir: str | Path,
+        cache_bytes: int,
+        workers: int,
+        jobs: Iterator[Callable[[], Made]],
+        ahead: int,
+    ) -> None:
+        self.wait_seconds = 0.0
+        """Time that the consumer has waited for batches, in all."""
+        self._waited_seconds, self._said_seconds = 0.0, 0.0  # for the next batch; when that was last said
+        self._shards, self._context_length, self._eod_id = shards, context_length, manifest.eod_id
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._cache = ShardCache(shards_url, shards, cache_dir, cache_bytes)
+        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="cut-batches")
+        self._left = jobs
+        self._begun: deque[tuple[concurrent.futures.Future[Made], threading.Event]] = deque()
+        self._begin(ahead)
+
+    @property
+    def downloads(self) -> int:
+        """Shards that this process has copied from the store."""
+        return self._cache.downloads
+
+    def poll(self, seconds: float) -> bool:
+        """Waits until `next` would not wait, but no longer than `seconds`; 0 only looks.
+
+        Returns:
+            Whether the next batch, or the error in place of it, is here; true as well when there is no further one.
+        """
+        if not self._begun:
+            return True
+        future, asked_for = self._begun[0]
+        asked_for.set()
+        began = time.monotonic()
+        is_ready = bool(concurrent.futures.wait([future], seconds).done)
+        waited_seconds = time.monotonic() - began
+        self.wait_seconds += waited_seconds
+        self._waited_seconds += waited_seconds
+        pause_seconds = _SAY_AGAIN_SECONDS if self._said_seconds else _LONG_WAIT_SECONDS
+        if not is_ready and self._waited_seconds - self._said_seconds >= pause_seconds:
+            self._said_seconds = self._waited_seconds
+            logger.warning("waiting for a batch for %.0f s: %s", self._waited_seconds, self._reason())
+        return is_ready
+
+    def __next__(self) -> Made:
+        while not self.poll(_LOOK_SECONDS):
+            pass
+        if not self._begun:
+            raise StopIteration
+        made = self._begun[0][0].result()
+        self._begun.popleft()
+        self._begin(1)
+        self._waited_seconds = self._said_seconds = 0.0
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the iteration and all threads; a job that waits for a shard is given up."""
+        self._left = iter(())
+        self._begun.clear()
+        self._cache.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _begin(self, jobs: int) -> None:
+        for job in islice(self._left, jobs):
+            asked_for = threading.Event()
+            self._begun.append((self._threads.submit(self._do, job, asked_for), asked_for))
+
+    def _reason(self) -> str:
+        awaited = self._cache.awaited
+        if not awaited:
+            return "its shards are here, its windows are being cut"
+        others = f" and {len(awaited) - 1} other shards are" if awaited[1:] else " is"
+        return f"{awaited[0]}{others} not on this machine yet"
+
+    # ---- The threads ----
+
+    @staticmethod
+    def _do(job: Callable[[], Made], asked_for: threading.Event) -> Made:
+        """What a job makes. A store that failed before anybody asked for it is tried once more: it may be back."""
+        while True:
+            was_asked_for = asked_for.is_set()
+            try:
+                return job()
+            except storage.StoreError:
+                if was_asked_for:
+                    raise
+
+    def _empty(self, rows: int) -> tuple[Integers, Integers]:
+        """Input ids and labels `[rows, context_length]` with nothing to predict."""
+        shape = (rows, self._context_length)
+        return np.full(shape, self._eod_id, np.int64), np.full(shape, IGNORED_LABEL, np.int64)
+
+    def _cut(self, shard: int, windows: Integers, rows: Integers, inputs: Integers, labels: Integers) -> None:
+        """Writes these `windows` of a shard into these `rows`; waits until the shard is here."""
+        length, token_bytes = self._context_length, self._dtype.itemsize
+        with self._cache.open(shard) as file:
+            for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
+                first = window * length
+                count = min(length + 1, self._shards[shard].tokens - first)
+                tokens = np.frombuffer(os.pread(file.fileno(), count * token_bytes, first * token_bytes), self._dtype)
+                inputs[row, : count - 1] = tokens[:-1]
+                labels[row, : count - 1] = tokens[1:]
+
+
+class BatchLoader(_Loader[Batch]):
     """This rank's part of every global batch from `start_position` on, in order.
 
     Which windows make a global batch depends on `order` and `global_batch_size` alone; ranks, threads and micro-batches
     only divide it. All ranks get the same number of batches, and the last one is completed with ignored labels.
+    It is an iterator, and begins to fetch and to cut at once.
 
     Args:
         shards_url: folder of the manifest.
@@ -69,13 +199,12 @@ class BatchLoader:
         start_position: windows consumed before, over all ranks and epochs.
         end_position: where training ends (`order.position_limit(epochs)`); None for never.
         cache_dir: folder on the node's disk that its processes share; see `ShardCache`.
-        prefetch_steps: batches that are ready, or in work, ahead of the one in use.
+        prefetch_steps: batches that are ready, or in work, ahead of the one in use; at least 1.
         workers: threads that cut batches.
-        should_stop: asked while a batch is waited for; true ends the iteration, and sets `stopped`.
 
     Raises:
         UserError: (while iterating as well) a shard is missing or damaged, or a buffer does not fit `cache_bytes`.
-        StoreError: (while iterating) the store failed and the next batch needs it.
+        StoreError: (while iterating) the store failed until its deadline while the next batch waited for it.
     """
 
     def __init__(
@@ -94,7 +223,6 @@ class BatchLoader:
         cache_bytes: int,
         prefetch_steps: int,
         workers: int,
-        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         most = order.largest_buffer_bytes
         if storage.is_remote(shards_url) and order.node_groups == 1 and most > cache_bytes:
@@ -105,43 +233,20 @@ class BatchLoader:
         self._slice = rank_slice(global_batch_size, rank, world_size)
         self._groups = rank_groups(order.node_groups, rank, world_size)
         self._start, self._end = start_position, end_position
-        self._cutter = _Cutter(
-            shards_url, manifest.train, manifest, order.context_length, cache_dir, cache_bytes, workers, should_stop
-        )
         self._lock = threading.Lock()
         self._reading: dict[int, int] = {}  # position of each batch in work → the first position it still has to read
         self._buffer_start = -1
-        self._batches = self._cutter.in_order(self._jobs(), prefetch_steps)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the iteration was ended by `should_stop`."""
-        return self._cutter.stopped
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time that the consumer has waited for batches, in all."""
-        return self._cutter.wait_seconds
-
-    @property
-    def downloads(self) -> int:
-        """Shards that this process has copied from the store."""
-        return self._cutter.cache.downloads
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches
-
-    def __enter__(self) -> "BatchLoader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends all threads."""
-        self._cutter.close()
+        super().__init__(
+            shards_url,
+            manifest.train,
+            manifest,
+            order.context_length,
+            cache_dir,
+            cache_bytes,
+            workers,
+            self._jobs(),
+            prefetch_steps,
+        )
 
     def _jobs(self) -> Iterator[Callable[[], Batch]]:
         position = self._start
@@ -158,7 +263,7 @@ class BatchLoader:
         targets = int(self._order.targets(shards, windows).sum())
         mine = self._order.batch_positions(position, size)[self._slice]
         shards, windows = shards[mine - position], windows[mine - position]
-        inputs, labels = self._cutter.empty(len(mine))
+        inputs, labels = self._empty(len(mine))
         try:
             at = position
             while at < stop:
@@ -166,10 +271,10 @@ class BatchLoader:
                 buffer_stop = self._order.buffer_at(at).stop
                 from_buffer = (at <= mine) & (mine < min(buffer_stop, stop))
                 wanted = np.unique(shards[from_buffer]).tolist()
-                self._cutter.cache.demand(wanted)
+                self._cache.demand(wanted)
                 for shard in wanted:
                     rows = np.flatnonzero(from_buffer & (shards == shard))
-                    self._cutter.cut(shard, windows[rows], rows, inputs, labels)
+                    self._cut(shard, windows[rows], rows, inputs, labels)
                 at = buffer_stop
         finally:
             with self._lock:
@@ -187,15 +292,15 @@ class BatchLoader:
                 return
             is_last = self._end is not None and buffer.stop >= self._end
             ahead = [] if is_last else self._order.shards_needed(buffer.stop, self._groups)
-            self._cutter.cache.use(self._order.shards_needed(buffer.start, self._groups), ahead)
+            self._cache.use(self._order.shards_needed(buffer.start, self._groups), ahead)
             self._buffer_start = buffer.start
 
 
-class EvaluationLoader:
+class EvaluationLoader(_Loader[EvaluationBatch]):
     """The held-out windows of `order` in batches whose content does not depend on the number of ranks.
 
-    Batch b holds the windows from b · `batch_size` on and goes to rank b modulo `world_size`. An iteration has `rounds`
-    batches on every rank, of which the last may be empty, so ranks may meet in each round. It can be repeated.
+    Batch b holds the windows from b · `batch_size` on and goes to rank b modulo `world_size`. Every rank gets `rounds`
+    batches, of which the last may be empty, so ranks may meet in each round. It is an iterator: for one pass.
 
     Args and raises as for `BatchLoader`.
     """
@@ -211,34 +316,20 @@ class EvaluationLoader:
         world_size: int,
         cache_dir: str | Path,
         cache_bytes: int,
-        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._order, self._batch_size, self._rank, self._world_size = order, batch_size, rank, world_size
         self.rounds = -(-order.windows // (batch_size * world_size))
-        # One thread: the cache follows the batch that is being read.
-        self._cutter = _Cutter(
-            shards_url, manifest.validation, manifest, order.context_length, cache_dir, cache_bytes, 1, should_stop
+        super().__init__(
+            shards_url,
+            manifest.validation,
+            manifest,
+            order.context_length,
+            cache_dir,
+            cache_bytes,
+            workers=1,  # the cache follows the batch that is being read
+            jobs=(partial(self._batch, number) for number in range(self.rounds)),
+            ahead=1,
         )
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the iteration was ended by `should_stop`."""
-        return self._cutter.stopped
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        return self._cutter.in_order((partial(self._batch, number) for number in range(self.rounds)), ahead=1)
-
-    def __enter__(self) -> "EvaluationLoader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends all threads."""
-        self._cutter.close()
 
     def _windows(self, number: int) -> range:
         first = min((number * self._world_size + self._rank) * self._batch_size, self._order.windows)
@@ -249,84 +340,9 @@ class EvaluationLoader:
         shards, windows = self._order.window_ids(chosen.start, chosen.stop)
         later, _ = self._order.window_ids(following.start, following.stop)
         upcoming = np.unique([*shards, *later]).tolist()
-        inputs, labels = self._cutter.empty(len(chosen))
+        inputs, labels = self._empty(len(chosen))
         for shard in np.unique(shards).tolist():
-            self._cutter.cache.use([shard], [other for other in upcoming if other > shard])
+            self._cache.use([shard], [other for other in upcoming if other > shard])
             rows = np.flatnonzero(shards == shard)
-            self._cutter.cut(shard, windows[rows], rows, inputs, labels)
+            self._cut(shard, windows[rows], rows, inputs, labels)
         return EvaluationBatch(chosen, torch.from_numpy(inputs), torch.from_numpy(labels))
-
-
-class _Cutter:
-    """Cuts windows out of the shards of one split, in threads, and hands on what they make in order."""
-
-    def __init__(
-        self,
-        shards_url: str,
-        shards: Sequence[Shard],
-        manifest: Manifest,
-        context_length: int,
-        cache_dir: str | Path,
-        cache_bytes: int,
-        workers: int,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.cache = ShardCache(shards_url, shards, cache_dir, cache_bytes)
-        self.stopped = False
-        self.wait_seconds = 0.0
-        self._shards, self._context_length, self._eod_id = shards, context_length, manifest.eod_id
-        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._should_stop = should_stop
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="cut-batches")
-
-    def empty(self, rows: int) -> tuple[Integers, Integers]:
-        """Input ids and labels `[rows, context_length]` with nothing to predict."""
-        shape = (rows, self._context_length)
-        return np.full(shape, self._eod_id, np.int64), np.full(shape, IGNORED_LABEL, np.int64)
-
-    def cut(self, shard: int, windows: Integers, rows: Integers, inputs: Integers, labels: Integers) -> None:
-        """Writes these `windows` of a shard into these `rows`; waits until the shard is here."""
-        length, token_bytes = self._context_length, self._dtype.itemsize
-        with self.cache.open(shard) as file:
-            for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
-                first = window * length
-                count = min(length + 1, self._shards[shard].tokens - first)
-                tokens = np.frombuffer(os.pread(file.fileno(), count * token_bytes, first * token_bytes), self._dtype)
-                inputs[row, : count - 1] = tokens[:-1]
-                labels[row, : count - 1] = tokens[1:]
-
-    def in_order(self, jobs: Iterable[Callable[[], Made]], ahead: int) -> Iterator[Made]:
-        """What the jobs make, in their order, with `ahead` of them begun beyond the one that is waited for."""
-        begun: deque[concurrent.futures.Future[Made]] = deque()
-        self.stopped = False
-        try:
-            for job in jobs:
-                begun.append(self._threads.submit(job))
-                if len(begun) > ahead:
-                    if not self._wait(begun[0]):
-                        return
-                    yield begun.popleft().result()
-            while begun:
-                if not self._wait(begun[0]):
-                    return
-                yield begun.popleft().result()
-        finally:
-            for future in begun:
-                future.cancel()
-
-    def _wait(self, future: "concurrent.futures.Future[Made]") -> bool:
-        """Waits until the job is done; False if a stop was asked for before."""
-        began = time.monotonic()
-        try:
-            while not concurrent.futures.wait([future], _POLL_SECONDS).done:
-                if self._should_stop():
-                    self.stopped = True
-                    return False
-            return True
-        finally:
-            self.wait_seconds += time.monotonic() - began
-
-    def close(self) -> None:
-        """Ends all threads; a job that waits for a shard is given up."""
-        self.cache.close()
-        self._threads.shutdown(cancel_futures=True)

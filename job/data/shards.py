@@ -51,6 +51,12 @@ class Recipe:
     validation_fraction: float
     seed: int
 
+    def tolerate(self, record: BadRecord) -> None:
+        """Raises a UserError unless bad records are to be left out."""
+        if self.on_bad_record == "stop":
+            wrong = f"bad record at {record.position}: {record.reason}"
+            raise UserError("data.source", record.url, wrong, "mend it, or set data.on_bad_record to skip")
+
 
 @dataclass
 class Counts:
@@ -225,10 +231,8 @@ def _prepare_file(
                 waiting_characters += len(text)
                 if waiting_characters >= _BATCH_CHARACTERS:
                     flush()
-            case BadRecord(url=url, position=position, reason=reason):
-                if recipe.on_bad_record == "stop":
-                    remedy = "mend it, or set data.on_bad_record to skip"
-                    raise UserError("data.source", url, f"bad record at {position}: {reason}", remedy)
+            case BadRecord():
+                recipe.tolerate(record)
                 counts.bad += 1
                 on_bad_record(record)
             case SliceEnd(index=number, is_last=is_last):

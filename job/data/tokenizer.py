@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from job import storage
+from job.data import hub
 from job.errors import UserError, one_line
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -26,7 +27,6 @@ _FILES = (
     *("vocab.json", "merges.txt"),
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_MODELSCOPE = "modelscope://"
 # Words, single digits, punctuation and white space are never merged with each other. Chinese has no blanks, so the
 # text between two punctuation marks is one piece, and merges may find words and phrases in it.
 _PIECES = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -101,14 +101,14 @@ def load_tokenizer(source: str, cache_dir: str | Path) -> TextTokenizer:
     """
     cache = Path(cache_dir).expanduser()
     local = Path(source.removeprefix("file://")).expanduser()
-    if source.startswith(_MODELSCOPE):
-        folder = _from_modelscope(source)
+    if source.startswith(hub.MODELSCOPE):
+        folder = _from_hub(source)
     elif storage.is_remote(source):
         folder = _from_url(source, cache)
     elif local.is_dir():
         folder = local
     elif _HUB_ID.fullmatch(source):
-        folder = _from_hugging_face(source)
+        folder = _from_hub(source)
     else:
         raise UserError("tokenizer.source", source, "no such folder", _TRAIN_ONE)
     if not (folder / "tokenizer.json").is_file():
@@ -144,7 +144,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Text
 
 def refuse_hub_id(destination: str) -> None:
     """Raises a UserError where a tokenizer is to be written to what reads as a hub's ``owner/name``."""
-    if destination.startswith(_MODELSCOPE) or (_HUB_ID.fullmatch(destination) and not destination.startswith(".")):
+    if destination.startswith(hub.MODELSCOPE) or (_HUB_ID.fullmatch(destination) and not destination.startswith(".")):
         expected = "is a hub's owner/name; `job tokenizer` writes to a folder (./name) or a URL (s3://...)"
         raise UserError("tokenizer.source", destination, expected)
 
@@ -188,38 +188,11 @@ def _kept(contents: Mapping[str, bytes], cache_dir: Path) -> Path:
     return folder
 
 
-def _from_hugging_face(source: str) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
-
-    name, _, revision = source.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
-    except errors.GatedRepoError:
-        remedy = f"ask for access at {constants.ENDPOINT}/{name} and set HF_TOKEN"
-        raise UserError("tokenizer.source", source, "is given only to those who asked for it", remedy) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        expected = f"no such folder here, and no such model on the hub {constants.ENDPOINT}"
-        raise UserError("tokenizer.source", source, expected, "check the name; a private one needs HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise UserError("tokenizer.source", source, f"the model has no revision {revision!r}") from None
-    except Exception as error:  # the hub's, its HTTP client's and the operating system's have no base in common
-        expected = f"no such folder here, and the hub {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
-        if constants.HF_HUB_OFFLINE:
-            expected = "no such folder here, HF_HUB_OFFLINE is set, and the hub's cache does not have it"
-        remedy = "set HF_ENDPOINT to a mirror (https://hf-mirror.com), use modelscope://owner/name, or a local folder"
-        raise UserError("tokenizer.source", source, expected, remedy) from None
-
-
-def _from_modelscope(source: str) -> Path:
-    try:
-        from modelscope import snapshot_download
-    except ImportError:
-        raise UserError("tokenizer.source", source, "needs a package", "pip install modelscope") from None
-    try:
-        return Path(snapshot_download(source.removeprefix(_MODELSCOPE), allow_file_pattern=list(_FILES)))
-    except Exception as error:  # modelscope documents no error types of its own
-        expected = f"ModelScope did not give it: {one_line(str(error))[:200]}"
-        raise UserError("tokenizer.source", source, expected, "check the name and the network") from None
+def _from_hub(source: str) -> Path:
+    name, _, revision = source.removeprefix(hub.MODELSCOPE).partition("@")
+    repository = hub.Repository("model", name, revision or None, "tokenizer.source", source)
+    is_modelscope = source.startswith(hub.MODELSCOPE)
+    return (repository.from_modelscope if is_modelscope else repository.from_hugging_face)(list(_FILES))
 
 
 def _converted(folder: Path, source: str, cache_dir: Path) -> Path:

@@ -57,7 +57,7 @@ def walk(config: Config) -> int:
         _run(report, "prepare", settings)
         report.say(f"\n4. training, asked to stop after step {config.checkpoint.every}")
         _run_until_checkpoint(report, config, settings)
-        resumed_at = int(list_checkpoints(config.run.output)[-1].rpartition("-")[2])
+        resumed_at = list_checkpoints(config.run.output)[-1].step
         report.say("\n5. the same command again: it goes on where it was")
         _run(report, "train", settings)
         report.say("\n6. the held-out articles")

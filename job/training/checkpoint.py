@@ -1,27 +1,34 @@
 """Checkpoints: plain safetensors and JSON in the run's prefix, whole or not there at all.
 
-    checkpoints/step-00000500/model.safetensors          weights, fp32, named as in `Qwen2ForCausalLM`
-                              exp_avg.safetensors        AdamW's first moment
-                              exp_avg_sq.safetensors     AdamW's second moment
-                              state.json                 step, windows consumed, and what has to stay the same
-                              manifest.json              sizes and sha256 of the others, written last
+    checkpoints/step-00000500-a2/model.safetensors          weights, fp32, named as in `Qwen2ForCausalLM`
+                                 exp_avg.safetensors        AdamW's first moment
+                                 exp_avg_sq.safetensors     AdamW's second moment
+                                 state.json                 step, windows consumed, and what has to stay the same
+                                 metrics.jsonl              the run's log up to this step
+                                 manifest.json              sizes and sha256 of the others, written last
 
-No manifest, no checkpoint. Nothing in it depends on the number of processes or on the strategy that wrote it.
+No manifest, no checkpoint. Nothing in it depends on the number of processes or on the strategy that wrote it. The
+second number is the attempt that wrote it, so that two which write at one time never write one file.
 """
 
+import bisect
+import hashlib
+import json
 import re
-import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import orjson
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from job import storage
 from job.errors import UserError
+from job.training.attempts import Attempts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, as torch names them."""
@@ -29,8 +36,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
-_FILES = {"param": "model.safetensors"} | {key: f"{key}.safetensors" for key in MOMENTS}
-_STEP = re.compile(r"step-(\d{8,})")
+_METRICS = "metrics.jsonl"
+_TENSORS = {"param": "model.safetensors"} | {key: f"{key}.safetensors" for key in MOMENTS}
+_NAME = re.compile(r"step-(\d{8,})-a(\d+)")
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,10 @@ class TrainingState:
     """
 
     run_id: str
+    attempt: int
+    """The one that wrote it."""
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done, skipped ones among them."""
     windows_consumed: int
     """The whole state of the data."""
     tokens_seen: int
@@ -51,6 +61,28 @@ class TrainingState:
     """What the run is made of: model, data set, tokenizer, context length, global batch."""
     config: dict[str, Any]
     """All settings, as they were; no secret among them."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """`Engine.guard_state`: what was skipped, and what counts as a spike."""
+    interval: dict[str, float] = field(default_factory=dict)
+    """What was measured since the last line of the log."""
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint is not what it was when it was written."""
+
+
+class Name(NamedTuple):
+    """What a checkpoint's folder says of it; of two, the greater is the newer."""
+
+    step: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"step-{self.step:08d}-a{self.attempt}"
+
+    def url(self, output: str) -> str:
+        """Its folder."""
+        return storage.join(checkpoints_url(output), str(self))
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,15 @@ class Checkpoint:
     url: str
     files: dict[str, dict[str, Any]]
     state: TrainingState
+    save_seconds: float
+    """What it took to upload it."""
+
+    def metrics(self) -> bytes:
+        """The run's log up to this step."""
+        content = storage.read_bytes(storage.join(self.url, _METRICS))
+        if hashlib.sha256(content).hexdigest() != self.files[_METRICS]["sha256"]:
+            raise _damaged(self.url, f"{_METRICS} is not what its manifest says")
+        return content
 
 
 def checkpoints_url(output: str) -> str:
@@ -67,74 +108,176 @@ def checkpoints_url(output: str) -> str:
     return storage.join(output, "checkpoints")
 
 
+# ---- Writing one ----
+
+
+class _SafetensorsFile:
+    """A safetensors file that lies in memory in pieces, which are its tensors: nothing is copied to build it.
+
+    The format is an 8-byte length, a JSON header with each tensor's type, shape and place, and the tensors' bytes:
+    https://huggingface.co/docs/safetensors#format
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        ends = list(accumulate(tensor.nbytes for tensor in tensors.values()))
+        header = {"__metadata__": {"format": "pt"}} | {
+            name: {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
+            for (name, tensor), end in zip(tensors.items(), ends, strict=True)
+        }
+        text = orjson.dumps(header)
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        self._pieces = [
+            memoryview(head),
+            *(tensor.numpy().reshape(-1).view(np.uint8).data for tensor in tensors.values()),
+        ]
+        self._starts = [0, *(len(head) + end for end in (0, *ends))]
+        self.size = self._starts.pop()
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`."""
+        found = bytearray()
+        index = bisect.bisect_right(self._starts, start) - 1
+        while start < end:
+            piece = self._pieces[index][start - self._starts[index] : end - self._starts[index]]
+            found += piece
+            start, index = start + len(piece), index + 1
+        return bytes(found)
+
+    def sha256(self) -> str:
+        """Hexadecimal checksum of the whole."""
+        digest = hashlib.sha256()
+        for piece in self._pieces:
+            digest.update(piece)
+        return digest.hexdigest()
+
+
 def save_checkpoint(
-    output: str, state: TrainingState, full_state: Iterable[tuple[str, Mapping[str, Tensor]]], scratch_dir: Path
+    output: str,
+    state: TrainingState,
+    snapshot: Mapping[str, Mapping[str, Tensor]],
+    metrics: bytes,
+    check: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Checkpoint:
-    """Writes a checkpoint to a local folder, uploads it, and last its manifest.
+    """Uploads a checkpoint from memory, and last its manifest, when every file is confirmed to be there.
 
     Args:
         output: the run's prefix.
         state: where the run is.
-        full_state: `Engine.full_state()`; other ranks go through theirs meanwhile.
-        scratch_dir: local folder, there already, for the files until they are uploaded.
+        snapshot: weight and moments by parameter, fp32 on the CPU; not to be changed meanwhile.
+        metrics: the run's log up to this step.
+        check: called before the manifest is written; raises if this process does not have the run any more.
+        clock: seconds since the save began.
     """
-    tensors: dict[str, dict[str, Tensor]] = {key: {} for key in _FILES}
-    for name, of_parameter in full_state:
-        for key, tensor in of_parameter.items():
-            tensors[key][name] = tensor.contiguous()
-    url = storage.join(checkpoints_url(output), f"step-{state.step:08d}")
-    with tempfile.TemporaryDirectory(dir=scratch_dir, prefix="checkpoint-") as folder:
-        for key, file in _FILES.items():
-            save_file(tensors[key], Path(folder) / file, metadata={"format": "pt"})
-        storage.write_json(f"{folder}/{_STATE}", {"format_version": FORMAT_VERSION, **asdict(state)})
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": storage.sha256_file(path)}
-            for path in sorted(Path(folder).iterdir())
-        }
-        # A crashed attempt at this step may have left some of it; without its manifest it never was a checkpoint.
-        storage.delete([storage.join(url, _MANIFEST)])
-        for name in files:
-            storage.upload_file(f"{folder}/{name}", storage.join(url, name))
+    url = Name(state.step, state.attempt).url(output)
+    files: dict[str, dict[str, Any]] = {}
+    # An earlier try of this attempt may have left some of it; without its manifest it never was a checkpoint.
+    storage.delete([storage.join(url, _MANIFEST)])
+    for key, name in _TENSORS.items():
+        file = _SafetensorsFile({parameter: tensors[key] for parameter, tensors in snapshot.items()})
+        files[name] = {"size": file.size, "sha256": file.sha256()}
+        storage.write_from(storage.join(url, name), file.size, file.read)
+    described = orjson.dumps({"format_version": FORMAT_VERSION, **asdict(state)}, option=orjson.OPT_INDENT_2)
+    for name, content in ((_STATE, described), (_METRICS, metrics)):
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        storage.write_bytes(storage.join(url, name), content)
     for name, expected in files.items():
         if (found := storage.size(storage.join(url, name))) != expected["size"]:
             raise storage.StoreError(f"{url}/{name} has {found} bytes in the store, {expected['size']} were sent")
-    storage.write_json(storage.join(url, _MANIFEST), {"format_version": FORMAT_VERSION, "files": files})
-    return Checkpoint(url, files, state)
+    check()
+    checkpoint = Checkpoint(url, files, state, clock())
+    manifest = {"format_version": FORMAT_VERSION, "files": files, "save_seconds": checkpoint.save_seconds}
+    storage.write_json(storage.join(url, _MANIFEST), manifest)
+    return checkpoint
 
 
-def list_checkpoints(output: str) -> list[str]:
-    """URLs of the run's complete checkpoints, the oldest first."""
-    found = (entry.url for entry in storage.list_files(checkpoints_url(output)))
-    folders = {url.rpartition("/")[0] for url in found if url.endswith(f"/{_MANIFEST}")}
-    return sorted((url for url in folders if _STEP.fullmatch(url.rpartition("/")[2])), key=_step_of)
+# ---- Which ones there are ----
 
 
-def delete_old_checkpoints(output: str, keep: int, newest: TrainingState) -> None:
-    """Deletes what the checkpoint of the state `newest` makes old: all but the `keep` last ones of the run up to it.
+def list_checkpoints(output: str) -> list[Name]:
+    """The run's complete checkpoints, the oldest first; whether they are good shows when they are opened."""
+    return sorted(name for name, is_complete in _folders(output).items() if is_complete)
 
-    Those of an earlier run that was started over go too, and those of later steps: the run has gone back to an
-    earlier one since. A checkpoint's manifest goes first, so that no half of one is ever taken for a whole.
+
+def lineage(attempts: Attempts, names: Iterable[Name]) -> list[Name]:
+    """Those of the checkpoints that the run, as it is now, has come by or could go on from, the oldest first.
+
+    Not those of steps beyond which a later attempt went back: after `train.resume` named an older one or was ``never``,
+    after a damaged one was refused, or when one still wrote that had lost the run.
     """
-    urls = list_checkpoints(output)
-    states = [open_checkpoint(url).state for url in urls]
-    kept = [
-        url
-        for url, state in zip(urls, states, strict=True)
-        if state.run_id == newest.run_id and state.step <= newest.step
-    ]
-    for url in set(urls) - set(kept[-keep:]):
-        storage.delete([storage.join(url, _MANIFEST)])
-        storage.delete_tree(url)
+    limits = {number: attempts.limit(number) for number in {name.attempt for name in names}}
+    return sorted(name for name in names if limits[name.attempt](name.step))
 
 
-def newest_checkpoint(output: str, run_id: str) -> Checkpoint | None:
-    """The checkpoint to go on from; those of an earlier run in the same place, started over, are passed by.
+def good_checkpoints(
+    output: str, refused: Callable[[UserError], None], since_attempt: int = 0, run_id: str | None = None
+) -> Iterator[Checkpoint]:
+    """The run's checkpoints, the newest first; those that cannot be used are passed by.
 
-    Raises:
-        UserError: it is damaged, or was written by a newer version.
+    Args:
+        output: the run's prefix.
+        refused: called with the reason, and the name, of each that is passed by.
+        since_attempt: the first attempt whose checkpoints count.
+        run_id: of the run whose checkpoints count; None: of any.
     """
-    found = (open_checkpoint(url) for url in reversed(list_checkpoints(output)))
-    return next((one for one in found if one.state.run_id == run_id), None)
+    for name in reversed(lineage(Attempts(output), list_checkpoints(output))):
+        if name.attempt < since_attempt:
+            continue
+        try:
+            checkpoint = open_checkpoint(name.url(output))
+            if run_id not in (None, checkpoint.state.run_id):
+                raise _damaged(checkpoint.url, f"it is of another run, {checkpoint.state.run_id}")
+        except UserError as error:
+            refused(error)
+        else:
+            yield checkpoint
+
+
+def kept_checkpoints(names: list[Name], keep: int, keep_every: int | None) -> set[Name]:
+    """Which to keep: the `keep` newest, and of every `keep_every` steps the first for ever.
+
+    Args:
+        names: of the run, the oldest first.
+        keep: how many.
+        keep_every: steps; the first checkpoint at or after each multiple is kept.
+    """
+    milestones: dict[int, Name] = {}
+    if keep_every is not None:
+        for name in names:
+            milestones.setdefault(name.step // keep_every, name)
+    return {*names[-keep:], *(name for multiple, name in milestones.items() if multiple > 0)}
+
+
+def delete_old_checkpoints(output: str, keep: int, keep_every: int | None, newest: Name) -> list[Name]:
+    """Deletes what the checkpoint `newest`, just written, makes old, and what uploads that broke off have left.
+
+    A checkpoint's manifest goes first, so that no half of one is ever taken for a whole.
+
+    Returns:
+        Those that are left.
+    """
+    folders = _folders(output)
+    names = [name for name, is_complete in folders.items() if is_complete]
+    kept = kept_checkpoints([name for name in lineage(Attempts(output), names) if name <= newest], keep, keep_every)
+    for name in folders.keys() - kept:
+        storage.delete([storage.join(name.url(output), _MANIFEST)])
+        storage.delete_tree(name.url(output))
+    return sorted(kept)
+
+
+def _folders(output: str) -> dict[Name, bool]:
+    """The checkpoints' folders, and whether each has its manifest."""
+    found: dict[Name, bool] = {}
+    for entry in storage.list_files(checkpoints_url(output)):
+        folder, _, file = entry.url.rpartition("/")
+        if (parts := _NAME.fullmatch(folder.rpartition("/")[2])) is not None:
+            name = Name(int(parts[1]), int(parts[2]))
+            found[name] = found.get(name, False) or file == _MANIFEST
+    return found
+
+
+# ---- Reading one ----
 
 
 def open_checkpoint(url: str) -> Checkpoint:
@@ -143,25 +286,33 @@ def open_checkpoint(url: str) -> Checkpoint:
     Raises:
         UserError: there is none, it is damaged, or a newer version wrote it.
     """
-    damaged = UserError("train.resume", url, f"its {_MANIFEST} or {_STATE} is damaged", "name an older one")
     try:
-        files = storage.read_json(storage.join(url, _MANIFEST))["files"]
-        state = storage.read_json(storage.join(url, _STATE))
-        version = state.pop("format_version")
-        is_whole = all({"size", "sha256"} <= files[name].keys() for name in _FILES.values())
+        manifest = storage.read_json(storage.join(url, _MANIFEST))
+        files, version = manifest["files"], manifest["format_version"]
+        is_whole = all({"size", "sha256"} <= files[name].keys() for name in (*_TENSORS.values(), _STATE, _METRICS))
+        save_seconds = float(manifest["save_seconds"])
     except FileNotFoundError:
         raise UserError("train.resume", url, f"no complete checkpoint there (it has no {_MANIFEST})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise damaged from None
+        raise _damaged(url, f"{_MANIFEST} is damaged") from None
     if version != FORMAT_VERSION:
         expected = f"has format version {version!r}, this program reads {FORMAT_VERSION}"
         raise UserError("train.resume", url, expected, "use the version of the program that wrote it")
-    if not is_whole or set(state) != {field.name for field in fields(TrainingState)}:
-        raise damaged
-    return Checkpoint(url, files, TrainingState(**state))
+    if not is_whole:
+        raise _damaged(url, f"{_MANIFEST} is damaged")
+    try:
+        content = storage.read_bytes(storage.join(url, _STATE))
+    except FileNotFoundError:
+        raise _damaged(url, f"{_STATE} is missing") from None
+    if hashlib.sha256(content).hexdigest() != files[_STATE]["sha256"]:
+        raise _damaged(url, f"{_STATE} is not what its manifest says")
+    state = json.loads(content)
+    if state.pop("format_version", None) != version or set(state) != {one.name for one in fields(TrainingState)}:
+        raise _damaged(url, f"{_STATE} is damaged")
+    return Checkpoint(url, files, TrainingState(**state), save_seconds)
 
 
-def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str] = tuple(_FILES)) -> None:
+def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str] = tuple(_TENSORS)) -> None:
     """Brings a checkpoint's tensors to a local folder, sizes and sha256 checked.
 
     Args:
@@ -172,7 +323,7 @@ def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str
     Raises:
         UserError: a file is missing or is not what the manifest says; it is named.
     """
-    for name in (_FILES[key] for key in only):
+    for name in (_TENSORS[key] for key in only):
         expected = checkpoint.files[name]
         try:
             storage.download_file(
@@ -180,14 +331,14 @@ def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str
             )
         except (FileNotFoundError, storage.IntegrityError) as error:
             found = "is missing" if isinstance(error, FileNotFoundError) else "is not what its manifest says"
-            raise UserError("train.resume", checkpoint.url, f"{name} {found}", "name an older checkpoint") from None
+            raise _damaged(checkpoint.url, f"{name} {found}") from None
 
 
 class CheckpointFiles(Mapping[str, Mapping[str, Tensor]]):
     """The tensors of a downloaded checkpoint by parameter, read one at a time: what `Engine.load_state` takes."""
 
-    def __init__(self, folder: Path, only: Iterable[str] = tuple(_FILES)) -> None:
-        self._files = {key: safe_open(folder / _FILES[key], framework="pt") for key in only}
+    def __init__(self, folder: Path, only: Iterable[str] = tuple(_TENSORS)) -> None:
+        self._files = {key: safe_open(folder / _TENSORS[key], framework="pt") for key in only}
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         return {key: file.get_tensor(name) for key, file in self._files.items() if name in file.keys()}  # noqa: SIM118
@@ -208,7 +359,5 @@ def check_identity(state: TrainingState, identity: Mapping[str, Any], url: str) 
         raise UserError("train.resume", url, f"the checkpoint is of another run: {said}", remedy)
 
 
-def _step_of(url: str) -> int:
-    found = _STEP.fullmatch(url.rpartition("/")[2])
-    assert found is not None
-    return int(found[1])
+def _damaged(url: str, what: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint("train.resume", url, what, "name an older checkpoint")

@@ -3,6 +3,9 @@
 Accelerate sets the processes up; which strategy runs shows nowhere but here. A micro-batch's loss is the sum of its
 nats, scaled so that the gradient is that of the mean over all targets of the global batch, however the batch is cut
 into ranks and micro-batches.
+
+Clipping and skipping are AdamW's fused kernel's, the same for both strategies. DeepSpeed's own clipping is off, and so
+is its search for infinities where it can be; in fp32 it leaves out the steps that are skipped here anyway.
 """
 
 import io
@@ -22,8 +25,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from job.errors import UserError
 from job.model.architecture import LanguageModel
 from job.training.checkpoint import MOMENTS
+from job.training.guard import Guard
+
+_PIECE = 2**24
+"""Numbers of a partition that travel at a time: a GPU needs so much room for those of others, 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Strategy:
     micro_batch_size: int
     gradient_accumulation_steps: int
     gradient_clipping: float
+    spike_factor: float | None = None
+    """Of `Guard`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,30 @@ class AdamW:
     beta1: float
     beta2: float
     epsilon: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to; scalars, still on the device."""
+
+    nats: Tensor
+    """The sum over this rank's targets; 0 if the step was skipped, so that it counts in no mean."""
+    computed_nats: Tensor
+    """The same as it was computed, whatever that is."""
+    gradient_norm: Tensor
+    """Of the global gradient, before clipping; infinite if anything was not finite, on any rank."""
+    skipped: Tensor
+    """1.0 if all ranks left weights and moments as they were, else 0.0."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Room on the CPU for all that a checkpoint holds of a model: `Engine.copy_state` fills it, again and again."""
+
+    flat: dict[str, Tensor]
+    """``param`` and both moments: `[parameters]` each, fp32, one parameter behind the other without a gap."""
+    tensors: dict[str, dict[str, Tensor]]
+    """The same by a parameter's name, in that order, and shaped like it."""
 
 
 def start_accelerator(strategy: Strategy, log_with: str | None = None) -> Accelerator:
@@ -93,21 +127,24 @@ class Engine:
         # ZeRO-2 makes its fp32 weights from bf16 ones: the exact ones are put back below.
         rounds = self._zero2 and strategy.precision == "bf16"
         exact = [parameter.detach().clone() for parameter in model.parameters()] if rounds else []
-        on_gpu = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, adamw.weight_decay),
+        self._groups = _parameter_groups(model, adamw.weight_decay)
+        self._adamw = torch.optim.AdamW(
+            [dict(group) for group in self._groups],
             lr=0.0,
             betas=(adamw.beta1, adamw.beta2),
             eps=adamw.epsilon,
-            fused=on_gpu,
-            foreach=False if not on_gpu else None,
+            fused=True,
         )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, self._adamw)
         self.module: LanguageModel = accelerator.unwrap_model(self.model)
         self._start_moments()
         with torch.no_grad():
             for parameter, weight in zip(self.module.parameters(), exact, strict=False):
                 self._set_weight(parameter, weight)
+        self.guard = Guard(strategy.spike_factor, self.device)
+        """What was skipped so far, on the device."""
+        self._judged: tuple[Tensor, Tensor] | None = None
+        self._adamw.register_step_pre_hook(self._before_update)
 
     @property
     def device(self) -> torch.device:
@@ -116,20 +153,30 @@ class Engine:
 
     def step(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], global_targets: int, learning_rate: float
-    ) -> tuple[Tensor, Tensor]:
-        """One optimizer step.
+    ) -> StepResult:
+        """One optimizer step, or none if its numbers are not finite or its gradient is a spike (see `Guard`).
 
         Args:
             micro_batches: this rank's ``(input_ids, labels)``, each `[micro_batch_size, context_length]`.
             global_targets: labels in the global batch, over all ranks, that are not ignored.
             learning_rate: of this step.
 
-        Returns:
-            The sum of nats over this rank's targets, and the norm of the global gradient before clipping; scalars,
-            still on the device.
+        Raises:
+            UserError: a micro-batch does not fit into memory.
         """
-        for group in self.optimizer.param_groups:
+        try:
+            return self._step(micro_batches, global_targets, learning_rate)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise self._too_large() from error
+
+    def _step(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], global_targets: int, learning_rate: float
+    ) -> StepResult:
+        for group in self._adamw.param_groups:
             group["lr"] = learning_rate
+        self._judged = None
         # accelerate divides by the accumulation steps, and both strategies average over the ranks.
         scale = len(micro_batches) * self.strategy.world_size / global_targets
         nats = torch.zeros((), device=self.device)
@@ -138,18 +185,45 @@ class Engine:
                 micro_nats = self.model(
                     input_ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
                 )
-                self.accelerator.backward(micro_nats * scale)
+                # A loss that is not finite makes every gradient NaN, hence the norm on all ranks.
+                self.accelerator.backward(micro_nats * (scale + 0 * micro_nats.detach()))
                 nats += micro_nats.detach()
-        return nats, self._update_weights()
+        if not self._zero2:  # DeepSpeed has stepped inside the last backward
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        norm, skipped = self._judgement()
+        return StepResult(nats.where(skipped == 0, 0), nats, norm, skipped)
 
-    def _update_weights(self) -> Tensor:
-        if self._zero2:  # DeepSpeed clipped and stepped inside the last backward
-            return torch.as_tensor(self.model.get_global_grad_norm(), dtype=torch.float32)
-        limit = self.strategy.gradient_clipping or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+    def _before_update(self, adamw: torch.optim.Optimizer, *_: object) -> None:
+        """Tells AdamW's kernel, the way torch's GradScaler does, what to divide gradients by and whether to do nothing.
+
+        Under ZeRO-2 it is called for each parameter group, and not at all where DeepSpeed itself left the step out.
+        """
+        norm, adamw.found_inf = self._judgement()  # type: ignore[attr-defined]
+        if self.strategy.gradient_clipping:
+            adamw.grad_scale = (norm / self.strategy.gradient_clipping).clamp(min=1)  # type: ignore[attr-defined]
+
+    def _judgement(self) -> tuple[Tensor, Tensor]:
+        """The gradient norm of this step and whether it is skipped, found once."""
+        if self._judged is None:
+            if self._zero2:
+                found = self.model.optimizer._global_grad_norm  # the engine's public one is still the last step's
+                norm = torch.as_tensor(found, dtype=torch.float32, device=self.device)
+            else:
+                gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+                norm = nn.utils.get_total_norm(gradients)
+            norm = norm.where(norm.isfinite(), torch.inf)
+            self._judged = norm, self.guard.judge(norm)
+        return self._judged
+
+    def _too_large(self) -> UserError:
+        micro = self.strategy.micro_batch_size
+        of_rank = micro * self.strategy.gradient_accumulation_steps
+        smaller = [size for size in range(1, micro // 2 + 1) if of_rank % size == 0]
+        place = "GPU" if self.device.type == "cuda" else "machine"
+        expected = f"the {place}'s memory is full: so many sequences at a time do not fit"
+        remedy = f"try {smaller[-1]}" if smaller else "take a smaller model or a smaller train.context_length"
+        return UserError("train.micro_batch_size", micro, expected, remedy)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The number format of training, for evaluation outside of `step`."""
@@ -170,10 +244,85 @@ class Engine:
                 found = {"param": parameter} | {key: self.optimizer.state[parameter][key] for key in MOMENTS}
             yield name, {key: tensor.detach().to("cpu", torch.float32) for key, tensor in found.items()}
 
-    def load_state(self, step: int, parameters: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes weights and moments back in, as `full_state` gave them, after `step` optimizer steps."""
-        for state in self._optimizer_states():
-            state["step"].fill_(step)
+    def empty_snapshot(self) -> Snapshot:
+        """Room for `copy_state`: 12 bytes of the CPU's memory a parameter, page-locked for a GPU."""
+        parameters = [parameter for group in self._groups for parameter in group["params"]]
+        sizes = [parameter.numel() for parameter in parameters]
+        # Ones, because pages that were never written are not there yet.
+        flat = {
+            key: torch.ones(sum(sizes), pin_memory=self.device.type == "cuda", device="cpu")
+            for key in ("param", *MOMENTS)
+        }
+        names = {parameter: name for name, parameter in self.module.causal_lm.named_parameters()}
+        pieces = {key: tensor.split(sizes) for key, tensor in flat.items()}
+        tensors = {
+            names[parameter]: {key: pieces[key][i].view_as(parameter) for key in flat}
+            for i, parameter in enumerate(parameters)
+        }
+        return Snapshot(flat, tensors)
+
+    @torch.no_grad()
+    def copy_state(self, snapshot: Snapshot | None) -> None:
+        """Fills the snapshot of rank 0 with fp32 weights and moments; training stands still meanwhile.
+
+        A collective: every rank calls it, the others with None.
+        """
+        if self._zero2:
+            self._collect_partitions(snapshot)
+        elif snapshot is not None:
+            for name, parameter in self.module.causal_lm.named_parameters():
+                state = {"param": parameter, **self._adamw.state[parameter]}
+                for key, destination in snapshot.tensors[name].items():
+                    destination.copy_(state[key], non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _collect_partitions(self, snapshot: Snapshot | None) -> None:
+        """DeepSpeed lays the parameters of a group one behind the other, and cuts that into equal parts for the ranks;
+        what is left over of the last parts is padding."""
+        for key in ("param", *MOMENTS):
+            start = 0
+            for of_model, of_rank in zip(self._groups, self._adamw.param_groups, strict=True):
+                (partition,) = of_rank["params"]
+                source = partition if key == "param" else self._adamw.state[partition][key]
+                end = start + sum(parameter.numel() for parameter in of_model["params"])
+                for owner in range(self.strategy.world_size):
+                    first = start + owner * len(source)
+                    for begin in range(first, min(first + len(source), end), _PIECE):
+                        until = min(begin + _PIECE, first + len(source), end)
+                        destination = None if snapshot is None else snapshot.flat[key][begin:until]
+                        self._bring(source[begin - first : until - first], owner, destination)
+                start = end
+
+    def _bring(self, piece: Tensor, owner: int, destination: Tensor | None) -> None:
+        """Copies the `piece` of rank `owner` to the `destination`, which rank 0 alone has."""
+        if destination is not None:
+            if owner:
+                piece = torch.empty_like(piece) if piece.is_cuda else destination
+                dist.recv(piece, owner)
+            if piece is not destination:
+                destination.copy_(piece, non_blocking=True)
+        elif owner == self.accelerator.process_index:
+            dist.send(piece, 0)
+
+    def guard_state(self) -> dict[str, Any]:
+        """What `load_state` takes beside weights and moments."""
+        return self.guard.state()
+
+    def load_state(
+        self,
+        step: int,
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        guard_state: dict[str, Any] | None = None,
+    ) -> None:
+        """Takes weights and moments back in, as `full_state` gave them, after `step` steps, taken or skipped.
+
+        With the `guard_state` of then, the same steps are skipped from here on as would have been.
+        """
+        if guard_state is not None:
+            self.guard.load_state(guard_state)
+        for state in self._adamw.state.values():
+            state["step"].fill_(step - int(self.guard.skipped_steps))
         with torch.no_grad():
             for name, parameter in self.module.causal_lm.named_parameters():
                 self._set_weight(parameter, parameters[name]["param"])
@@ -188,26 +337,24 @@ class Engine:
             safe_set_full_fp32_param(parameter, exact)
         parameter.copy_(exact)
 
-    def _optimizer_states(self) -> Iterator[dict[str, Tensor]]:
-        """AdamW's state of each tensor it steps: whole parameters, or under ZeRO-2 this rank's flat partitions."""
-        optimizer = self.model.optimizer.optimizer if self._zero2 else self.optimizer
-        for group in optimizer.param_groups:
-            for tensor in group["params"]:
-                yield optimizer.state[tensor]
-
     def _start_moments(self) -> None:
         """Gives AdamW the state that its first step would make.
 
         DeepSpeed links moments to parameters after the step of the first parameter group, when the second has no
         state yet; with all states there beforehand it links them all, now.
         """
-        optimizer = self.model.optimizer.optimizer if self._zero2 else self.optimizer
-        for group in optimizer.param_groups:
+        for group in self._adamw.param_groups:
             for tensor in group["params"]:
-                counter = torch.zeros((), device=tensor.device if group["fused"] else "cpu")
-                optimizer.state[tensor] = {"step": counter, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
+                counter = torch.zeros((), device=tensor.device)
+                self._adamw.state[tensor] = {"step": counter, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
         if self._zero2:
             self.model.optimizer._lazy_init_hp_params_optimizer_state()  # has no public name
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))  # of the CPU's allocators
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -221,8 +368,8 @@ def _deepspeed_config(strategy: Strategy) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": strategy.micro_batch_size,
         "gradient_accumulation_steps": strategy.gradient_accumulation_steps,
-        "gradient_clipping": strategy.gradient_clipping,
-        "bf16": {"enabled": strategy.precision == "bf16"},
+        "gradient_clipping": 0.0,  # left out, it is set to 1
+        "bf16": {"enabled": strategy.precision == "bf16", "check_grad_overflow": False},
         "zero_optimization": {
             "stage": 2,
             "contiguous_gradients": True,

@@ -57,30 +57,42 @@ def evaluate(
     token_sizes: tuple[NDArray[np.int64], NDArray[np.int64]],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> Evaluation:
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Evaluation | None:
     """Evaluates this rank's batches, and adds the ranks up.
 
     Args:
         model: a `LanguageModel`.
-        batches: ``(input_ids, labels)``, each `[batch, context_length]`.
+        batches: ``(input_ids, labels)``, each `[batch, context_length]`; as many on every rank, the last may be empty.
         token_sizes: `TextTokenizer.token_sizes`.
         device: where the model is.
         autocast: makes the context that sets the number format.
+        goes_on: asked before every batch, with the same answer on every rank; false gives the evaluation up.
+
+    Returns:
+        The sums over all ranks; None if it was given up.
     """
     was_training = model.training
     model.eval()
     sizes_in_bytes, sizes_in_characters = (torch.from_numpy(sizes) for sizes in token_sizes)
     nats: list[float] = []
     counts = torch.zeros(3, dtype=torch.int64)
-    for input_ids, labels in batches:
-        with autocast():
-            token_nats = model(input_ids.to(device), labels.to(device), reduction="none")
-        nats += token_nats.double().sum(dim=-1).tolist()
+    remaining = iter(batches)
+    while is_going := goes_on():
+        if (batch := next(remaining, None)) is None:
+            break
+        input_ids, labels = batch
+        if len(input_ids):
+            with autocast():
+                token_nats = model(input_ids.to(device), labels.to(device), reduction="none")
+            nats += token_nats.double().sum(dim=-1).tolist()
         targets = labels[labels >= 0]
         counts += torch.stack(
             [torch.tensor(targets.numel()), sizes_in_bytes[targets].sum(), sizes_in_characters[targets].sum()]
         )
     model.train(was_training)
+    if not is_going:
+        return None
     gathered: list[Any] = [(nats, counts.tolist())]
     if dist.is_initialized() and dist.get_world_size() > 1:
         gathered = [None] * dist.get_world_size()

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from job.data.tokenizer import TextTokenizer
@@ -33,6 +34,7 @@ def continue_text(
     sampling: Sampling,
     context_length: int,
     on_text: Callable[[str], None] = lambda piece: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """The continuation of `prompt`, up to the end of the document or the end of the context.
 
@@ -45,6 +47,7 @@ def continue_text(
         sampling: how to choose.
         context_length: tokens that the model was trained to see at once.
         on_text: called with each piece of text as it is made.
+        should_stop: asked after each token; true ends the continuation there.
     """
     ids = [tokenizer.eod_id, *tokenizer.encode([prompt])[0]][-(context_length - 1) :]
     input_ids = torch.tensor([ids], device=model.device)
@@ -68,6 +71,9 @@ def continue_text(
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList(
+                [lambda ids, scores, **_: torch.full((len(ids),), should_stop(), device=ids.device)]
+            ),
         )
     model.train(was_training)
     return streamer.text

@@ -15,12 +15,15 @@ from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 from job.model.architecture import LanguageModel
 from job.report import Report
+from job.training.agreement import Lockstep
 from job.training.engine import Strategy, start_accelerator
 from job.training.evaluation import Evaluation, evaluate
+from job.training.start import Start
 from job.training.trained import load_trained
+from job.training.watchdog import Watchdog
 from job.training.world import World
 
-DONE = "done"
+DONE, STOPPED = "done", "stopped"
 
 
 class HeldOut:
@@ -40,16 +43,20 @@ class HeldOut:
         self._config, self._manifest, self._tokenizer = config, manifest, tokenizer
         self._context_length, self._world = context_length, world
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held out."""
+        return not any(shard.tokens > 1 for shard in self._manifest.validation)
+
     def evaluate(
         self,
         model: LanguageModel,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
+        lockstep: Lockstep,
         max_windows: int | None = None,
     ) -> Evaluation | None:
-        """The loss over `max_windows` windows spread over the shards, or over all; None if nothing is held out."""
-        if not any(shard.tokens > 1 for shard in self._manifest.validation):
-            return None
+        """The loss over `max_windows` windows spread over the shards, or over all; None if the run is to stop."""
         order = EvaluationOrder(
             [shard.tokens for shard in self._manifest.validation],
             self._context_length,
@@ -66,12 +73,16 @@ class HeldOut:
             cache_dir=self._config.data.cache_dir,
             cache_bytes=int(self._config.data.cache_bytes),
         ) as loader:
-            batches = ((batch.input_ids, batch.labels) for batch in loader if len(batch.windows))
-            return evaluate(model, batches, self._tokenizer.token_sizes, device, autocast)
+            batches = ((batch.input_ids, batch.labels) for batch in loader)
+            sizes = self._tokenizer.token_sizes
+            return evaluate(model, batches, sizes, device, autocast, lambda: lockstep.go_on(loader.poll))
 
 
-def evaluate_trained(config: Config, world: World, stop_requested: Callable[[], bool]) -> str:
+def evaluate_trained(config: Config, world: World, start: Start) -> str:
     """`job evaluate`: a trained model on all held-out windows, over all processes.
+
+    Returns:
+        ``done``, or ``stopped``: it has found out nothing.
 
     Raises:
         UserError: there is no model, no data set, or the two have different tokenizers.
@@ -87,10 +98,15 @@ def evaluate_trained(config: Config, world: World, stop_requested: Callable[[], 
     accelerator = start_accelerator(Strategy("ddp", config.train.precision, world.world_size, 1, 1, 0.0))
     model = LanguageModel(trained.model, config.train.loss_chunk_tokens).to(accelerator.device)
     held_out = HeldOut(config, manifest, trained.tokenizer, trained.context_length, world)
-    found = held_out.evaluate(model, accelerator.device, accelerator.autocast)
-    if found is None:
+    if held_out.is_empty:
         expected = "the data set holds nothing out"
         raise UserError("data.shards", config.data.shards, expected, "prepare it with data.validation_fraction above 0")
+    watchdog = Watchdog(world, config.train.hang_timeout.seconds, start.on_hang)
+    lockstep = Lockstep(world, start.stop_requested, watchdog.beat)
+    found = held_out.evaluate(model, accelerator.device, accelerator.autocast, lockstep)
+    watchdog.close()
+    if found is None:
+        return STOPPED
     Report(world.rank).table(
         trained.source,
         [

@@ -1,15 +1,14 @@
 """The training loop, from the settings to the finished model; reads from top to bottom.
 
-manifest → world → run → model (→ checkpoint) → batches → steps, with evaluations and checkpoints between → final/
+manifest → world → run (→ checkpoint) → model → batches → steps, with evaluations and checkpoints between → final/
 """
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -23,37 +22,30 @@ from job.config import Config
 from job.data.loader import BatchLoader
 from job.data.manifest import Manifest, load_manifest
 from job.data.order import WindowOrder
-from job.data.tokenizer import TextTokenizer, load_tokenizer, store_tokenizer
+from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
 from job.model import counts
 from job.model.architecture import LanguageModel, ModelSpec, build_model
 from job.report import Report, metrics_line
-from job.training.agreement import StopAgreement, agree
+from job.training.agreement import Lockstep, agree
+from job.training.attempts import DONE, STOPPED
 from job.training.batching import accumulation_steps
-from job.training.checkpoint import (
-    Checkpoint,
-    CheckpointFiles,
-    TrainingState,
-    check_identity,
-    delete_old_checkpoints,
-    download_checkpoint,
-    newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
-from job.training.engine import AdamW, Engine, Strategy, start_accelerator
+from job.training.checkpoint import Checkpoint, CheckpointFiles, TrainingState, download_checkpoint
+from job.training.engine import AdamW, Engine, StepResult, Strategy, start_accelerator
 from job.training.evaluation import Evaluation
 from job.training.export import export_model, model_card
 from job.training.generation import Sampling, continue_text
 from job.training.held_out import HeldOut
+from job.training.keeper import Follower, Keeper
 from job.training.metrics import MetricsLog
-from job.training.run import RunRecord, open_run
+from job.training.resume import OpenedRun, open_run
 from job.training.schedule import learning_rate
+from job.training.skips import Skips
+from job.training.start import Start
 from job.training.tracking import choose_mode, start_tracker
-from job.training.trained import TOKENIZER_FOLDER
+from job.training.watchdog import Watchdog
 from job.training.world import World
 
-DONE, STOPPED = "done", "stopped"
 _FIRST_EVALUATION_BATCHES = 2
 
 
@@ -62,31 +54,52 @@ class Interval:
     """What is measured between two lines of the log; evaluations and checkpoints are not part of its time."""
 
     nats: torch.Tensor | float = 0.0
-    targets: int = 0
-    steps: int = 0
+    """Of this rank's targets."""
+    targets: torch.Tensor | float = 0.0
+    """Of the global batches; those of skipped steps are left out."""
+    steps: float = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
 
+    def add(self, result: StepResult, targets: int) -> None:
+        """Adds a step."""
+        self.nats = self.nats + result.nats
+        self.targets = self.targets + targets * (1 - result.skipped)
+        self.steps += 1
 
-def train(config: Config, world: World, stop_requested: Callable[[], bool]) -> str:
+    def summed(self, engine: Engine) -> dict[str, float]:
+        """The same over all ranks, by name; every rank calls it, and waits for the device."""
+        nats = engine.accelerator.reduce(torch.as_tensor(self.nats, device=engine.device).clone(), "sum")
+        return {
+            "nats": float(nats),
+            "targets": float(self.targets),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "waited_seconds": self.waited_seconds,
+        }
+
+
+def train(config: Config, world: World, start: Start) -> str:
     """Trains until the last step or until asked to stop; every process of the run calls it.
 
     Args:
         config: all settings.
         world: this process' place among the others.
-        stop_requested: whether this process was asked to stop; what one of them knows, all agree on.
+        start: what whoever started it wants and tells.
 
     Returns:
         ``done``, or ``stopped``: checkpointed, to be started again.
 
     Raises:
-        UserError: the settings do not fit the data, the world, or the run that is there.
+        UserError: the settings do not fit the data, the world, or the run that is there, or another has taken it over.
+        NoProgress: it cannot go on by itself.
+        StoreError: the store failed until the deadline, and there was no way on without it.
     """
     with ExitStack() as closing:
-        return _train(config, world, stop_requested, closing)
+        return _train(config, world, start, closing)
 
 
-def _train(config: Config, world: World, stop_requested: Callable[[], bool], closing: ExitStack) -> str:
+def _train(config: Config, world: World, start: Start, closing: ExitStack) -> str:
     report, output = Report(world.rank), config.run.output
 
     # ---- What there is to train, and on what ----
@@ -112,10 +125,26 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
     tracking_mode, why = choose_mode(config.tracking.mode)
     accelerator = start_accelerator(strategy, log_with="swanlab")
     identity = identity_of(config, spec, manifest)
-    run, checkpoint = agree(world, lambda: _open(config, tokenizer, identity))
-    state = (
-        TrainingState(run.id, 0, 0, 0, identity, settings.to_dict(config)) if checkpoint is None else checkpoint.state
+    scratch = Path(closing.enter_context(TemporaryDirectory(prefix="wikillm-", dir=scratch_dir(config))))
+    opened: OpenedRun = agree(
+        world,
+        lambda: open_run(
+            output,
+            name=config.run.name,
+            resume=config.train.resume,
+            start=start,
+            tokenizer=tokenizer,
+            identity=identity,
+            config=settings.to_dict(config),
+            max_attempts=config.train.max_attempts_without_progress,
+            folder=scratch,
+            say=report.say,
+        ),
     )
+    run, attempt, checkpoint = opened.record, opened.attempt, opened.checkpoint
+    state = TrainingState(run.id, attempt.number, 0, 0, 0, identity, settings.to_dict(config))
+    if checkpoint is not None:
+        state = replace(checkpoint.state, run_id=run.id, attempt=attempt.number, config=state.config)
 
     # ---- The model, new or as it was ----
     engine = Engine(
@@ -125,12 +154,12 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
         AdamW(config.train.weight_decay, config.train.beta1, config.train.beta2, config.train.epsilon),
     )
     if checkpoint is not None:
-        _load(engine, checkpoint, world, scratch_dir(config))
+        _load(engine, checkpoint, world, scratch)
     parameters = counts.parameter_counts(spec, manifest.vocab_size)
     flops = counts.flops_per_token(spec, manifest.vocab_size, config.train.context_length).total
     peak = counts.peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
     report.table(
-        f"run {run.name} ({run.id})",
+        f"run {run.name} ({run.id}), attempt {attempt.number}",
         [
             ("parameters", f"{parameters.total:,} ({parameters.embedding:,} embedding)"),
             ("FLOPs per token", f"{flops / 1e6:,.1f} M"),
@@ -146,8 +175,8 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
         ],
     )
 
-    # ---- What watches it ----
-    metrics = MetricsLog(output, state.step)
+    # ---- What watches it, and what may stop it ----
+    metrics = MetricsLog(opened.metrics)
     tracker = start_tracker(
         accelerator,
         mode=tracking_mode,
@@ -160,12 +189,30 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
     )
     closing.callback(tracker.finish, success=False)  # unless it has been finished as a success before
     report.say(f"tracking: {tracking_mode} ({why}); {tracker.how_to_watch}")
+    keeper = Follower(start, engine)
+    if world.rank == 0:
+        keeper = Keeper(config, start, opened, engine, parameters.total, report)
+    closing.callback(keeper.close)
+    watchdog = Watchdog(world, config.train.hang_timeout.seconds, start.on_hang)
+    closing.callback(watchdog.close)
+    lockstep = Lockstep(world, keeper.stop_requested, watchdog.beat)
+    skips = Skips(
+        config.train.max_skipped_steps,
+        state.guard.get("skipped_steps", 0),
+        state.guard.get("skipped_in_a_row", 0),
+        order,
+        [shard.name for shard in manifest.train],
+        lambda scalar: engine.accelerator.reduce(scalar, "sum"),
+        report.say,
+    )
 
     # ---- Two held-out batches before the first step: what would fail in hours fails now ----
     held_out = HeldOut(config, manifest, tokenizer, config.train.context_length, world)
 
     def evaluate(max_windows: int | None) -> Evaluation | None:
-        return held_out.evaluate(engine.module, engine.device, engine.autocast, max_windows)
+        if held_out.is_empty:
+            return None
+        return held_out.evaluate(engine.module, engine.device, engine.autocast, lockstep, max_windows)
 
     evaluate(config.evaluate.batch_size * _FIRST_EVALUATION_BATCHES * world.world_size)
 
@@ -186,42 +233,59 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
             workers=config.data.loader_workers,
         )
     )
-    stop = StopAgreement(world)
     step, windows_consumed, tokens_seen = state.step, state.windows_consumed, state.tokens_seen
-    saved_step = step if checkpoint is not None else -1
-    interval, started_at_step, train_seconds = Interval(), step, 0.0
+    saved_step = step if checkpoint is not None else None
+    interval, started_at_step, train_seconds = Interval(**state.interval), step, 0.0
+    if world.rank != 0:
+        interval.nats = 0.0  # what the checkpoint holds is the sum over all ranks
     evaluation: Evaluation | None = None
+    # A stop in the middle of an evaluation leaves it to the next start.
+    is_evaluation_due = agree(
+        world, lambda: step % config.evaluate.every == 0 and not metrics.has(step, "validation/loss")
+    )
     report.start_bar("training", total_steps, step)
     closing.callback(report.end_bar)
-    batches = iter(loader)
     while True:
-        is_last = step >= total_steps
-        is_stopping = stop.agreed(stop_requested()) and not is_last
+        began, waited = time.perf_counter(), loader.wait_seconds
+        goes_on, is_last = lockstep.go_on(loader.poll), step >= total_steps
+        interval.seconds += time.perf_counter() - began
+        keeper.check()
 
         # ---- Now and then: evaluate, sample, save ----
-        if is_last or (step > started_at_step and step % config.evaluate.every == 0 and not is_stopping):
+        if goes_on and (is_last or (is_evaluation_due and step > 0)):
+            samples = _samples(engine, tokenizer, config, world, lockstep)
             evaluation = evaluate(None if is_last else config.evaluate.max_windows)
+            if not lockstep.stopped:
+                for prompt, text in samples.items():
+                    report.say(f"    {prompt} → {one_line(text)}")
+                tracker.log_texts("samples", samples, step)
             if evaluation is not None:
+                report.say(f"step {step}/{total_steps} | held out: {describe(evaluation)}")
                 metrics.add(step, evaluation.as_dict())
                 tracker.log(evaluation.as_dict(), step)
-                report.say(f"step {step}/{total_steps} | held out: {describe(evaluation)}")
-            samples = _samples(engine, tokenizer, config) if world.rank == 0 else {}
-            tracker.log_texts("samples", samples, step)
-            for prompt, text in samples.items():
-                report.say(f"    {prompt} → {one_line(text)}")
-        if step != saved_step and (is_last or is_stopping or (step > 0 and step % config.checkpoint.every == 0)):
-            state = TrainingState(run.id, step, windows_consumed, tokens_seen, identity, settings.to_dict(config))
-            if world.rank == 0:
-                metrics.store()  # before the checkpoint: lines that are ahead of it are dropped, missing ones are lost
-            _save(engine, state, config, world, report)
+        is_save_due = lockstep.takes_save() or is_last or lockstep.stopped
+        if is_save_due and step != saved_step:
+            skips.look()
+            if lockstep.stopped:
+                keeper.give_up_save()
+            lockstep.wait(keeper.is_free)
+            state = replace(
+                state,
+                step=step,
+                windows_consumed=windows_consumed,
+                tokens_seen=tokens_seen,
+                guard=engine.guard_state(),
+                interval=interval.summed(engine),
+            )
+            keeper.save(state, metrics.content())
             saved_step = step
-        if is_last or is_stopping:
+        if is_last or lockstep.stopped:
             break
 
         # ---- A step ----
         began = time.perf_counter()
-        waited = loader.wait_seconds
-        batch = next(batches)
+        batch = next(loader)
+        lockstep.post(ready=loader.poll(0), save=keeper.wants_save(step + 1))
         rate = learning_rate(
             step,
             peak=config.train.learning_rate,
@@ -229,28 +293,30 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
             warmup_steps=config.train.warmup_steps,
             total_steps=total_steps,
         )
-        nats, gradient_norm = engine.step(batch.micro_batches, batch.global_targets, rate)
+        result = engine.step(batch.micro_batches, batch.global_targets, rate)
         step, windows_consumed = step + 1, batch.next_position
         tokens_seen += batch.global_targets
-        interval.nats += nats
-        interval.targets += batch.global_targets
-        interval.steps += 1
-        interval.waited_seconds += loader.wait_seconds - waited
+        interval.add(result, batch.global_targets)
+        skips.take(step, result, batch)
+        is_evaluation_due = step % config.evaluate.every == 0
         is_logged = step % config.train.log_every == 0 or step == total_steps
-        loss = _mean_loss(interval, engine) if is_logged else None  # waits for the device: its time belongs to the step
+        summed = interval.summed(engine) if is_logged else None  # waits for the device: its time belongs to the step
         interval.seconds += time.perf_counter() - began
+        interval.waited_seconds += loader.wait_seconds - waited
 
         # ---- A line of the log ----
         report.advance(step)
-        if loss is not None:
+        if summed is not None:
+            skips.look()
             train_seconds += interval.seconds
-            tokens_per_second = interval.targets / interval.seconds
+            tokens_per_second = summed["targets"] / interval.seconds
             values = {
-                "train/loss": loss,
+                "train/loss": summed["nats"] / summed["targets"] if summed["targets"] else math.nan,
                 "train/learning_rate": rate,
-                "train/gradient_norm": float(gradient_norm),
+                "train/gradient_norm": float(result.gradient_norm),
                 "train/tokens_seen": tokens_seen,
                 "train/epoch": windows_consumed / order.windows_per_epoch,
+                "train/skipped_steps": skips.total,
                 "speed/tokens_per_second": tokens_per_second,
                 "speed/seconds_per_step": interval.seconds / interval.steps,
                 "speed/data_wait": interval.waited_seconds / interval.seconds,
@@ -258,6 +324,7 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
             }
             mfu = counts.mfu(tokens_per_second, flops, peak, world.world_size)
             values |= {"speed/mfu": mfu} if mfu is not None else {}
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
             metrics.add(step, values)
             tracker.log(values, step)
             seconds_left = (total_steps - step) * train_seconds / (step - started_at_step)
@@ -267,26 +334,39 @@ def _train(config: Config, world: World, stop_requested: Callable[[], bool], clo
 
     # ---- The end ----
     report.end_bar()
-    if is_last:
+    status = STOPPED if lockstep.stopped else DONE
+    patience = config.checkpoint.stop_deadline.seconds if status == STOPPED else config.store.deadline_seconds
+    lockstep.wait(keeper.finish_save(step, patience))
+    watchdog.close()
+    keeper.check()
+    if status == DONE:
         weights = {name: tensors["param"] for name, tensors in engine.full_state() if world.rank == 0}
         if world.rank == 0:
             card = model_card(run.name, parameters.total, manifest, evaluation, state, config.data.source)
             export_model(storage.join(output, "final"), spec, weights, tokenizer, config.train.context_length, card)
+    keeper.end(status, step)
+    if status == DONE:
         report.say(f"done: {storage.join(output, 'final')}")
     else:
         report.say(f"stopped after step {step}, checkpointed; start it again to go on")
-    tracker.finish(success=is_last)
-    return DONE if is_last else STOPPED
-
-
-# ---- What has to fit together ----
+    tracker.finish(success=status == DONE)
+    engine.accelerator.wait_for_everyone()
+    return status
 
 
 def strategy_of(config: Config, world_size: int) -> Strategy:
     """How the global batch is spread over `world_size` processes; errors as `accumulation_steps`."""
     train = config.train
     steps = accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)
-    return Strategy(train.strategy, train.precision, world_size, train.micro_batch_size, steps, train.gradient_clipping)
+    return Strategy(
+        train.strategy,
+        train.precision,
+        world_size,
+        train.micro_batch_size,
+        steps,
+        train.gradient_clipping,
+        train.spike_factor,
+    )
 
 
 def check_tokenizer(tokenizer: TextTokenizer, manifest: Manifest, shards_url: str) -> None:
@@ -330,64 +410,46 @@ def describe(evaluation: Evaluation) -> str:
 # ---- The parts of the loop ----
 
 
-def _open(config: Config, tokenizer: TextTokenizer, identity: dict[str, Any]) -> tuple[RunRecord, Checkpoint | None]:
-    """The run and where it goes on; the tokenizer is kept with it, so that a checkpoint is usable without shards.
+def _load(engine: Engine, checkpoint: Checkpoint, world: World, folder: Path) -> None:
+    """Brings a checkpoint into every process, and once to every node: the first process has it in its `folder` already.
 
-    Whatever is refused is refused before anything is written.
+    Each `folder` is empty again afterwards.
     """
-    output, resume = config.run.output, config.train.resume
-    checkpoint = None if resume in ("auto", "never") else open_checkpoint(resume)
-    if checkpoint is not None:
-        check_identity(checkpoint.state, identity, checkpoint.url)
-    store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
-    run = open_run(output, config.run.name, settings.to_dict(config), start_over=resume == "never")
-    if resume == "auto" and (checkpoint := newest_checkpoint(output, run.id)) is not None:
-        check_identity(checkpoint.state, identity, checkpoint.url)
-    return run, checkpoint
-
-
-def _load(engine: Engine, checkpoint: Checkpoint, world: World, scratch: Path) -> None:
-    """Brings a checkpoint to this node once, and into every process."""
-    folder = [""]
-    with TemporaryDirectory(prefix="wikillm-", dir=scratch) as own:
-        if world.local_rank == 0:
-            download_checkpoint(checkpoint, Path(own))
-            folder = [own]
-        if world.world_size > 1:
-            gathered: list[Any] = [None] * world.world_size
-            dist.all_gather_object(gathered, folder[0])
-            folder = [gathered[world.rank - world.local_rank]]
-        engine.load_state(checkpoint.state.step, CheckpointFiles(Path(folder[0])))
-        engine.accelerator.wait_for_everyone()
-
-
-def _save(engine: Engine, state: TrainingState, config: Config, world: World, report: Report) -> None:
-    began = time.perf_counter()
-    if world.rank == 0:
-        saved = save_checkpoint(config.run.output, state, engine.full_state(), scratch_dir(config))
-        delete_old_checkpoints(config.run.output, config.checkpoint.keep, state)
-        report.say(f"step {state.step} | saved {saved.url} in {time.perf_counter() - began:.1f} s")
-    else:
-        for _ in engine.full_state():
-            pass
+    if world.local_rank == 0 and world.rank != 0:
+        download_checkpoint(checkpoint, folder)
+    folders: list[Any] = [str(folder)]
+    if world.world_size > 1:
+        folders = [None] * world.world_size
+        dist.all_gather_object(folders, str(folder))
+    files = CheckpointFiles(Path(folders[world.rank - world.local_rank]))
+    engine.load_state(checkpoint.state.step, files, checkpoint.state.guard)
     engine.accelerator.wait_for_everyone()
+    for path in folder.iterdir():
+        path.unlink()
 
 
-def _samples(engine: Engine, tokenizer: TextTokenizer, config: Config) -> dict[str, str]:
+def _samples(
+    engine: Engine, tokenizer: TextTokenizer, config: Config, world: World, lockstep: Lockstep
+) -> dict[str, str]:
+    """Continuations by the first process, for which the others wait; fewer if the run is to stop."""
+    if world.rank != 0:
+        lockstep.go_on()
+        return {}
     sampling = Sampling(**config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}))
+    found: dict[str, str] = {}
     with engine.autocast():
-        return {
-            prompt: continue_text(
-                engine.module.causal_lm, tokenizer, prompt, sampling.for_prompt(index), config.train.context_length
-            )
-            for index, prompt in enumerate(config.generate.prompts)
-        }
-
-
-def _mean_loss(interval: Interval, engine: Engine) -> float:
-    """Mean nats per target since the last line, over all ranks."""
-    total = engine.accelerator.reduce(torch.as_tensor(interval.nats).clone(), "sum")
-    return float(total) / interval.targets
+        for index, prompt in enumerate(config.generate.prompts):
+            if not lockstep.stopped:
+                found[prompt] = continue_text(
+                    engine.module.causal_lm,
+                    tokenizer,
+                    prompt,
+                    sampling.for_prompt(index),
+                    config.train.context_length,
+                    should_stop=lockstep.hold_up,
+                )
+    lockstep.go_on()
+    return found
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

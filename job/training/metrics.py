@@ -6,35 +6,48 @@ from typing import Any
 from job import storage
 
 
+def metrics_url(output: str) -> str:
+    """Where the log of the run at `output` is."""
+    return storage.join(output, "logs", "metrics.jsonl")
+
+
 class MetricsLog:
     """The run's metrics as JSON lines, every step once and in order.
 
+    Each checkpoint holds the log up to its step, so that going on from it redoes the later steps' lines too.
+
     Args:
-        output: the run's prefix.
-        from_step: the step that training goes on from; later lines, which a stop has cut off, are dropped.
+        content: the log up to the step that training goes on from.
     """
 
-    def __init__(self, output: str, from_step: int) -> None:
-        self._url = storage.join(output, "logs", "metrics.jsonl")
-        self._rows = [row for row in read_metrics(output) if row["step"] <= from_step] if from_step else []
+    def __init__(self, content: bytes = b"") -> None:
+        self._closed = content.splitlines(keepends=True)
+        self._row: dict[str, Any] = json.loads(self._closed.pop()) if self._closed else {}
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Adds what was measured at `step`, to the line of that step if there is one."""
-        if self._rows and self._rows[-1]["step"] == step:
-            self._rows[-1] |= values
-        else:
-            self._rows.append({"step": step, **values})
+        if self._row and self._row["step"] != step:
+            self._closed.append(_line(self._row))
+            self._row = {}
+        self._row = {"step": step} | self._row | values
 
-    def store(self) -> None:
-        """Writes the whole log; an object store has no appending."""
-        lines = (json.dumps(row, ensure_ascii=False) for row in self._rows)
-        storage.write_bytes(self._url, "".join(f"{line}\n" for line in lines).encode())
+    def has(self, step: int, name: str) -> bool:
+        """Whether `name` was measured at `step`, which is the last one."""
+        return self._row.get("step") == step and name in self._row
+
+    def content(self) -> bytes:
+        """The whole log; an object store has no appending."""
+        return b"".join([*self._closed, *([_line(self._row)] if self._row else [])])
 
 
 def read_metrics(output: str) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; none if it has not been written yet."""
     try:
-        content = storage.read_bytes(storage.join(output, "logs", "metrics.jsonl"))
+        content = storage.read_bytes(metrics_url(output))
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in content.decode().splitlines()]
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()

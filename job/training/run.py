@@ -27,19 +27,29 @@ class RunRecord:
     config: dict[str, Any]
 
 
-def open_run(output: str, name: str | None, config: dict[str, Any], start_over: bool) -> RunRecord:
-    """The run at `output`: the one that is there, or a new one.
-
-    Of several that start at once, one creates the record, and all return it.
-
-    Args:
-        output: the run's prefix.
-        name: what to call a new run; None: the last part of `output`.
-        config: all settings, recorded for a reader.
-        start_over: make a new run even if one is there.
+def read_run(output: str) -> RunRecord | None:
+    """The run at `output`; None if there is none.
 
     Raises:
         UserError: run.json is not a run's record.
+    """
+    try:
+        return RunRecord(**storage.read_json(storage.join(output, _NAME)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        expected = f"its {_NAME} is not the record of a run"
+        raise UserError("run.output", output, expected, "choose another place") from None
+
+
+def begin_run(output: str, name: str | None, config: dict[str, Any], replace: bool) -> RunRecord:
+    """A new run at `output`, or, if somebody else has begun one this moment, that one.
+
+    Args:
+        output: the run's prefix.
+        name: what to call it; None: the last part of `output`.
+        config: all settings, recorded for a reader.
+        replace: put it in the place of the run that is there.
     """
     url = storage.join(output, _NAME)
     fresh = RunRecord(
@@ -50,13 +60,11 @@ def open_run(output: str, name: str | None, config: dict[str, Any], start_over: 
         config=config,
     )
     content = orjson.dumps(asdict(fresh), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    if start_over:
+    if replace:
         storage.write_bytes(url, content)
         return fresh
     if storage.create_bytes(url, content):
         return fresh
-    try:
-        return RunRecord(**storage.read_json(url))
-    except (ValueError, TypeError):
-        expected = f"its {_NAME} is not the record of a run"
-        raise UserError("run.output", output, expected, "choose another place") from None
+    found = read_run(output)
+    assert found is not None
+    return found

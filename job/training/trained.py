@@ -1,5 +1,6 @@
 """A trained model read back: from a run's prefix, from a checkpoint, or from a Hugging Face folder."""
 
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,18 @@ from job import storage
 from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
 from job.model.architecture import ModelSpec, build_model
-from job.training.checkpoint import CheckpointFiles, download_checkpoint, list_checkpoints, open_checkpoint
+from job.training.checkpoint import (
+    Checkpoint,
+    CheckpointFiles,
+    DamagedCheckpoint,
+    download_checkpoint,
+    good_checkpoints,
+    open_checkpoint,
+)
 
 TOKENIZER_FOLDER = "tokenizer"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
     """The model at `url`.
 
     Args:
-        url: a run's prefix (its newest checkpoint is taken, else its final model), a checkpoint, or a model folder.
+        url: a run's prefix (its newest whole checkpoint is taken, else its final model), a checkpoint, or a model
+            folder.
         setting: the setting that named it, for errors.
         cache_dir: local folder for tokenizers.
 
@@ -39,16 +50,22 @@ def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
     """
     names = {entry.url.removeprefix(url).strip("/") for entry in storage.list_files(url)} if _is_folder(url) else set()
     if "run.json" in names:
-        checkpoints = list_checkpoints(url)
-        if checkpoints:
-            return _from_checkpoint(checkpoints[-1], url, cache_dir)
+        for checkpoint in good_checkpoints(url, _pass_by):
+            try:
+                return _from_checkpoint(checkpoint, url, setting, cache_dir)
+            except DamagedCheckpoint as error:
+                _pass_by(error)
         if "final/config.json" in names:
-            return _from_folder(storage.join(url, "final"), cache_dir)
-        raise UserError(setting, url, "the run has no checkpoint yet", "train it first: `python -m job train`")
+            return _from_folder(storage.join(url, "final"), setting, cache_dir)
+        raise UserError(setting, url, "the run has no whole checkpoint yet", "train it first: `python -m job train`")
     if "state.json" in names:
-        return _from_checkpoint(url, url.rstrip("/").rpartition("/checkpoints/")[0], cache_dir)
+        output = url.rstrip("/").rpartition("/checkpoints/")[0]
+        try:
+            return _from_checkpoint(open_checkpoint(url), output, setting, cache_dir)
+        except DamagedCheckpoint as error:
+            raise UserError(setting, url, error.expected, error.remedy) from None
     if "config.json" in names:
-        return _from_folder(url, cache_dir)
+        return _from_folder(url, setting, cache_dir)
     expected = "expected a run, a checkpoint or a model folder, found none there"
     raise UserError(setting, url, expected, "train one with `python -m job train`")
 
@@ -57,13 +74,16 @@ def _is_folder(url: str) -> bool:
     return storage.is_remote(url) or Path(url).expanduser().is_dir()
 
 
-def _from_checkpoint(url: str, output: str, cache_dir: Path) -> TrainedModel:
-    checkpoint = open_checkpoint(url)
+def _pass_by(error: UserError) -> None:
+    logger.warning("passed by: %s", error)
+
+
+def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_dir: Path) -> TrainedModel:
     identity = checkpoint.state.identity
     tokenizer = load_tokenizer(storage.join(output, TOKENIZER_FOLDER), cache_dir)
     if tokenizer.fingerprint != identity["tokenizer"]:
         expected = f"the tokenizer in {output}/{TOKENIZER_FOLDER} is not the one it was trained with"
-        raise UserError("run.output", url, expected, "put the right one back")
+        raise UserError(setting, output, expected, "put the right one back")
     model = build_model(
         ModelSpec(**identity["model"]),
         vocab_size=tokenizer.vocab_size,
@@ -76,10 +96,10 @@ def _from_checkpoint(url: str, output: str, cache_dir: Path) -> TrainedModel:
         weights = CheckpointFiles(Path(scratch), only=["param"])
         model.load_state_dict({name: weights[name]["param"] for name in weights}, strict=False)
         model.tie_weights()
-    return TrainedModel(model, tokenizer, identity["context_length"], url)
+    return TrainedModel(model, tokenizer, identity["context_length"], checkpoint.url)
 
 
-def _from_folder(url: str, cache_dir: Path) -> TrainedModel:
+def _from_folder(url: str, setting: str, cache_dir: Path) -> TrainedModel:
     tokenizer = load_tokenizer(url, cache_dir)
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         folder = Path(url).expanduser()
@@ -90,5 +110,5 @@ def _from_folder(url: str, cache_dir: Path) -> TrainedModel:
         try:
             model = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32")
         except (OSError, ValueError) as error:
-            raise UserError("generate.model", url, f"not a model: {one_line(str(error))[:200]}") from None
+            raise UserError(setting, url, f"not a model: {one_line(str(error))[:200]}") from None
     return TrainedModel(model, tokenizer, model.config.max_position_embeddings, url)

@@ -2,20 +2,18 @@
 
 import os
 import signal
-import threading
+import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from small_run import REPOSITORY, STEPS, DataSet, Job, prepare_sample, saved_steps, still_alive, write_settings
 
 from job.cluster import outcome
 from job.cluster.launch import _exit_code
-from job.cluster.outcome import CRASHED, DONE, KILLED, REFUSED, STOPPED, Outcome, record
+from job.cluster.outcome import CRASHED, DONE, HUNG, KILLED, NO_PROGRESS, REFUSED, STOPPED, Outcome, record
 from job.demo.server import S3Server
-from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def test_a_killed_worker_is_named_and_takes_the_others_along(settings: Path) -> 
         job.workers()[0].kill()
         code, _, err = job.end(seconds=60)
     assert code == EXIT_FAILED
-    assert err == "rank 0 was killed by SIGKILL (out of memory?)\n"
+    assert err == "rank 0 was killed by SIGKILL (out of memory? a smaller train.micro_batch_size takes less)\n"
     assert still_alive(processes) == []
 
 
@@ -78,26 +76,54 @@ def test_nothing_goes_on_where_the_entrypoint_was_killed(one_process: Path) -> N
 # ---- Stops ----
 
 
-def test_signals_to_every_process_and_more_than_one_of_them_are_one_stop(settings: Path, bucket: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [
+        (signal.SIGINT, "the entrypoint"),
+        (signal.SIGUSR2, "the launcher"),
+        (signal.SIGUSR1, "one worker"),
+        (signal.SIGTERM, "all, twice"),
+    ],
+)
+def test_a_signal_to_any_process_is_one_stop_of_all(
+    settings: Path, bucket: str, number: signal.Signals, whom: str
+) -> None:
     with Job("train", settings) as job:
         job.read_until("step 3/")
-        processes = job.descendants()
-
-        def signal_all() -> None:  # as Slurm does
-            while job.process.poll() is None:
-                for process in (job.process, *processes):
-                    with suppress(psutil.NoSuchProcess):
-                        process.send_signal(signal.SIGTERM)
-                time.sleep(0.02)
-
-        impatience = threading.Thread(target=signal_all)
-        impatience.start()
+        processes, workers = job.descendants(), job.workers()
+        (launcher,) = [one for one in processes if one not in workers]
+        addressed = {
+            "the entrypoint": [job.process],
+            "the launcher": [launcher],
+            "one worker": [workers[1]],
+            "all, twice": [job.process, *processes] * 2,  # as Slurm does
+        }[whom]
+        for process in addressed:
+            process.send_signal(number)
         code, out, err = job.end()
-        impatience.join()
     (step,) = saved_steps(f"{bucket}/run")
     assert (code, err) == (EXIT_STOPPED, ""), out
     assert out.endswith(f"stopped after step {step}, checkpointed; start it again to go on\n")
+    assert step < STEPS
     assert still_alive(processes) == []
+
+
+def test_a_second_signal_stops_at_once(settings: Path, bucket: str) -> None:
+    with Job("train", settings) as job:
+        job.read_until("step 3/")
+        processes = job.descendants()
+        for one in processes:  # the workers do not come to the end of their step: the first signal cannot be enough
+            one.suspend()
+        job.process.send_signal(signal.SIGUSR1)  # a warning is not a demand
+        job.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.process.wait(timeout=1.5)
+        job.process.send_signal(signal.SIGTERM)
+        code, _, err = job.end(seconds=30)
+    assert code == 128 + signal.SIGTERM
+    assert err == "stopped at once by a second SIGTERM: nothing was saved\n"
+    assert still_alive(processes) == []
+    assert saved_steps(f"{bucket}/run") == []
 
 
 def test_a_stop_while_the_workers_start_is_not_lost(one_process: Path, bucket: str) -> None:
@@ -119,29 +145,34 @@ def test_a_stop_while_the_workers_start_is_not_lost(one_process: Path, bucket: s
     [
         ([Outcome(0, DONE), Outcome(1, DONE)], EXIT_DONE, ""),
         ([Outcome(0, STOPPED), Outcome(1, STOPPED)], EXIT_STOPPED, ""),
-        ([Outcome(0, REFUSED, "a.b: wrong"), Outcome(1, REFUSED, "a.b: wrong")], EXIT_REFUSED, "a.b: wrong\n"),
-        ([Outcome(1, REFUSED, "a.b: wrong", 2.0), Outcome(0, CRASHED, "lost", 1.0)], EXIT_REFUSED, "a.b: wrong\n"),
+        ([Outcome(0, REFUSED, "a.b: wrong"), Outcome(1, REFUSED, "a.b: wrong")], EXIT_REFUSED, "a.b: wrong"),
+        ([Outcome(1, REFUSED, "a.b: wrong", 2.0), Outcome(0, CRASHED, "lost", 1.0)], EXIT_REFUSED, "a.b: wrong"),
         (
             [Outcome(0, CRASHED, "the other is gone", 2.0), Outcome(1, CRASHED, "why", 1.0)],
             EXIT_FAILED,
-            "rank 1 failed first:\nwhy\n",
+            "rank 1 failed first:\nwhy",
         ),
         (
             [Outcome(0, CRASHED, "the other is gone", 1.0), Outcome(1, KILLED, "SIGSEGV", 2.0)],
             EXIT_FAILED,
-            "rank 1 was killed by SIGSEGV\n",
+            "rank 1 was killed by SIGSEGV",
         ),
-        ([Outcome(0, DONE)], EXIT_FAILED, "ranks [1] ended without a word (killed? out of memory?)\n"),
-        ([], EXIT_FAILED, "ranks [0, 1] ended without a word (killed? out of memory?)\n"),
+        (
+            [Outcome(0, HUNG, "rank 1 did not come", 1.0), Outcome(1, KILLED, "SIGKILL", 2.0)],
+            EXIT_FAILED,
+            "rank 1 did not come",
+        ),
+        ([Outcome(1, NO_PROGRESS, "no"), Outcome(0, CRASHED, "the other is gone")], EXIT_NO_PROGRESS, "no"),
+        ([Outcome(0, DONE)], EXIT_FAILED, "ranks [1] ended without a word (killed? out of memory?)"),
+        ([], EXIT_FAILED, "ranks [0, 1] ended without a word (killed? out of memory?)"),
     ],
 )
 def test_one_word_and_one_code_say_how_the_workers_ended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], outcomes: list[Outcome], code: int, said: str
+    tmp_path: Path, outcomes: list[Outcome], code: int, said: str
 ) -> None:
     for one in outcomes:
         record(tmp_path, one)
-    assert _exit_code(tmp_path, 2, 1) == code
-    assert capsys.readouterr().err == said
+    assert _exit_code(outcome.read_all(tmp_path), 2, 1) == (code, said)
 
 
 def test_an_outcome_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -327,8 +327,8 @@ def test_evaluation_does_not_drop_the_buffer_that_training_uses(bucket: str, tmp
         batches = iter(loader)
         next(batches)
         ranks: dict[str, int] = {"rank": 0, "world_size": 1}
-        with EvaluationLoader(data.url, data.manifest, held_out, batch_size=8, **ranks, **room) as evaluation:
-            for _ in range(2):
+        for _ in range(2):
+            with EvaluationLoader(data.url, data.manifest, held_out, batch_size=8, **ranks, **room) as evaluation:
                 labels = [label for batch in evaluation for label in batch.labels.flatten().tolist() if label > 0]
                 assert labels == [token for tokens in data.validation for token in tokens[1:]]
         for _ in batches:
@@ -377,6 +377,75 @@ def test_a_store_that_fails_ahead_of_use_does_not_stop_the_training(
         assert refused.wait(10)
         assert len([first, *loader]) == -(-order.position_limit(2) // 4)
     assert Counter(fetches.names) == {name: 2 if name in later else 1 for name in set(fetches.names)}
+
+
+def test_an_outage_is_outlived_by_batches_that_nobody_has_asked_for_yet(
+    bucket: str, tmp_path: Path, fetches: Fetches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.data.cache._RETRY_SECONDS", 0.01)
+    data = write_data_set(bucket, [20] * 4)
+    order = order_of(data, buffer_bytes=data.manifest.train[0].size)
+    failures, away = threading.Semaphore(0), threading.Event()
+
+    def fail_while_away(name: str, number: int) -> None:
+        if away.is_set():
+            failures.release()
+            raise storage.StoreError("the network is away")
+
+    fetches.before = fail_while_away
+    away.set()
+    with loader_of(data, tmp_path, order) as loader:
+        assert all(failures.acquire(timeout=10) for _ in range(20))
+        away.clear()
+        assert len(list(loader)) == -(-order.position_limit(2) // 4)
+
+
+def test_a_shard_asked_for_during_an_outage_is_tried_anew_from_then_on(
+    bucket: str, tmp_path: Path, fetches: Fetches
+) -> None:
+    data = write_data_set(bucket, [100])
+    began, asked = threading.Event(), threading.Event()
+
+    def fail_first(name: str, number: int) -> None:
+        if number == 1:
+            began.set()
+            asked.wait(10)
+            raise storage.StoreError("the network is away")
+
+    fetches.before = fail_first
+    cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
+    cache.use([0])
+    assert began.wait(10)
+    cache.demand([0])
+    asked.set()
+    assert content(cache, 0) == stored(data, 0)
+    cache.close()
+
+
+def test_an_outage_is_said_once_a_minute(
+    bucket: str,
+    tmp_path: Path,
+    fetches: Fetches,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("job.data.cache._RETRY_SECONDS", 0.01)
+    data = write_data_set(bucket, [100] * 4)
+    failures = threading.Semaphore(0)
+
+    def fail(name: str, number: int) -> None:
+        failures.release()
+        raise storage.StoreError("the network\nis away")
+
+    fetches.before = fail
+    cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
+    cache.use([0], ahead=[1, 2, 3])
+    assert all(failures.acquire(timeout=10) for _ in range(30))
+    assert caplog.messages == ["shards cannot be fetched now: the network is away"]
+    cache._quiet_until -= 60
+    assert all(failures.acquire(timeout=10) for _ in range(30))
+    assert len(caplog.messages) == 2
+    cache.close()
 
 
 def test_a_store_that_fails_when_the_shard_is_needed_is_an_error(bucket: str, tmp_path: Path, fetches: Fetches) -> None:

@@ -1,14 +1,15 @@
 """Batches: whole, the same however they are divided, and never in the way of an end."""
 
+import functools
 import itertools
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from toy_data import LENGTH, DataSet, loader_of, order_of, rows, write_data_set
 
 from job import storage
-from job.data.loader import IGNORED_LABEL, EvaluationLoader
+from job.data.loader import IGNORED_LABEL, BatchLoader, EvaluationLoader
 from job.data.order import EvaluationOrder
 from job.errors import UserError
 
@@ -125,6 +126,114 @@ def test_without_an_end_the_epochs_follow_each_other(tmp_path: Path) -> None:
             assert sorted(label for _, labels in rows([batch]) for row in labels for label in row) == list(range(2, 12))
 
 
+# ---- Waiting ----
+
+HeldBack = Callable[[str], threading.Event]
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> HeldBack:
+    """A shard is read only once its event is set."""
+    come, open_read = functools.cache(lambda name: threading.Event()), storage.open_read
+
+    def wait_and_open(url: str) -> BinaryIO:
+        come(url.rpartition("/")[2]).wait(30)
+        return open_read(url)
+
+    monkeypatch.setattr(storage, "open_read", wait_and_open)
+    return come
+
+
+def held_out_loader(data: DataSet, cache_dir: Path) -> EvaluationLoader:
+    order = EvaluationOrder([shard.tokens for shard in data.manifest.validation], LENGTH, seed=3)
+    place: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": 10**6}
+    return EvaluationLoader(data.url, data.manifest, order, batch_size=2, rank=0, world_size=1, **place)
+
+
+LOADERS: dict[str, Callable[[DataSet, Path], BatchLoader | EvaluationLoader]] = {
+    "train": loader_of,
+    "validation": held_out_loader,
+}
+
+
+@pytest.mark.parametrize("split", LOADERS)
+def test_polling_ends_with_its_time_or_with_the_batch_and_both_count_as_waiting(
+    split: str, tmp_path: Path, held_back: HeldBack
+) -> None:
+    data = write_data_set(f"{tmp_path}/data", [50], [50])
+    with LOADERS[split](data, tmp_path) as loader:
+        began = time.monotonic()
+        assert not any(loader.poll(0) for _ in range(10))
+        assert time.monotonic() - began < 0.2
+        assert not loader.poll(0.3)
+        assert 0.3 <= loader.wait_seconds <= time.monotonic() - began < 1
+        timer = threading.Timer(0.3, held_back(f"{split}-00000.bin").set)
+        timer.start()
+        assert loader.poll(30)
+        assert 0.5 <= loader.wait_seconds <= time.monotonic() - began < 5
+        timer.join()
+
+
+@pytest.mark.parametrize("split", LOADERS)
+def test_polling_takes_nothing_away(split: str, tmp_path: Path) -> None:
+    data = write_data_set(f"{tmp_path}/data", [50], [50])
+    with LOADERS[split](data, tmp_path) as loader:
+        plain = list(loader)
+    polled = []
+    with LOADERS[split](data, tmp_path) as loader:
+        while loader.poll(30) and loader.poll(0) and (batch := next(loader, None)):
+            polled.append(batch)
+        assert loader.poll(30), "there is no further one to wait for"
+    assert len(plain) > 3 and str(polled) == str(plain)
+
+
+def test_batches_are_made_before_anybody_asks_for_them(tmp_path: Path) -> None:
+    data = write_data_set(f"{tmp_path}/data", [50])
+    made = threading.Semaphore(0)
+    with loader_of(data, tmp_path, prefetch_steps=3) as loader:
+        for future, _ in loader._begun:
+            future.add_done_callback(lambda _: made.release())
+        assert all(made.acquire(timeout=10) for _ in range(3))
+        assert loader.poll(0) and loader.wait_seconds < 0.1
+
+
+def test_a_batch_that_cannot_be_made_is_ready_and_raises_whenever_it_is_taken(tmp_path: Path) -> None:
+    data = write_data_set(f"{tmp_path}/data", [50])
+    Path(data.url, data.manifest.train[0].name).unlink()
+    with loader_of(data, tmp_path, end_position=4) as loader:
+        for _ in range(2):
+            assert loader.poll(10)
+            with pytest.raises(UserError, match=r"^data\.shards: "):
+                next(loader)
+
+
+def test_a_long_wait_is_said_once_with_the_shard_and_again_after_a_while(
+    tmp_path: Path, held_back: HeldBack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("job.data.loader._LONG_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("job.data.loader._SAY_AGAIN_SECONDS", 1.0)
+    data = write_data_set(f"{tmp_path}/data", [20, 20])  # each makes one batch
+    order = order_of(data, buffer_bytes=1)
+    first, second = (data.manifest.train[order.shards_needed(position)[0]].name for position in (0, 4))
+
+    def lines_after(seconds: float) -> int:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            loader.poll(0.02)
+        return len(caplog.messages)
+
+    with loader_of(data, tmp_path, order, prefetch_steps=1) as loader:
+        assert [lines_after(seconds) for seconds in (0.1, 0.4, 0.4, 0.6)] == [0, 1, 1, 2]
+        assert all(message.startswith("waiting for a batch for ") for message in caplog.messages)
+        assert all(f"{data.url}/{first} is not on this machine yet" in message for message in caplog.messages)
+        held_back(first).set()
+        next(loader)
+        time.sleep(0.4)  # the consumer's own work is no waiting
+        assert [lines_after(seconds) for seconds in (0.1, 0.4)] == [2, 3], "the next batch's wait is a new one"
+        assert second in caplog.messages[-1]
+        held_back(second).set()
+
+
 # ---- Ends ----
 
 
@@ -159,29 +268,17 @@ def stalled(monkeypatch: pytest.MonkeyPatch) -> Endless:
     return endless
 
 
-def test_a_request_to_stop_ends_the_wait_for_a_shard(tmp_path: Path, stalled: Endless) -> None:
-    data = write_data_set(f"{tmp_path}/data", [50])
-    asked = threading.Event()
-    timer = threading.Timer(0.5, asked.set)
-    timer.start()
-    began = time.monotonic()
-    with loader_of(data, tmp_path, should_stop=asked.is_set) as loader:
-        assert list(loader) == []
-        assert loader.stopped
-        waited_seconds = time.monotonic() - began
-        assert 0.4 < loader.wait_seconds <= waited_seconds < 2
-    timer.join()
-
-
 def test_closing_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, stalled: Endless) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 50, 50])
-    loader = loader_of(data, tmp_path, workers=3, should_stop=stalled.was_read.is_set)
-    assert list(loader) == []
+    loader = loader_of(data, tmp_path, workers=3)
+    assert stalled.was_read.wait(10)
+    assert not loader.poll(0.1)
     assert any("cut" in name for name in our_threads()) and any("fetch" in name for name in our_threads())
     began = time.monotonic()
     loader.close()
     assert time.monotonic() - began < 2
     assert our_threads() == []
+    assert loader.poll(10) and list(loader) == []
 
 
 def test_leaving_a_loader_in_the_middle_ends_all_threads(tmp_path: Path) -> None:
@@ -228,7 +325,6 @@ def test_evaluation_batches_are_the_same_for_any_number_of_ranks(
             ) as loader:
                 made = list(loader)
                 assert len(made) == loader.rounds
-                assert [one.windows for one in loader] == [one.windows for one in made]
                 return made
 
         alone = batches(0, 1)

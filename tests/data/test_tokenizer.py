@@ -182,10 +182,14 @@ def test_a_folder_with_vocabulary_and_merges_alone_is_read_as_qwen2s(trained: Te
     assert [loaded.decode(ids) for ids in loaded.encode(TEXTS)] == TEXTS
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_way_out(tmp_path: Path) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # and never listens
-        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}", "HF_HOME": str(tmp_path / "hub")}
+@pytest.mark.parametrize("how", ["closed", "silent"])
+def test_a_hub_that_cannot_be_reached_is_soon_one_line_that_names_the_way_out(how: str, tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if how == "silent":
+            server.listen()  # takes requests, and never answers
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path / "hub")}
+        variables["HF_HUB_ETAG_TIMEOUT"] = "2"
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | variables
         command = [sys.executable, "-m", "job", "prepare", "--data.source", str(SAMPLE)]
         command += ["--data.shards", str(tmp_path / "shards")]

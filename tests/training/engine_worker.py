@@ -1,10 +1,12 @@
 """One process of a real launch that trains engines, one after another, on windows that a test knows as well."""
 
+import hashlib
 import json
 import os
+import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from job.cluster.worker import leave
 from job.data.manifest import load_manifest
 from job.data.order import rank_slice
 from job.data.tokenizer import load_tokenizer
+from job.errors import UserError
 from job.model.architecture import LanguageModel, ModelSpec, build_model
 from job.quiet import silence_libraries
 from job.training.checkpoint import (
@@ -31,7 +34,7 @@ from job.training.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from job.training.engine import AdamW, Engine, Strategy, start_accelerator
+from job.training.engine import AdamW, Engine, Snapshot, Strategy, start_accelerator
 from job.training.held_out import HeldOut
 from job.training.world import World
 
@@ -65,10 +68,32 @@ class Case:
     """URL of the checkpoint that it begins with."""
     saves: dict[int, str] = field(default_factory=dict)
     """After so many steps it is saved, as a checkpoint of the run at this URL."""
+    faults: dict[int, str] = field(default_factory=dict)
+    """What goes wrong in a step, in the last rank's first micro-batch: one of `FAULTS`."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps that are not made at all."""
+    spike_factor: float | None = None
+    keeps: int | None = None
+    """After so many steps its state is kept for another case."""
+    goes_on_from: str | None = None
+    """Name of the case whose kept state it begins with."""
 
 
 def new_model() -> Qwen2ForCausalLM:
     return build_model(SPEC, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=1)
+
+
+def infinite_gradient(nats: Tensor, weight: Tensor) -> Tensor:
+    return nats + (weight - weight.detach()).sum().sqrt()
+
+
+FAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss not a number": lambda nats, _: nats + torch.nan,
+    "infinite gradient": infinite_gradient,
+    "spike": lambda nats, _: nats * 1000,
+}
+"""From the nats of a micro-batch, and a parameter of the model, to nats. Each touches only what its name says: the
+first leaves the gradient finite, the second the loss."""
 
 
 def learning_rate_of(step: int) -> float:
@@ -93,6 +118,9 @@ def global_batch(step: int) -> tuple[Tensor, Tensor]:
 
 # ---- In the processes ----
 
+KEPT: dict[str, tuple[int, dict[str, dict[str, Tensor]], str]] = {}
+"""By case: the steps done, weights and moments, and the guard's state as JSON."""
+
 
 def main(folder: Path) -> None:
     silence_libraries()
@@ -101,11 +129,15 @@ def main(folder: Path) -> None:
     assert world is not None
     seen: dict[str, Any] = {}
     for order in orders["cases"]:
-        order["saves"] = {int(step): url for step, url in order["saves"].items()}
+        for key in ("saves", "faults"):
+            order[key] = {int(step): what for step, what in order[key].items()}
         case = Case(**order)
         seen[case.name] = train_case(case, orders["strategy"], world)
-    seen["held out"] = evaluate_held_out(orders["shards"], world, folder)
-    seen["refusals"] = list(refusals(orders["strategy"], world))
+    if "shards" in orders:
+        seen["held out"] = evaluate_held_out(orders["shards"], world, folder)
+        seen["refusals"] = list(refusals(orders["strategy"], world))
+    else:
+        seen["out of memory"] = run_out_of_memory(orders["strategy"], world)
     if world.rank == 0:
         (folder / "seen.json").write_text(json.dumps(seen))
 
@@ -113,12 +145,18 @@ def main(folder: Path) -> None:
 def strategy_of(case: Case, name: str, world: World) -> Strategy:
     micro_batch_size = GLOBAL_BATCH_SIZE // world.world_size // case.accumulation_steps
     return Strategy(
-        name, case.precision, world.world_size, micro_batch_size, case.accumulation_steps, GRADIENT_CLIPPING
+        name,
+        case.precision,
+        world.world_size,
+        micro_batch_size,
+        case.accumulation_steps,
+        GRADIENT_CLIPPING,
+        case.spike_factor,
     )
 
 
 def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
-    """Mean loss and gradient norm of each step, and where the last checkpoint is."""
+    """What each step came to, what the engine was after it, and where the last checkpoint is."""
     forget_accelerate()
     strategy = strategy_of(case, name, world)
     accelerator = start_accelerator(strategy)
@@ -129,20 +167,96 @@ def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
             download_checkpoint(checkpoint, Path(scratch))
             assert checkpoint.state.step == case.first_step
             engine.load_state(case.first_step, CheckpointFiles(Path(scratch)))
-    seen: dict[str, Any] = {"losses": [], "norms": [], "checkpoint": None}
+    if case.goes_on_from is not None:
+        kept_step, parameters, guard_state = KEPT[case.goes_on_from]
+        assert kept_step == case.first_step
+        engine.load_state(kept_step, parameters, json.loads(guard_state))
+    snapshot = engine.empty_snapshot() if world.rank == 0 else None
+    seen: dict[str, Any] = {key: [] for key in ("losses", "norms", "skipped", "finite", "guard", "engines")}
+    seen |= {"checkpoint": None, "snapshot": True}
     mine = rank_slice(GLOBAL_BATCH_SIZE, world.rank, world.world_size)
     for step in range(case.first_step, case.last_step):
+        if step in case.left_out:
+            continue
         input_ids, labels = (side[mine] for side in global_batch(step))
         micro_batches = zip(
             input_ids.split(strategy.micro_batch_size), labels.split(strategy.micro_batch_size), strict=True
         )
         targets = int((global_batch(step)[1] >= 0).sum())
-        nats, norm = engine.step(list(micro_batches), targets, learning_rate_of(step))
-        seen["losses"].append(float(accelerator.reduce(nats, "sum")) / targets)
-        seen["norms"].append(float(norm))
+        if step in case.faults and world.rank == world.world_size - 1:
+            break_once(engine, FAULTS[case.faults[step]])
+        result = engine.step(list(micro_batches), targets, learning_rate_of(step))
+        seen["losses"].append(float(accelerator.reduce(result.nats, "sum")) / targets)
+        seen["norms"].append(float(result.gradient_norm))
+        seen["skipped"].append(of_all_ranks(world, float(result.skipped)))
+        seen["finite"].append(of_all_ranks(world, bool(result.computed_nats.isfinite())))
+        seen["guard"].append(engine.guard_state())
+        seen["engines"].append(of_all_ranks(world, digest(engine)))
+        if step + 1 in (case.keeps, SAVED_STEP, case.last_step):
+            full_state = dict(engine.full_state())
+            engine.copy_state(snapshot)
+            seen["snapshot"] &= snapshot is None or is_filled_with(snapshot, full_state)
+            if step + 1 == case.keeps:
+                copied = {name: {key: t.clone() for key, t in of.items()} for name, of in full_state.items()}
+                KEPT[case.name] = step + 1, copied, json.dumps(engine.guard_state())
         if step + 1 in case.saves:
             seen["checkpoint"] = save(engine, case.saves[step + 1], step + 1, world)
     return seen
+
+
+def break_once(engine: Engine, fault: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The next forward of the model, and no other, goes wrong."""
+
+    def broken(module: LanguageModel, inputs: object, nats: Tensor) -> Tensor:
+        hook.remove()
+        return fault(nats, module.causal_lm.model.norm.weight)
+
+    hook = engine.module.register_forward_hook(broken)
+
+
+def digest(engine: Engine) -> str:
+    """Of all the numbers that this rank has of weights, moments and AdamW's counters."""
+    found = hashlib.sha256()
+    tensors = [*engine.module.parameters()]
+    for tensor, state in engine._adamw.state.items():
+        tensors += [tensor, *state.values()]
+    for tensor in tensors:
+        found.update(tensor.detach().to(torch.float32).numpy().tobytes())
+    return found.hexdigest()
+
+
+def of_all_ranks(world: World, mine: Any) -> list[Any]:
+    found: list[Any] = [None] * world.world_size
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def is_filled_with(snapshot: Snapshot, full_state: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether the snapshot has all of the state, by name and, in the same order, without a gap."""
+    return snapshot.tensors.keys() == full_state.keys() and all(
+        torch.equal(flat, torch.cat([full_state[name][key].flatten() for name in snapshot.tensors]))
+        and all(torch.equal(snapshot.tensors[name][key], full_state[name][key]) for name in full_state)
+        for key, flat in snapshot.flat.items()
+    )
+
+
+def run_out_of_memory(name: str, world: World) -> str:
+    """What is said where this process has room for the engine, but not for what a micro-batch needs."""
+    forget_accelerate()
+    micro_batch_size = 3 * 2**12
+    strategy = Strategy(name, "fp32", world.world_size, micro_batch_size, 1, GRADIENT_CLIPPING)
+    engine = Engine(start_accelerator(strategy), LanguageModel(new_model()), strategy, ADAMW)
+    tokens = torch.ones((micro_batch_size, CONTEXT_LENGTH), dtype=torch.int64)
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (has + 2**27, limits[1]))
+    try:
+        engine.step([(tokens, tokens)], tokens.numel() * world.world_size, 0.0)
+        return "nothing"
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def save(engine: Engine, output: str, step: int, world: World) -> str | None:

@@ -74,6 +74,13 @@ def test_bf16_stays_near_fp32(seen_in: SeenIn, processes: int, strategy: str, ca
     assert seen["losses"] != pytest.approx(losses, rel=1e-7), "this is fp32"
 
 
+@pytest.mark.parametrize("case", ["fp32", "bf16"])
+def test_a_snapshot_is_the_full_state_each_time_it_is_filled(
+    seen_in: SeenIn, processes: int, strategy: str, case: str
+) -> None:
+    assert seen_in(processes, strategy)[case]["snapshot"]
+
+
 def test_another_world_or_strategy_than_the_one_asked_for_is_refused(
     seen_in: SeenIn, processes: int, strategy: str
 ) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from engine_worker import CONTEXT_LENGTH, SPEC
-from small_run import STEPS, DataSet, FinishedRun
+from small_run import STEPS, DataSet, FinishedRun, checkpoint_urls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import storage
 from job.model.architecture import LanguageModel, ModelSpec, build_model
-from job.training.checkpoint import CheckpointFiles, download_checkpoint, list_checkpoints, open_checkpoint
+from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
 from job.training.export import export_model
 from job.training.metrics import read_metrics
 
@@ -42,7 +42,7 @@ def assert_computes_the_same(folder: Path, ours: LanguageModel, data: DataSet) -
 def test_the_end_of_a_run_is_a_model_that_anybody_can_load(
     finished_run: FinishedRun, data_set: DataSet, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(list_checkpoints(finished_run.output)[-1])
+    checkpoint = open_checkpoint(checkpoint_urls(finished_run.output)[-1])
     download_checkpoint(checkpoint, tmp_path, only=["param"])
     weights = CheckpointFiles(tmp_path, only=["param"])
     spec = ModelSpec(**checkpoint.state.identity["model"])

@@ -1,47 +1,44 @@
 """metrics.jsonl: every step once and in order, whatever was stopped or killed in between."""
 
 from job import storage
-from job.training.metrics import MetricsLog, read_metrics
+from job.training.metrics import MetricsLog, metrics_url, read_metrics
 
 
-def log_steps(log: MetricsLog, steps: range, loss: float) -> None:
-    for step in steps:
-        log.add(step, {"train/loss": loss})
-
-
-def test_what_is_measured_at_a_step_stands_in_one_line(bucket: str) -> None:
-    log = MetricsLog(bucket, from_step=0)
+def test_what_is_measured_at_a_step_stands_in_one_line() -> None:
+    log = MetricsLog()
     log.add(1, {"train/loss": 5.5})
     log.add(2, {"train/loss": 5.25})
     log.add(2, {"validation/loss": 6.0, "样本": "人工智能"})
-    log.store()
-    lines = storage.read_bytes(f"{bucket}/logs/metrics.jsonl").decode().splitlines()
-    assert lines == [
+    assert log.content().decode().splitlines() == [
         '{"step": 1, "train/loss": 5.5}',
         '{"step": 2, "train/loss": 5.25, "validation/loss": 6.0, "样本": "人工智能"}',
     ]
 
 
-def test_a_run_that_goes_on_drops_the_lines_that_its_checkpoint_does_not_know(bucket: str) -> None:
-    before = MetricsLog(bucket, from_step=0)
-    log_steps(before, range(1, 11), loss=1.0)
-    before.store()
-    after = MetricsLog(bucket, from_step=6)
-    log_steps(after, range(7, 13), loss=2.0)
-    after.store()
-    rows = read_metrics(bucket)
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["train/loss"] for row in rows] == [1.0] * 6 + [2.0] * 6
+def test_a_log_goes_on_from_any_of_its_lines_as_if_there_had_been_no_stop(bucket: str) -> None:
+    whole = MetricsLog()
+    contents = [whole.content()]
+    for step in range(1, 6):
+        whole.add(step, {"train/loss": 1.0 / step})
+        contents.append(whole.content())
+        whole.add(step, {"validation/loss": 2.0 / step})
+        contents.append(whole.content())
+    for begun, content in enumerate(contents):
+        log = MetricsLog(content)
+        for number in range(begun, 10):
+            step, name = number // 2 + 1, "validation/loss" if number % 2 else "train/loss"
+            log.add(step, {name: (2.0 if number % 2 else 1.0) / step})
+        assert log.content() == whole.content()
+    storage.write_bytes(metrics_url(bucket), whole.content())
+    assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_begins_anew_begins_a_new_log(bucket: str) -> None:
-    before = MetricsLog(bucket, from_step=0)
-    log_steps(before, range(1, 11), loss=1.0)
-    before.store()
-    after = MetricsLog(bucket, from_step=0)
-    log_steps(after, range(1, 3), loss=2.0)
-    after.store()
-    assert [row["train/loss"] for row in read_metrics(bucket)] == [2.0, 2.0]
+def test_it_knows_what_was_measured_at_the_last_step() -> None:
+    log = MetricsLog(b'{"step": 3, "train/loss": 5.0}\n{"step": 4, "validation/loss": 6.0}\n')
+    assert log.has(4, "validation/loss")
+    assert not log.has(4, "train/loss")
+    assert not log.has(3, "train/loss")
+    assert not MetricsLog().has(0, "train/loss")
 
 
 def test_nothing_is_read_where_nothing_was_written(bucket: str) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from engine_worker import RESUMES_FROM, SAVED_STEP, WORLDS
-from small_run import STEPS, DataSet, FinishedRun, run, saved_steps, stored, train_until, write_settings
+from small_run import STEPS, DataSet, FinishedRun, checkpoint_urls, run, saved_steps, stored, train_until, write_settings
 
 from job import storage
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
-from job.training.checkpoint import list_checkpoints, open_checkpoint
+from job.training.checkpoint import open_checkpoint
 from job.training.metrics import read_metrics
 
 SeenIn = Callable[[int, str], dict[str, Any]]
@@ -78,12 +78,12 @@ def test_a_run_stopped_twice_is_to_the_bit_the_run_that_was_not(
     assert f"step {stops[-1] + 1}/{STEPS}" in out
     assert f"step {stops[-1]}/{STEPS}" not in out
 
-    final, expected = (list_checkpoints(one)[-1] for one in (output, finished_run.output))
+    final, expected = (checkpoint_urls(one)[-1] for one in (output, finished_run.output))
     assert tensor_files(final) == tensor_files(expected), f"stopped after {stops}"
     assert saved_steps(output) == [stops[-1], STEPS], "keep: 2"
     assert [row["step"] for row in read_metrics(output)] == list(range(1, STEPS + 1))
     assert measured(output) == measured(finished_run.output)
-    run_ids = {open_checkpoint(url).state.run_id for url in list_checkpoints(output)}
+    run_ids = {open_checkpoint(url).state.run_id for url in checkpoint_urls(output)}
     assert run_ids == {storage.read_json(f"{output}/run.json")["id"]}
 
 
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_a_named_checkpoint_of_another_one_in_another_world(
 ) -> None:
     output, begun = f"{s3_server.create_bucket('forked-run')}/run", STEPS // 2
     origin = stored(finished_run.output)
-    checkpoint = f"{finished_run.output}/checkpoints/step-{begun:08d}"
+    checkpoint = f"{finished_run.output}/checkpoints/step-{begun:08d}-a1"
     train = {"resume": checkpoint, "processes": 1, "strategy": "ddp", "micro_batch_size": 8}
     code, out, err = run("train", write_settings(tmp_path, data_set, output, train=train))
     assert (code, err) == (EXIT_DONE, ""), out + err
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
     finished_run: FinishedRun, data_set: DataSet, s3_server: S3Server, tmp_path: Path
 ) -> None:
     bucket = s3_server.create_bucket("refused-run")
-    origin, checkpoint = stored(finished_run.output), list_checkpoints(finished_run.output)[0]
+    origin, checkpoint = stored(finished_run.output), checkpoint_urls(finished_run.output)[0]
     settings = write_settings(
         tmp_path,
         data_set,

@@ -1,0 +1,164 @@
+"""Where a start of a run goes on from: decided once, by the first process, before anything is overwritten."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from job import storage
+from job.data.tokenizer import TextTokenizer, store_tokenizer
+from job.errors import NoProgress, UserError
+from job.training.attempts import GAVE_UP, Attempt, Attempts
+from job.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    check_identity,
+    checkpoints_url,
+    download_checkpoint,
+    good_checkpoints,
+    list_checkpoints,
+    open_checkpoint,
+)
+from job.training.run import RunRecord, begin_run, read_run
+from job.training.start import Start
+from job.training.trained import TOKENIZER_FOLDER
+
+_AUTO, _NEVER = "auto", "never"
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run that this start has taken over."""
+
+    record: RunRecord
+    attempt: Attempt
+    checkpoint: Checkpoint | None
+    """Where it goes on from; None: from the beginning."""
+    metrics: bytes
+    """The run's log up to there."""
+
+
+def open_run(
+    output: str,
+    *,
+    name: str | None,
+    resume: str,
+    start: Start,
+    tokenizer: TextTokenizer,
+    identity: Mapping[str, Any],
+    config: dict[str, Any],
+    max_attempts: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> OpenedRun:
+    """Takes the run at `output` over, or begins it, and brings the checkpoint to go on from to `folder`.
+
+    Whatever is known to be wrong is refused before the run is taken from somebody who may be writing it. The tokenizer
+    is kept with the run, so that a checkpoint is usable without its shards.
+
+    Args:
+        output: the run's prefix.
+        name: of a new run.
+        resume: `train.resume`.
+        start: this one.
+        tokenizer: of the data.
+        identity: what the run is made of.
+        config: all settings, for its record.
+        max_attempts: starts without a new checkpoint after which to give up.
+        folder: local, takes the checkpoint's tensors.
+        say: takes a line for the log.
+
+    Raises:
+        UserError: there is nothing to go on from though there should be, or it does not fit.
+        NoProgress: too many starts have come no further.
+    """
+    attempts, run = Attempts(output), read_run(output)
+    begun_at = None if run is None else _begun_at(attempts, resume, start)
+    starts_over = resume == _NEVER and begun_at is None
+    origin = None if resume in (_AUTO, _NEVER) else open_checkpoint(resume)
+    if run is None and not starts_over and list_checkpoints(output):
+        expected = "checkpoints are there, but no run.json that says whose they are"
+        raise UserError("run.output", output, expected, "put it back, choose another place, or set train.resume never")
+
+    def candidates(refused: Callable[[UserError], None]) -> Iterator[Checkpoint]:
+        if run is not None and not starts_over and (origin is None or begun_at is not None):
+            yield from good_checkpoints(output, refused, begun_at or 0, run.id)
+        if origin is not None:
+            yield origin
+
+    _choose(candidates, output, lambda candidate: check_identity(candidate.state, identity, candidate.url))
+    if (before := attempts.newest()) is not None and before.ended is None:
+        say(f"taking the run over from {before.who}, which has not said that it ended")
+    if resume != _AUTO and begun_at is not None:
+        say(f"train.resume is {resume}, and attempt {begun_at} has begun from there: going on")
+
+    store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
+    if run is None or starts_over:
+        run = begin_run(output, name, config, replace=starts_over)
+    attempt = attempts.claim(run.id, start.name, start.job_id, resume)
+    metrics = b""
+
+    def fetch(candidate: Checkpoint) -> None:
+        nonlocal metrics
+        metrics = candidate.metrics() if candidate.state.run_id == run.id else b""
+        download_checkpoint(candidate, folder)
+
+    checkpoint = _choose(candidates, output, fetch, say)
+    attempt = attempts.update(replace(attempt, from_step=0 if checkpoint is None else checkpoint.state.step))
+    try:
+        attempts.check_progress(attempt, max_attempts)
+    except NoProgress as error:
+        attempts.update(replace(attempt, ended=GAVE_UP, error=str(error)))
+        raise
+    return OpenedRun(run, attempt, checkpoint, metrics)
+
+
+def _begun_at(attempts: Attempts, resume: str, start: Start) -> int | None:
+    """The attempt by which this very order to begin somewhere was carried out before; None if it is a new one.
+
+    ``auto`` is always carried out. A checkpoint that is named is where the run begins, and ``never`` begins it once in
+    a job: whoever starts a job again means to go on.
+    """
+    if resume == _AUTO:
+        return 0
+    found = None
+    for number in reversed(attempts.numbers()):
+        one = attempts.read(number)
+        if one is None or one.resume != resume:
+            break
+        if resume == _NEVER and (start.job_id is None or one.job_id != start.job_id):
+            break
+        if one.from_step is not None:
+            found = number
+    return found
+
+
+def _choose(
+    candidates: Callable[[Callable[[UserError], None]], Iterator[Checkpoint]],
+    output: str,
+    accept: Callable[[Checkpoint], None],
+    say: Callable[[str], None] = lambda line: None,
+) -> Checkpoint | None:
+    """The first candidate that is good; None if there are none at all.
+
+    Raises:
+        UserError: there are some, and none is good.
+    """
+    refusals: list[UserError] = []
+
+    def refused(error: UserError) -> None:
+        refusals.append(error)
+        say(f"passed by: {error.value}: {error.expected}")
+
+    for candidate in candidates(refused):
+        try:
+            accept(candidate)
+        except DamagedCheckpoint as error:
+            refused(error)
+        else:
+            return candidate
+    if refusals:
+        said = "; ".join(f"{str(one.value).rpartition('/')[2]}: {one.expected}" for one in refusals)
+        remedy = "put a good one there, name one with train.resume, or start over with --train.resume never"
+        raise UserError("train.resume", checkpoints_url(output), f"none of the checkpoints is good: {said}", remedy)
+    return None
