@@ -1,12 +1,14 @@
 # WikiLLM. `make help` lists the targets.
 
 PYTHON ?= python3.11
+RUNS ?= 25
+SEED ?= 2333
 VENV := .venv
 RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-memory lock clean
+.PHONY: help setup demo test chaos lint format bench-memory lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -25,6 +27,9 @@ demo: setup ## the whole path on this machine: no GPU, no account, no data of yo
 
 test: setup ## all tests, against a real S3 server and real processes
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
+	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos
 
 lint: setup ## style and types
 	$(RUN) -m ruff check .

@@ -9,14 +9,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_LOG_WIDTH = 400
+
 
 class Report:
     """Says things once for the whole run: on other ranks than the first it is silent."""
 
     def __init__(self, rank: int = 0) -> None:
-        # Lines are not wrapped where there is no terminal: a log keeps one event on one line.
+        # Nothing is wrapped where there is no terminal: a log keeps one event on one line.
         terminal = sys.stdout.isatty()
-        self._console = Console(quiet=rank != 0, highlight=False, soft_wrap=not terminal)
+        width = None if terminal else _LOG_WIDTH
+        self._console = Console(quiet=rank != 0, highlight=False, soft_wrap=not terminal, width=width)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 

@@ -10,11 +10,14 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
 import secrets
 import shutil
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -39,7 +42,7 @@ PART_BYTES = 8 * 2**20
 _BUFFER_BYTES = 2**20
 _PARALLEL_REQUESTS = 4
 _UNREACHABLE_SECONDS = 4.0
-"""How long an endpoint that has never answered is tried: a wrong address does not mend itself."""
+"""How long an endpoint that has never answered is tried before a person is told: the address may be wrong."""
 _DOWNLOADS = 3
 """How often a file is fetched before it is called damaged."""
 _NOTICE_SECONDS = 0.1
@@ -52,6 +55,8 @@ _TOKEN, _MD5 = "writer", "md5"
 an object came as it was sent."""
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class _Process:
     options: StoreOptions = StoreOptions()
     filesystems: dict[tuple[int, str], Any] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
+    missed: set[str] = field(default_factory=set)
 
 
 _process = _Process()
@@ -104,6 +110,7 @@ def configure(options: StoreOptions) -> None:
     _process.options = options
     _process.filesystems.clear()
     _process.answered.clear()
+    _process.missed.clear()
 
 
 @dataclass(frozen=True)
@@ -627,7 +634,12 @@ def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_sec
         patience_seconds = min(_UNREACHABLE_SECONDS, _process.options.deadline_seconds)
         if next_try_seconds > patience_seconds and _service(url) not in _process.answered:
             reason = getattr(cause, "kwargs", {}).get("error", cause)
-            raise _wrong_endpoint(url, f"cannot be reached: {reason}") from None
+            wrong = _wrong_endpoint(url, f"cannot be reached: {reason}")
+            if not _may_come_up(cause, reason):
+                raise wrong from None
+            if _service(url) not in _process.missed:
+                _process.missed.add(_service(url))
+                logger.warning("%s; trying for %.0f s", wrong, _process.options.deadline_seconds)
     elif (cause := _cause(error, boto.ClientError)) is not None:
         answer = cause.response.get("Error", {})
         status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -645,6 +657,13 @@ def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_sec
         raise (_wrong_endpoint(url, "is no URL of a service") if _protocol(url) == "s3" else _sent_whole(url)) from None
     elif isinstance(error, IntegrityError) or not isinstance(error, _MAY_PASS):
         raise error
+
+
+def _may_come_up(cause: Exception, reason: object) -> bool:
+    """Whether the address may be right, and the service away for now: all one sees of an outage."""
+    found = getattr(reason, "os_error", None)
+    is_refused = found is not None and not isinstance(found, socket.gaierror | ssl.SSLError | ssl.CertificateError)
+    return is_refused or isinstance(cause, boto.ConnectTimeoutError)
 
 
 def _raise_if_refused(status: int, code: str, message: str, operation: str, url: str) -> None:
@@ -771,5 +790,9 @@ def _published(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[Bi
             file.flush()
             os.fsync(file.fileno())
         publish(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(str(path), None, "no space left on the disk", "make room, or name another place") from None
+        raise
     finally:
         partial.unlink(missing_ok=True)

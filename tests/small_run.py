@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def write_settings(folder: Path, data: DataSet, output: str, **changes: dict[str
         "tracking": {"mode": "disabled"},
     }
     for section, values in changes.items():
-        tree[section] = tree[section] | values
+        tree[section] = tree.get(section, {}) | values
     path = Path(tempfile.mkstemp(".yaml", dir=folder)[1])
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     return path
@@ -126,12 +127,17 @@ class Job:
 
     def read_until(self, beginning: str) -> str:
         """The first further line on standard output that begins so; what comes after it is left in the pipe."""
+        self.read_until_matching(re.escape(beginning))
+        return self.lines[-1]
+
+    def read_until_matching(self, pattern: str) -> re.Match[str]:
+        """The match of the first further line whose beginning is like `pattern`."""
         assert self.process.stdout is not None
         while line := self.process.stdout.readline().decode():
             self.lines.append(line)
-            if line.startswith(beginning):
-                return line
-        raise AssertionError(f"no line began with {beginning!r}:\n{''.join(self.lines)}{self.end()[2]}")
+            if (found := re.match(pattern, line)) is not None:
+                return found
+        raise AssertionError(f"no line began with {pattern!r}:\n{''.join(self.lines)}{self.end()[2]}")
 
     def descendants(self) -> list[psutil.Process]:
         """Every process that it has started, directly or not."""

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from job.cluster import outcome, stop, worker
+from job.cluster import family, outcome, stop
 from job.cluster.outcome import Outcome
 
 _HEARD = "SIGHUP,SIGQUIT"
@@ -20,12 +20,12 @@ _TAKE_DOWN_SECONDS = 3
 
 def main() -> int:
     """Runs the workers, and records which of them were killed: they could not do it themselves."""
-    folder = Path(os.environ[worker.FOLDER_VARIABLE])
+    folder = Path(os.environ[family.FOLDER_VARIABLE])
     # torchrun would pass a signal on and then kill the workers in the middle of their checkpoint, at once if it comes
     # twice: the workers hear of it by the file.
-    stop.listen(lambda number, sender: (folder / worker.STOP_FILE).touch())
-    worker.die_with_parent()
-    os.environ[worker.PARENT_VARIABLE] = str(os.getpid())
+    stop.listen(lambda number, sender: (folder / family.STOP_FILE).touch())
+    family.die_with_parent()
+    os.environ[family.PARENT_VARIABLE] = str(os.getpid())
     try:
         run(parse_args([f"--signals-to-handle={_HEARD}", f"--shutdown-timeout={_TAKE_DOWN_SECONDS}", *sys.argv[1:]]))
     except ChildFailedError as error:
@@ -41,4 +41,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    sys.exit(main())
+    family.leave(main())  # taking torch apart in order takes a second

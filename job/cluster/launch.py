@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from job.cluster import outcome, stop, worker
+from job.cluster import family, outcome, stop, worker
 from job.cluster.outcome import Outcome
 from job.cluster.place import world_from_environment
 from job.config import Config
@@ -35,7 +35,7 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
     if world is not None:
         os.environ |= _worker_environment(world.local_world_size)
         status = worker.work_alone(command, config, world, requests)
-        worker.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
+        family.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         folder, name = Path(scratch), secrets.token_hex(8)
         killed_by: list[int] = []
@@ -43,9 +43,9 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
         (folder / "command").write_text(command)
         environment = os.environ | _worker_environment(processes(config))
         environment |= {
-            worker.FOLDER_VARIABLE: str(folder),
-            worker.PARENT_VARIABLE: str(os.getpid()),
-            worker.START_VARIABLE: f"{time.time()} {name}",
+            family.FOLDER_VARIABLE: str(folder),
+            family.PARENT_VARIABLE: str(os.getpid()),
+            family.START_VARIABLE: f"{time.time()} {name}",
         }
         extensions = environment.get("TORCH_EXTENSIONS_DIR")
         if config.train.strategy == "zero2" and not _gpus() and extensions and not Path(extensions).exists():
@@ -54,6 +54,7 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
             [
                 *(sys.executable, "-m", "job.cluster.agent"),
                 *("--standalone", "--max-restarts=0", f"--nproc-per-node={processes(config)}"),
+                f"--log-dir={folder}",
                 *("-m", "job.cluster.worker"),
             ],
             env=environment,
@@ -64,7 +65,7 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
             killed_by.append(number)
             agent.kill()  # and the workers die with it
 
-        requests.pass_on((folder / worker.STOP_FILE).touch, stop_at_once)
+        requests.pass_on((folder / family.STOP_FILE).touch, stop_at_once)
         agent_code = agent.wait()
         if killed_by:
             sys.stderr.write(f"stopped at once by a second {signal.Signals(killed_by[0]).name}: nothing was saved\n")
@@ -93,6 +94,8 @@ def _gpus() -> int:
 def _worker_environment(processes: int) -> dict[str, str]:
     """What the libraries in a worker have to be told before they are imported; a user's own settings win."""
     wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
+    # Nothing is compiled; DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer.
+    wanted |= {"TORCHDYNAMO_DISABLE": "1"}
     if not _gpus():
         wanted |= {
             "DS_ACCELERATOR": "cpu",

@@ -1,18 +1,16 @@
 """One process of a run, as torchrun starts it: joins the others, does its part, and records how it ended."""
 
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from job import storage
 from job.cluster import outcome, stop
+from job.cluster.family import FOLDER_VARIABLE, PARENT_VARIABLE, START_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
 from job.cluster.place import job_id_from_environment, world_from_environment
 from job.config import Config, name_setting
@@ -20,16 +18,6 @@ from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError
 from job.quiet import silence_libraries
 from job.training.start import Start
 from job.training.world import World
-
-FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
-"""Names the local folder that holds the command, the settings (config.json), and takes the outcomes."""
-PARENT_VARIABLE = "WIKILLM_PARENT_PID"
-"""The process that this one must not outlive."""
-START_VARIABLE = "WIKILLM_START"
-"""When the entrypoint began (seconds since 1970), and a name that no other start has."""
-STOP_FILE = "stop"
-"""Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
-_PR_SET_PDEATHSIG = 1
 
 
 def work(command: str, config: Config, world: World, start: Start) -> str:
@@ -92,21 +80,6 @@ def main() -> int:
     else:
         return EXIT_DONE
     return EXIT_FAILED
-
-
-def die_with_parent() -> None:
-    """Has the kernel kill this process as soon as its parent is gone, however that ended: none trains on in secret."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT_VARIABLE]):  # it was gone before
-        leave(EXIT_FAILED)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process; communication threads may abort one that shuts down in the usual way, after all is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _start(stop_requested: Callable[[], bool], on_hang: Callable[[str], None]) -> Start:

@@ -319,7 +319,7 @@ class Engine:
 
         With the `guard_state` of then, the same steps are skipped from here on as would have been.
         """
-        if guard_state is not None:
+        if guard_state:
             self.guard.load_state(guard_state)
         for state in self._adamw.state.values():
             state["step"].fill_(step - int(self.guard.skipped_steps))

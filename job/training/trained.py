@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import Qwen2ForCausalLM
 
 from job import storage
@@ -75,7 +76,7 @@ def _is_folder(url: str) -> bool:
 
 
 def _pass_by(error: UserError) -> None:
-    logger.warning("passed by: %s", error)
+    logger.warning("passed by %s: %s", error.value, error.expected)
 
 
 def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_dir: Path) -> TrainedModel:
@@ -109,6 +110,6 @@ def _from_folder(url: str, setting: str, cache_dir: Path) -> TrainedModel:
                 storage.download_file(entry.url, folder / entry.url.rpartition("/")[2], size=entry.size)
         try:
             model = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(setting, url, f"not a model: {one_line(str(error))[:200]}") from None
     return TrainedModel(model, tokenizer, model.config.max_position_embeddings, url)

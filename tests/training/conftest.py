@@ -46,7 +46,7 @@ def seen_in(
 
     def resumed(world: tuple[int, str], source: tuple[int, str], precision: str) -> Case:
         name = f"{precision} resumed" if source == world else f"{precision} resumed from {source[0]} x {source[1]}"
-        checkpoint = f"{output(source, precision)}/checkpoints/step-{SAVED_STEP:08d}"
+        checkpoint = f"{output(source, precision)}/checkpoints/step-{SAVED_STEP:08d}-a1"
         return Case(name, precision, 1, SAVED_STEP, LAST_STEP, checkpoint, {LAST_STEP: output(world, name)})
 
     def cases(world: tuple[int, str]) -> Iterator[Case]:

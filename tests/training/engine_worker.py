@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ from job.data.tokenizer import load_tokenizer
 from job.errors import UserError
 from job.model.architecture import LanguageModel, ModelSpec, build_model
 from job.quiet import silence_libraries
+from job.training.agreement import Lockstep
 from job.training.checkpoint import (
     CheckpointFiles,
     TrainingState,
@@ -39,7 +41,7 @@ from job.training.held_out import HeldOut
 from job.training.world import World
 
 SPEC = ModelSpec(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+    hidden_size=30, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=48
 )
 VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH = 300, 0, 16
 GLOBAL_BATCH_SIZE = 16
@@ -166,7 +168,7 @@ def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
             checkpoint = open_checkpoint(case.resume)
             download_checkpoint(checkpoint, Path(scratch))
             assert checkpoint.state.step == case.first_step
-            engine.load_state(case.first_step, CheckpointFiles(Path(scratch)))
+            engine.load_state(case.first_step, CheckpointFiles(Path(scratch)), checkpoint.state.guard)
     if case.goes_on_from is not None:
         kept_step, parameters, guard_state = KEPT[case.goes_on_from]
         assert kept_step == case.first_step
@@ -192,15 +194,18 @@ def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
         seen["finite"].append(of_all_ranks(world, bool(result.computed_nats.isfinite())))
         seen["guard"].append(engine.guard_state())
         seen["engines"].append(of_all_ranks(world, digest(engine)))
-        if step + 1 in (case.keeps, SAVED_STEP, case.last_step):
+        if step + 1 in {SAVED_STEP, case.last_step, case.keeps, *case.saves}:
             full_state = dict(engine.full_state())
             engine.copy_state(snapshot)
             seen["snapshot"] &= snapshot is None or is_filled_with(snapshot, full_state)
             if step + 1 == case.keeps:
                 copied = {name: {key: t.clone() for key, t in of.items()} for name, of in full_state.items()}
                 KEPT[case.name] = step + 1, copied, json.dumps(engine.guard_state())
-        if step + 1 in case.saves:
-            seen["checkpoint"] = save(engine, case.saves[step + 1], step + 1, world)
+        if step + 1 in case.saves and snapshot is not None:
+            windows, guard = GLOBAL_BATCH_SIZE * (step + 1), engine.guard_state()
+            state = TrainingState("a-run", 1, step + 1, windows, 0, {}, {}, guard)
+            seen["checkpoint"] = save_checkpoint(case.saves[step + 1], state, snapshot.tensors, metrics=b"").url
+        accelerator.wait_for_everyone()
     return seen
 
 
@@ -259,19 +264,6 @@ def run_out_of_memory(name: str, world: World) -> str:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def save(engine: Engine, output: str, step: int, world: World) -> str | None:
-    """Saves the engine as a run does; returns the checkpoint's URL on the first rank."""
-    state = TrainingState("a-run", step, GLOBAL_BATCH_SIZE * step, 0, {}, {})
-    saved = None
-    if world.rank == 0:
-        saved = save_checkpoint(output, state, engine.full_state(), Path(tempfile.gettempdir())).url
-    else:
-        for _ in engine.full_state():
-            pass
-    engine.accelerator.wait_for_everyone()
-    return saved
-
-
 def evaluate_held_out(shards: str, world: World, folder: Path) -> dict[str, float]:
     """The new model on the held-out shards, over all processes."""
     manifest = load_manifest(shards)
@@ -281,7 +273,7 @@ def evaluate_held_out(shards: str, world: World, folder: Path) -> dict[str, floa
     )
     model = LanguageModel(build_model(SPEC, manifest.vocab_size, manifest.eod_id, CONTEXT_LENGTH, seed=1))
     found = HeldOut(config, manifest, tokenizer, CONTEXT_LENGTH, world).evaluate(
-        model, torch.device("cpu"), nullcontext
+        model, torch.device("cpu"), nullcontext, Lockstep(world, lambda: False, lambda: None)
     )
     assert found is not None
     return asdict(found)
@@ -310,6 +302,11 @@ def forget_accelerate() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    dist.barrier()
-    leave(0)
+    code = 1
+    try:
+        main(Path(sys.argv[1]))
+        dist.barrier()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    leave(code)

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 from engine_worker import RESUMES_FROM, SAVED_STEP, WORLDS
-from small_run import STEPS, DataSet, FinishedRun, checkpoint_urls, run, saved_steps, stored, train_until, write_settings
+from small_run import (
+    STEPS,
+    DataSet,
+    FinishedRun,
+    checkpoint_urls,
+    run,
+    saved_steps,
+    stored,
+    train_until,
+    write_settings,
+)
 
 from job import storage
 from job.demo.server import S3Server

@@ -1,0 +1,148 @@
+"""What must hold for a run that was killed over and over: all is as if nothing had happened, and nothing is left of it.
+
+`make chaos` runs this; RUNS and SEED say how often it is killed and what is drawn.
+"""
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos import DRIZZLE, Chaos, plan, processes_of
+from fault_proxy import FaultProxy
+from small_run import DataSet, Job, checkpoint_urls, prepare_sample, stored, write_settings
+
+from job import storage
+from job.demo.server import S3Server
+from job.errors import EXIT_DONE
+from job.training.attempts import Attempts
+from job.training.checkpoint import checkpoints_url, open_checkpoint
+from job.training.metrics import read_metrics
+from job.training.run import read_run
+
+RUNS, SEED = int(os.environ.get("RUNS", "25")), int(os.environ.get("SEED", "2333"))
+STEPS = 60 + 14 * RUNS
+EVALUATE_EVERY = 20
+BUCKET = "chaos"
+_LONGEST_SECONDS = 3600
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
+
+
+def settings_of(folder: Path, data: DataSet, output: str) -> Path:
+    """A run of two million parameters: the files of a checkpoint take more than one part to upload."""
+    return write_settings(
+        folder,
+        data,
+        output,
+        model={"hidden_size": 256, "intermediate_size": 1024},
+        train={"max_steps": STEPS, "learning_rate": 2e-3, "max_attempts_without_progress": 100, "hang_timeout": "2m"},
+        checkpoint={"every": 5, "keep": 4},
+        evaluate={"every": EVALUATE_EVERY, "max_windows": 64},
+        generate={"prompts": ["人工智能", "牛顿"], "max_new_tokens": 8},
+        store={"read_timeout_seconds": 3, "deadline_seconds": 60},
+    )
+
+
+@pytest.fixture(scope="module")
+def data_set(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return prepare_sample(s3_server, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(s3_server: S3Server, data_set: DataSet, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output of a run of the same settings that nobody disturbs."""
+    output = f"{s3_server.create_bucket('undisturbed')}/run"
+    with Job("train", settings_of(tmp_path_factory.mktemp("undisturbed"), data_set, output)) as job:
+        code, out, err = job.end(seconds=_LONGEST_SECONDS)
+    assert (code, err) == (EXIT_DONE, ""), out + err
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the disturbed run has of the local disk."""
+    return tmp_path_factory.mktemp("chaos")
+
+
+@pytest.fixture(scope="module")
+def killed(s3_server: S3Server, data_set: DataSet, undisturbed: str, folder: Path) -> str:
+    """The output of the run that was killed again and again."""
+    output = f"{s3_server.create_bucket(BUCKET)}/run"
+    (folder / "tmp").mkdir()
+    with FaultProxy(s3_server.endpoint_url, SEED, DRIZZLE) as proxy:
+        settings = settings_of(folder, data_set, output)
+        chaos = Chaos(output, settings, EVALUATE_EVERY, plan(RUNS, SEED), s3_server, proxy, folder / "tmp")
+        print(f"\n{RUNS} kills with seed {SEED} in a run of {STEPS} steps", flush=True)
+        chaos.run()
+    print(f"\n{chaos.table()}\n", flush=True)
+    assert chaos.survivors == []
+    return output
+
+
+def test_weights_and_moments_are_to_the_bit_those_of_an_undisturbed_run(killed: str, undisturbed: str) -> None:
+    ends = [open_checkpoint(checkpoint_urls(output)[-1]) for output in (killed, undisturbed)]
+    assert [end.state.step for end in ends] == [STEPS, STEPS]
+    sums = [{name: file["sha256"] for name, file in end.files.items() if "safetensors" in name} for end in ends]
+    assert len(sums[0]) == 3
+    assert sums[0] == sums[1]
+
+
+def test_the_exported_model_is_that_of_an_undisturbed_run(killed: str, undisturbed: str) -> None:
+    def exported(output: str) -> dict[str, str]:
+        files = stored(f"{output}/final")
+        return {url.removeprefix(output): hashlib.sha256(content).hexdigest() for url, content in files.items()}
+
+    assert "/final/model.safetensors" in exported(killed)
+    assert exported(killed) == exported(undisturbed)
+
+
+def test_each_step_is_in_the_log_once_in_order_with_the_values_of_an_undisturbed_run(
+    killed: str, undisturbed: str
+) -> None:
+    def measured(output: str) -> list[dict[str, Any]]:
+        """All but what depends on the time it took."""
+        rows = read_metrics(output)
+        return [{name: row[name] for name in row if not name.startswith(("speed/", "memory/"))} for row in rows]
+
+    rows = measured(killed)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {"train/loss", "train/gradient_norm", "train/learning_rate", "train/tokens_seen"} <= rows[0].keys()
+    evaluated = [*range(EVALUATE_EVERY, STEPS, EVALUATE_EVERY), STEPS]
+    assert [row["step"] for row in rows if "validation/loss" in row] == evaluated
+    assert rows == measured(undisturbed)
+
+
+def test_it_has_been_one_run_all_the_time(killed: str) -> None:
+    record, attempts = read_run(killed), Attempts(killed)
+    found = [attempts.read(number) for number in attempts.numbers()]
+    assert record is not None
+    assert {one.run_id for one in found if one is not None} == {record.id}
+    assert {open_checkpoint(url).state.run_id for url in checkpoint_urls(killed)} == {record.id}
+
+
+def test_no_process_lives_on(killed: str) -> None:
+    assert processes_of(lambda number: True) == []
+
+
+def test_no_lock_and_nothing_half_is_left_on_the_disk(killed: str, folder: Path) -> None:
+    for path in (folder / "cache").iterdir():
+        assert not path.name.endswith(".partial")
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert sorted(str(path) for path in (folder / "tmp").rglob("*") if path.is_file()) == []
+
+
+def test_nothing_half_is_left_in_the_store(killed: str, s3_server: S3Server) -> None:
+    sizes = {entry.url: entry.size for entry in storage.list_files(checkpoints_url(killed))}
+    folders = {url.rpartition("/")[0] for url in sizes}
+    assert folders == set(checkpoint_urls(killed))
+    for url in folders:
+        files = open_checkpoint(url).files
+        expected = {f"{url}/{name}": file["size"] for name, file in files.items()}
+        found = {one: size for one, size in sizes.items() if one.startswith(f"{url}/")}
+        assert found.pop(f"{url}/manifest.json") > 0
+        assert found == expected
+    assert s3_server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
