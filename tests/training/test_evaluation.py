@@ -119,7 +119,7 @@ def test_nothing_held_out_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "processes"), [("", 2), (f"checkpoints/step-{STEPS:08d}", 1), ("final", 1)], ids=str
+    ("source", "processes"), [("", 2), (f"checkpoints/step-{STEPS:08d}-a1", 1), ("final", 1)], ids=str
 )
 def test_the_command_finds_the_number_of_the_run_in_whatever_it_left(
     finished_run: FinishedRun, source: str, processes: int

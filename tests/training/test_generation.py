@@ -166,7 +166,7 @@ def test_the_command_continues_with_whatever_a_run_left(
     code, out, err = run("generate", finished_run.settings, PROMPT, "--generate.model", final)
     assert (code, err) == (0, ""), out + err
     assert out.startswith(PROMPT) and len(out) > len(PROMPT) + 1
-    for source in (None, f"{finished_run.output}/checkpoints/step-{STEPS:08d}"):
+    for source in (None, f"{finished_run.output}/checkpoints/step-{STEPS:08d}-a1"):
         config = settings.load(str(finished_run.settings), [("generate.model", source)] if source else [])
         assert commands.generate(config, [PROMPT]) == 0
         assert capsys.readouterr().out == out
