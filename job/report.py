@@ -1,5 +1,6 @@
 """What a person watching the run sees: one line a log interval, and on a terminal a bar with rate and time left."""
 
+import math
 import sys
 from collections.abc import Iterable
 from datetime import timedelta
@@ -66,14 +67,15 @@ class Report:
 
 
 def metrics_line(step: int, total_steps: int, values: dict[str, Any], seconds_left: float) -> str:
-    """The line of a log interval."""
+    """The line of a log interval; what is not finite is not among the values."""
     parts = [
         f"step {step}/{total_steps}",
-        f"loss {values['train/loss']:.4f}",
+        f"loss {values.get('train/loss', math.nan):.4f}",
         f"lr {values['train/learning_rate']:.2e}",
-        f"grad norm {values['train/gradient_norm']:.3f}",
+        f"grad norm {values.get('train/gradient_norm', math.inf):.3f}",
         f"{values['speed/tokens_per_second']:,.0f} tokens/s",
         *([f"MFU {values['speed/mfu']:.1%}"] if "speed/mfu" in values else []),
+        *([f"skipped {values['train/skipped_steps']}"] if values["train/skipped_steps"] else []),
         f"data wait {values['speed/data_wait']:.1%}",
         f"memory {values['memory/peak_gib']:.2f} GiB",
         f"seen {values['train/tokens_seen']:,} tokens",

@@ -469,8 +469,10 @@ class Chaos:
         started = "" if job.first_step_seconds is None else f"first step after {job.first_step_seconds:4.1f} s, "
         became = "it went on" if line.code is None else f"exit code {line.code}"
         seconds = time.monotonic() - self._began
+        step = job.steps[-1] if job.steps else self._last_step
         print(
-            f"{len(self.lines):4d}/{len(self._plan)} | {seconds:6.0f} s | start {job.number:3d}: {started}step {self._last_step:4d} | in {line.kill.moment.value}: {line.what} | {became}",
+            f"{len(self.lines):4d}/{len(self._plan)} | {seconds:6.0f} s | start {job.number:3d}: {started}"
+            f"step {step:4d} | in {line.kill.moment.value}: {line.what} | {became}",
             flush=True,
         )
 
@@ -507,9 +509,9 @@ class Chaos:
             f"moments: {', '.join(f'{moment} x {n}' for moment, n in moments.most_common())}",
             f"faults of the store: {', '.join(f'{fault} x {n}' for fault, n in faults.most_common())}"
             f" in {len(self._proxy.requests)} requests",
-            f"{self.starts} starts; most without a newer checkpoint: {self.longest_streak()}",
-            f"{self._last_step} steps and {sum(one.redone_steps for one in self.lines)} again, in {self.seconds:.0f} s; "
-            f"to the first step {_median(self._first_seconds)} s, median",
+            f"{self.starts} starts, at most {self.longest_streak()} one after the other without a newer checkpoint; "
+            f"{_median(self._first_seconds)} s to the first step, median",
+            f"{self._last_step} steps, {sum(one.redone_steps for one in self.lines)} redone, {self.seconds:.0f} s in all",
         ]
         return "\n".join(rows)
 

@@ -128,7 +128,7 @@ def test_no_process_lives_on(killed: str) -> None:
 
 
 def test_no_lock_and_nothing_half_is_left_on_the_disk(killed: str, folder: Path) -> None:
-    for path in (folder / "cache").iterdir():
+    for path in (folder / "cache").rglob("*.*"):
         assert not path.name.endswith(".partial")
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

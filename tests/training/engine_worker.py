@@ -44,16 +44,23 @@ SPEC = ModelSpec(
     hidden_size=30, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=48
 )
 VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH = 300, 0, 16
-GLOBAL_BATCH_SIZE = 16
+GLOBAL_BATCH_SIZE = 24
 ADAMW = AdamW(weight_decay=0.3, beta1=0.9, beta2=0.95, epsilon=1e-5)
 """An epsilon so large that a gradient of nothing but rounding errors (of a key bias) moves nothing."""
 GRADIENT_CLIPPING = 1.5
 """Between the norms of the even steps and those of the odd ones, which are clipped."""
 SAVED_STEP, LAST_STEP = 3, 6
 
-WORLDS = [(1, "ddp"), (2, "zero2"), (1, "zero2"), (2, "ddp")]
+WORLDS = [(1, "ddp"), (2, "zero2"), (3, "ddp"), (1, "zero2"), (3, "zero2"), (2, "ddp")]
 """Processes and strategy, in an order in which each resumes only from earlier ones."""
-RESUMES_FROM = {(1, "ddp"): [], (2, "zero2"): [(1, "ddp")], (1, "zero2"): [(2, "zero2")], (2, "ddp"): [(2, "zero2")]}
+RESUMES_FROM = {
+    (1, "ddp"): [],
+    (2, "zero2"): [(1, "ddp")],
+    (3, "ddp"): [(2, "zero2")],
+    (1, "zero2"): [(3, "ddp")],
+    (3, "zero2"): [(1, "zero2"), (2, "zero2")],
+    (2, "ddp"): [(3, "zero2")],
+}
 """Of which other worlds' checkpoints each world goes on."""
 
 
