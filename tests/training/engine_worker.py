@@ -118,7 +118,7 @@ def global_batch(step: int) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB_SIZE, (GLOBAL_BATCH_SIZE, CONTEXT_LENGTH + 1), generator=generator)
-    targets = torch.tensor([0, 0, 0, 0, 1, 1, 0, 2, 1, 0, 3, 2, 9, 14, 16, 16]).unsqueeze(-1)
+    targets = torch.tensor([0] * 8 + [0, 0, 0, 0, 1, 1, 0, 2, 1, 0, 3, 2, 9, 14, 16, 16]).unsqueeze(-1)
     if step % 2:
         targets = targets // 4
     labels = tokens[:, 1:].masked_fill(torch.arange(CONTEXT_LENGTH) >= targets, -100)
