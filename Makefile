@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint format bench-memory lock clean
+.PHONY: help setup demo test chaos lint format bench-memory bench-checkpoint lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -42,6 +42,9 @@ format: setup ## formats the code
 
 bench-memory: setup ## peak memory of the chunked loss against the plain one (needs 14 GiB)
 	$(RUN) -m benchmarks.loss_memory
+
+bench-checkpoint: setup ## how long training stands still for a checkpoint of 100 M parameters (needs 6 GiB)
+	$(RUN) -m benchmarks.checkpoint_stall
 
 lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock

@@ -14,7 +14,16 @@ from rich.markup import escape
 from job import config as settings
 from job.cluster import stop
 from job.config import Config
-from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, UserError, without_passwords
+from job.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NO_PROGRESS,
+    EXIT_REFUSED,
+    NoProgress,
+    UserError,
+    without_passwords,
+)
 
 _DEFAULT_CONFIG = "job.yaml"
 
@@ -48,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
+    except NoProgress as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_NO_PROGRESS
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -215,7 +215,12 @@ def open_read(url: str) -> BinaryIO:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole content, in one request: for what is small. Raises FileNotFoundError."""
+    """The whole content, in one request: for what is small.
+
+    Raises:
+        FileNotFoundError: there is none.
+        IntegrityError: it is damaged in the store.
+    """
     if not is_remote(url):
         return _local(url).read_bytes()
     if _protocol(url) == "s3":
@@ -407,13 +412,28 @@ def delete_tree(prefix: str) -> None:
         shutil.rmtree(_local(prefix), ignore_errors=True)
         return
     delete(entry.url for entry in list_files(prefix))
+    abort_uploads(prefix)
+
+
+def abort_uploads(prefix: str, is_abandoned: Callable[[str], bool] = lambda url: True) -> None:
+    """Removes what uploads to a folder that were killed have left in the store: no list of files shows it.
+
+    Who may not see it leaves it to the store's own rules.
+
+    Args:
+        prefix: the folder.
+        is_abandoned: whether nobody uploads to this URL any more.
+    """
+    if not is_remote(prefix):
+        return
     place = _place(f"{prefix.removesuffix('/')}/")
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError, UserError):
         found = _s3("list", prefix, "list_multipart_uploads", Bucket=place["Bucket"], Prefix=place["Key"])
         for upload in found.get("Uploads", []):
             request = {"Bucket": place["Bucket"], "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            with suppress(FileNotFoundError):  # completed or aborted since
-                _s3("delete", prefix, "abort_multipart_upload", **request)
+            if is_abandoned(f"s3://{place['Bucket']}/{upload['Key']}"):
+                with suppress(FileNotFoundError):  # completed or aborted since
+                    _s3("delete", prefix, "abort_multipart_upload", **request)
 
 
 # ── S3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -435,13 +455,15 @@ def _get(url: str, version: str | None = None, start: int = 0, end: int | None =
 
     Raises:
         FileNotFoundError: there is none.
-        IntegrityError: it is not of this `version`.
+        IntegrityError: it is not of this `version`, or other than it was written, however often it is fetched.
     """
     filesystem, request = _filesystem(url), _place(url)
     if end is not None:
         request["Range"] = f"bytes={start}-{end - 1}"
+    fetched = 0
 
     async def get() -> bytes:
+        nonlocal fetched
         answer = await filesystem._call_s3("get_object", **request)
         async with answer["Body"] as body:
             if version and version != answer["ETag"]:
@@ -449,7 +471,9 @@ def _get(url: str, version: str | None = None, start: int = 0, end: int | None =
             data = _whole(await body.read(), answer["ContentLength"] if end is None else end - start)
         written = answer.get("Metadata", {}).get(_MD5)
         if end is None and written and written != _md5(data).hex():
-            raise ConnectionError("other bytes came than were written")
+            fetched += 1
+            kind = ConnectionError if fetched < _DOWNLOADS else IntegrityError
+            raise kind(f"read {url}: other bytes came than were written")
         return data
 
     return _run("read", url, get)

@@ -97,10 +97,7 @@ class Checkpoint:
 
     def metrics(self) -> bytes:
         """The run's log up to this step."""
-        content = storage.read_bytes(storage.join(self.url, _METRICS))
-        if hashlib.sha256(content).hexdigest() != self.files[_METRICS]["sha256"]:
-            raise _damaged(self.url, f"{_METRICS} is not what its manifest says")
-        return content
+        return _read(self.url, _METRICS, self.files)
 
 
 def checkpoints_url(output: str) -> str:
@@ -252,17 +249,24 @@ def kept_checkpoints(names: list[Name], keep: int, keep_every: int | None) -> se
 def delete_old_checkpoints(output: str, keep: int, keep_every: int | None, newest: Name) -> list[Name]:
     """Deletes what the checkpoint `newest`, just written, makes old, and what uploads that broke off have left.
 
-    A checkpoint's manifest goes first, so that no half of one is ever taken for a whole.
+    A checkpoint's manifest goes first, so that no half of one is ever taken for a whole. What later attempts write is
+    none of the business of one that may not know yet that they have taken over.
 
     Returns:
         Those that are left.
     """
-    folders = _folders(output)
+    folders = {name: is_whole for name, is_whole in _folders(output).items() if name.attempt <= newest.attempt}
     names = [name for name, is_complete in folders.items() if is_complete]
     kept = kept_checkpoints([name for name in lineage(Attempts(output), names) if name <= newest], keep, keep_every)
     for name in folders.keys() - kept:
         storage.delete([storage.join(name.url(output), _MANIFEST)])
         storage.delete_tree(name.url(output))
+
+    def is_abandoned(file_url: str) -> bool:
+        name = _name(file_url)
+        return name is not None and name.attempt <= newest.attempt
+
+    storage.abort_uploads(checkpoints_url(output), is_abandoned)
     return sorted(kept)
 
 
@@ -270,11 +274,15 @@ def _folders(output: str) -> dict[Name, bool]:
     """The checkpoints' folders, and whether each has its manifest."""
     found: dict[Name, bool] = {}
     for entry in storage.list_files(checkpoints_url(output)):
-        folder, _, file = entry.url.rpartition("/")
-        if (parts := _NAME.fullmatch(folder.rpartition("/")[2])) is not None:
-            name = Name(int(parts[1]), int(parts[2]))
-            found[name] = found.get(name, False) or file == _MANIFEST
+        if (name := _name(entry.url)) is not None:
+            found[name] = found.get(name, False) or entry.url.endswith(f"/{_MANIFEST}")
     return found
+
+
+def _name(file_url: str) -> Name | None:
+    """The checkpoint that a file belongs to."""
+    parts = _NAME.fullmatch(file_url.split("/")[-2])
+    return None if parts is None else Name(int(parts[1]), int(parts[2]))
 
 
 # ---- Reading one ----
@@ -293,20 +301,14 @@ def open_checkpoint(url: str) -> Checkpoint:
         save_seconds = float(manifest["save_seconds"])
     except FileNotFoundError:
         raise UserError("train.resume", url, f"no complete checkpoint there (it has no {_MANIFEST})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, storage.IntegrityError):
         raise _damaged(url, f"{_MANIFEST} is damaged") from None
     if version != FORMAT_VERSION:
         expected = f"has format version {version!r}, this program reads {FORMAT_VERSION}"
         raise UserError("train.resume", url, expected, "use the version of the program that wrote it")
     if not is_whole:
         raise _damaged(url, f"{_MANIFEST} is damaged")
-    try:
-        content = storage.read_bytes(storage.join(url, _STATE))
-    except FileNotFoundError:
-        raise _damaged(url, f"{_STATE} is missing") from None
-    if hashlib.sha256(content).hexdigest() != files[_STATE]["sha256"]:
-        raise _damaged(url, f"{_STATE} is not what its manifest says")
-    state = json.loads(content)
+    state = json.loads(_read(url, _STATE, files))
     if state.pop("format_version", None) != version or set(state) != {one.name for one in fields(TrainingState)}:
         raise _damaged(url, f"{_STATE} is damaged")
     return Checkpoint(url, files, TrainingState(**state), save_seconds)
@@ -357,6 +359,19 @@ def check_identity(state: TrainingState, identity: Mapping[str, Any], url: str) 
         said = ", ".join(f"{key} was {state.identity.get(key)!r}, is {identity[key]!r}" for key in different)
         remedy = "set it back, choose another run.output, or start over with --train.resume never"
         raise UserError("train.resume", url, f"the checkpoint is of another run: {said}", remedy)
+
+
+def _read(url: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """A small file of the checkpoint at `url`, its sha256 checked."""
+    try:
+        content = storage.read_bytes(storage.join(url, name))
+    except FileNotFoundError:
+        raise _damaged(url, f"{name} is missing") from None
+    except storage.IntegrityError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
+        raise _damaged(url, f"{name} is not what its manifest says")
+    return content
 
 
 def _damaged(url: str, what: str) -> DamagedCheckpoint:

@@ -48,6 +48,7 @@ def export_model(
         # Readers look for config.json first: where it is, the rest is.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             storage.upload_file(path, storage.join(destination, path.name))
+    storage.abort_uploads(destination)
 
 
 def model_card(

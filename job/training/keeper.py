@@ -10,10 +10,11 @@ from typing_extensions import override
 from job import storage
 from job.config import Config
 from job.report import Report
-from job.training.attempts import Attempts
+from job.training.attempts import DONE, Attempts
 from job.training.budget import TimeBudget
 from job.training.checkpoint import TrainingState
 from job.training.engine import Engine
+from job.training.metrics import metrics_url
 from job.training.resume import OpenedRun
 from job.training.saver import Saver
 from job.training.start import Start
@@ -63,8 +64,8 @@ class Follower:
         """A function that waits at most so many seconds for the save of `step`, and tells whether that has ended."""
         return lambda seconds: True
 
-    def end(self, status: str, step: int) -> None:
-        """Notes how this start of the run has ended, after `step` steps.
+    def end(self, status: str, step: int, metrics: bytes) -> None:
+        """Notes how this start of the run has ended, after `step` steps, with this log.
 
         Raises:
             StoreError: the last save has failed.
@@ -90,7 +91,8 @@ class Keeper(Follower):
         self, config: Config, start: Start, opened: OpenedRun, engine: Engine, parameters: int, report: Report
     ) -> None:
         super().__init__(start, engine)
-        self._report, self._attempt, self._attempts = report, opened.attempt, Attempts(config.run.output)
+        self._report, self._output = report, config.run.output
+        self._attempt, self._attempts = opened.attempt, Attempts(config.run.output)
         self._saver = Saver(
             config.run.output,
             opened.attempt,
@@ -175,13 +177,15 @@ class Keeper(Follower):
         return is_finished
 
     @override
-    def end(self, status: str, step: int) -> None:
+    def end(self, status: str, step: int, metrics: bytes) -> None:
         self._saver.raise_if_refused()
         if self._saver.saved_step != step:
             last = "no step is" if self._saver.saved_step is None else f"step {self._saver.saved_step} is"
             raise storage.StoreError(f"step {step} could not be saved in time, {last}: {self._saver.failure}")
         try:
             with storage.limits(deadline_seconds=_LAST_WORDS_SECONDS):
+                if status == DONE:  # an evaluation of the last step may have come after its checkpoint
+                    storage.write_bytes(metrics_url(self._output), metrics)
                 self._attempts.update(replace(self._attempt, ended=status))
         except storage.StoreError as error:
             logger.warning("that attempt %d is %s is not noted: %s", self._attempt.number, status, error)

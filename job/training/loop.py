@@ -344,7 +344,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         if world.rank == 0:
             card = model_card(run.name, parameters.total, manifest, evaluation, state, config.data.source)
             export_model(storage.join(output, "final"), spec, weights, tokenizer, config.train.context_length, card)
-    keeper.end(status, step)
+    keeper.end(status, step, metrics.content())
     if status == DONE:
         report.say(f"done: {storage.join(output, 'final')}")
     else:

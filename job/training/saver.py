@@ -141,6 +141,7 @@ class Saver:
                     self._output, state, snapshot, metrics, lambda: attempts.check_is_ours(self._attempt), seconds
                 )
                 self.saved_step = state.step
+                attempts.check_is_ours(self._attempt)
                 storage.write_bytes(metrics_url(self._output), metrics)
                 self.save_seconds = max(seconds(), self.save_seconds or 0)
                 self._say(

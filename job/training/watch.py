@@ -61,6 +61,6 @@ class Watch:
             self._closed.wait(self._look_seconds)
 
     def _look(self) -> None:
+        self._attempts.check_is_ours(self._attempt)
         if self._stop_file is not None and storage.exists(self._stop_file):
             self._stop_file_seen = True
-        self._attempts.check_is_ours(self._attempt)

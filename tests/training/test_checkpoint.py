@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from job import storage
+from job.demo.server import S3Server
 from job.errors import UserError
 from job.training.attempts import Attempts
 from job.training.checkpoint import (
     Checkpoint,
     CheckpointFiles,
+    DamagedCheckpoint,
     Name,
     TrainingState,
     check_identity,
@@ -217,6 +219,24 @@ def test_a_log_that_was_tampered_with_is_refused(bucket: str) -> None:
         open_checkpoint(url).metrics()
 
 
+def test_a_log_that_is_missing_is_refused(bucket: str) -> None:
+    url = save(bucket).url
+    storage.delete([f"{url}/metrics.jsonl"])
+    with pytest.raises(UserError, match=r"metrics.jsonl is missing"):
+        open_checkpoint(url).metrics()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "metrics.jsonl"])
+def test_a_file_that_the_store_has_damaged_is_refused_at_once(s3_server: S3Server, bucket: str, name: str) -> None:
+    url = save(bucket).url
+    place = {"Bucket": bucket.removeprefix("s3://"), "Key": f"{url}/{name}".removeprefix(f"{bucket}/")}
+    found = s3_server.client().get_object(**place)
+    content = found["Body"].read().replace(b"1", b"2")
+    s3_server.client().put_object(**place, Body=content, Metadata=found["Metadata"])  # the checksum it was sent with
+    with storage.limits(deadline_seconds=20), pytest.raises(DamagedCheckpoint, match=f"{name} is"):
+        open_checkpoint(url).metrics()
+
+
 def test_a_newer_version_is_refused(bucket: str) -> None:
     url = save(bucket).url
     manifest = storage.read_json(f"{url}/manifest.json")
@@ -323,9 +343,30 @@ def test_what_uploads_that_broke_off_have_left_is_deleted(bucket: str) -> None:
     for step in (10, 20):
         save(bucket, step)
     storage.delete([f"{bucket}/checkpoints/step-00000010-a1/manifest.json"])
-    storage.write_bytes(f"{bucket}/checkpoints/step-00000017-a3/model.safetensors", b"half")
+    storage.write_bytes(f"{bucket}/checkpoints/step-00000017-a1/model.safetensors", b"half")
     delete_old_checkpoints(bucket, 5, None, Name(20, 1))
     assert {entry.url.split("/")[-2] for entry in storage.list_files(f"{bucket}/checkpoints")} == {"step-00000020-a1"}
+
+
+def test_what_uploads_in_parts_that_broke_off_have_left_is_deleted(s3_server: S3Server, bucket: str) -> None:
+    client, name = s3_server.client(), bucket.removeprefix("s3://")
+    for folder in ("step-00000010-a1", "step-00000020-a2", "step-00000030-a3"):  # no list of files shows them
+        client.create_multipart_upload(Bucket=name, Key=f"checkpoints/{folder}/model.safetensors")
+    save(bucket, 20, 2)
+    delete_old_checkpoints(bucket, 5, None, Name(20, 2))
+    left = [upload["Key"] for upload in client.list_multipart_uploads(Bucket=name)["Uploads"]]
+    assert left == ["checkpoints/step-00000030-a3/model.safetensors"]  # a later attempt may be at it
+
+
+def test_one_that_has_lost_the_run_deletes_nothing_of_the_one_that_has_it(bucket: str) -> None:
+    first = start(bucket, 0)
+    save(bucket, 10, first)
+    second = start(bucket, 10)
+    save(bucket, 20, second)
+    storage.write_bytes(f"{bucket}/checkpoints/step-00000030-a{second}/model.safetensors", b"on its way")
+    before = storage.list_files(f"{bucket}/checkpoints")
+    delete_old_checkpoints(bucket, 5, None, Name(10, first))
+    assert storage.list_files(f"{bucket}/checkpoints") == before
 
 
 def test_a_deletion_that_breaks_off_leaves_no_half_checkpoint(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
