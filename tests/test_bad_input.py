@@ -248,7 +248,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
         ),
         "AWS_ACCESS_KEY_ID",
     ),
-    "a store that is not there": (PREPARE, other_store(AWS_ENDPOINT_URL="http://no-such-host.invalid"), "AWS_ENDPOINT_URL"),
+    "a store that is not there": (PREPARE, other_store(AWS_ENDPOINT_URL="http://nowhere.invalid"), "AWS_ENDPOINT_URL"),
     "a store whose address is none": (PREPARE, options(store__endpoint_url="localhost:9000"), "store.endpoint_url"),
     # the cluster's variables
     "half of a launcher's variables": (TRAIN, environment(RANK="0"), "LOCAL_RANK"),

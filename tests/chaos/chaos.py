@@ -23,7 +23,7 @@ from small_run import REPOSITORY
 
 from job import storage
 from job.demo.server import S3Server
-from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
 from job.training.attempts import Attempt, Attempts
 from job.training.checkpoint import Name, lineage, list_checkpoints
 
@@ -100,7 +100,7 @@ def plan(runs: int, seed: int) -> list[Kill]:
     return [Kill(moment, what, Random(random.random())) for moment, what in drawn]
 
 
-class Job:
+class Start:
     """One start of the run."""
 
     def __init__(self, number: int, settings: Path, proxy: FaultProxy, scratch: Path) -> None:
@@ -231,8 +231,8 @@ class Line:
     """What became of a kill."""
 
     kill: Kill
-    what: str
-    """With what was drawn."""
+    details: list[str] = field(default_factory=list)
+    """What was drawn for it."""
     code: int | None = None
     """Of the start that it ended; None: it went on."""
     first_step_seconds: float | None = None
@@ -287,103 +287,104 @@ class Chaos:
     def _start(self) -> int:
         before, known = self._newest_attempt(), self._newest_good()
         self.starts += 1
-        job = Job(self.starts, self._settings, self._proxy, self._scratch)
+        start = Start(self.starts, self._settings, self._proxy, self._scratch)
         ended_by: Line | None = None
         try:
             while ended_by is None and self._left:
                 kill = self._left[0]
-                line = Line(kill, kill.what.value)
-                self._wait_for(kill.moment, kill.random, job, line)
-                if not job.is_alive and kill.moment is not Moment.STOP:
+                line = Line(kill)
+                self._wait_for(kill.moment, kill.random, start, line)
+                if not start.is_alive and kill.moment is not Moment.STOP:
                     break  # by itself: it must be done
                 self._left.pop(0)
-                if self._do(kill, line, job):
+                if self._do(kill, line, start):
                     ended_by = line
                 else:
                     self.lines.append(line)
-                    self._say(line, job)
-            code = job.end()
+                    self._say(line, start)
+            code = start.end()
         except BaseException:
-            print(job.told(), flush=True)
+            print(start.told(), flush=True)
             raise
         finally:
             with suppress(ProcessLookupError):
-                job.process.kill()
-        self._judge(job, code, ended_by, before, known)
+                start.process.kill()
+        self._judge(start, code, ended_by, before, known)
         return code
 
     # ---- One kill ----
 
-    def _do(self, kill: Kill, line: Line, job: Job) -> bool:
+    def _do(self, kill: Kill, line: Line, start: Start) -> bool:
         """Does it now; whether that ends the job."""
         random = kill.random
         if kill.what is What.OUTAGE:
-            seconds = random.uniform(1, 6)
-            line.what += f" of {seconds:.1f} s"
+            # A start that has never reached the store takes its address for wrong after 4 s.
+            seconds = random.uniform(1, 3 if kill.moment is Moment.START_UP else 6)
+            line.details.append(f"{seconds:.1f} s")
             self._proxy.start_outage()
             time.sleep(seconds)
             self._proxy.end_outage()
-            return kill.moment is Moment.STOP or not job.is_alive
+            return kill.moment is Moment.STOP or not start.is_alive
         if kill.what in REQUESTS:
-            self._request(signal.Signals[kill.what.name], random, job, line)
+            self._request(signal.Signals[kill.what.name], random, start, line)
         elif kill.what in (What.KILL_WORKERS, What.BAD_BYTES):
-            _send(signal.SIGKILL, job.workers())
+            _send(signal.SIGKILL, start.workers())
         elif kill.what is What.KILL_WORKER:
-            _send(signal.SIGKILL, [random.choice(job.workers() or [psutil.Process(job.process.pid)])])
+            _send(signal.SIGKILL, random.sample(start.workers(), 1))
         elif kill.what is What.KILL_LAUNCHER:
-            _send(signal.SIGKILL, job.launcher())
+            _send(signal.SIGKILL, start.launcher())
         else:
-            job.process.kill()
+            start.process.kill()
         if kill.what is What.BAD_BYTES:
-            job.end()
+            start.end()
             self._damage(random, line)
         return True
 
-    def _wait_for(self, moment: Moment, random: Random, job: Job, line: Line) -> None:
+    def _wait_for(self, moment: Moment, random: Random, start: Start, line: Line) -> None:
         now = len(self._proxy.requests)
         seconds = 0.2
         if moment is Moment.START_UP:
             stage, seconds = random.randrange(7), 1.0
             waits: list[Callable[[], Any]] = [
                 lambda: True,
-                job.launcher,
-                job.workers,
-                job.await_request,
-                lambda: job.await_request(method="PUT", path="/attempts/"),
-                lambda: job.await_request(method="GET", path="/model.safetensors") if self._newest_good() else True,
-                lambda: job.await_line("run "),
+                start.launcher,
+                start.workers,
+                start.await_request,
+                lambda: start.await_request(method="PUT", path="/attempts/"),
+                lambda: start.await_request(method="GET", path="/model.safetensors") if self._newest_good() else True,
+                lambda: start.await_line("run "),
             ]
             waits[stage]()
         elif moment is Moment.STEP:
-            job.await_steps(random.randint(1, 8))
+            start.await_steps(random.randint(1, 8))
         elif moment is Moment.UPLOAD:
             number = random.randrange(_UPLOAD_REQUESTS)
-            line.what += f", {number} requests into it"
-            job.await_request(number, now, method="P", path="/checkpoints/")
+            line.details.append(f"{number} requests into it")
+            start.await_request(number, now, method="P", path="/checkpoints/")
             seconds = 0.05
         elif moment is Moment.EVALUATION:
-            done = len(job.steps)
-            job.await_(lambda: any(step % self._evaluate_every == 0 for step in job.steps[done:]))
+            done = len(start.steps)
+            start.await_(lambda: any(step % self._evaluate_every == 0 for step in start.steps[done:]))
             seconds = 0.4
         else:
-            job.await_steps(random.randint(1, 8))
-            self._request(random.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)), random, job, line)
-            job.await_line("stopping:")
+            start.await_steps(random.randint(1, 8))
+            self._request(random.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)), random, start, line)
+            start.await_line("stopping:")
             seconds = 0.8
         time.sleep(random.uniform(0, seconds))
 
-    def _request(self, number: signal.Signals, random: Random, job: Job, line: Line) -> None:
+    def _request(self, number: signal.Signals, random: Random, start: Start, line: Line) -> None:
         """Asks it to stop."""
-        if processes := job.processes():
+        if processes := start.processes():
             name, process = random.choice(sorted(processes.items()))
-            line.what += f", {number.name} to the {name}"
+            line.details.append(f"{number.name} to the {name}")
             _send(number, [process])
 
     def _damage(self, random: Random, line: Line) -> None:
         """Changes or removes a file of the newest checkpoint, if there is another one to go on from."""
         good = self._good()
         if len(good) < 2:
-            line.what += " (there was but one)"
+            line.details.append("there was but one")
             return
         name = good[-1]
         entry = random.choice(storage.list_files(name.url(self._output)))
@@ -399,38 +400,38 @@ class Chaos:
             body = bytes(data[: len(data) // 2] if how == "half of" else data)
             client.put_object(Bucket=bucket, Key=key, Body=body, Metadata=metadata)
         self.damaged.add(name)
-        line.what += f", {how} {name}/{key.rpartition('/')[2]}"
+        line.details.append(f"{how} {name}/{key.rpartition('/')[2]}")
 
     # ---- What came of it ----
 
-    def _judge(self, job: Job, code: int, ended_by: Line | None, before: int, known: Name | None) -> None:
+    def _judge(self, start: Start, code: int, ended_by: Line | None, before: int, known: Name | None) -> None:
         """Compares how a start has gone with what has to hold."""
         ours = self._attempt_of(before)
-        assert code in self._expected_codes(ended_by, job, ours), f"exit code {code}, {ended_by}:\n{job.told()}"
+        assert code in self._expected_codes(ended_by, start, ours), f"exit code {code}, {ended_by}:\n{start.told()}"
         if ours is not None and ours.from_step is not None:
             arrived = self._newest_good(below=ours.number)  # a request may still have been under way
             possible = {0 if name is None else name.step for name in (known, arrived)}
-            assert ours.from_step in possible, f"it went on from {ours.from_step}, not {possible}:\n{job.told()}"
+            assert ours.from_step in possible, f"it went on from {ours.from_step}, not {possible}:\n{start.told()}"
             redone = max(self._last_step - ours.from_step, 0)
             self._last_step = ours.from_step
             if self.lines:
                 self.lines[-1].redone_steps += redone
-                self.lines[-1].first_step_seconds = job.first_step_seconds
-        if job.steps:
-            self._last_step = job.steps[-1]
-            assert job.first_step_seconds is not None
-            self._first_seconds.append(job.first_step_seconds)
-            self.survivors += [f"{one}" for one in processes_of(lambda number: number < job.number)]
-        if code == EXIT_STOPPED and job.steps:
+                self.lines[-1].first_step_seconds = start.first_step_seconds
+        if start.steps:
+            self._last_step = start.steps[-1]
+            assert start.first_step_seconds is not None
+            self._first_seconds.append(start.first_step_seconds)
+            self.survivors += [f"{one}" for one in processes_of(lambda number: number < start.number)]
+        if code == EXIT_STOPPED and start.steps:
             saved = self._newest_good()
-            assert saved is not None and saved.step >= self._last_step, f"{saved}:\n{job.told()}"
+            assert saved is not None and saved.step >= self._last_step, f"{saved}:\n{start.told()}"
         if ended_by is not None:
             ended_by.code = code
             self.lines.append(ended_by)
-            self._say(ended_by, job)
+            self._say(ended_by, start)
 
     @staticmethod
-    def _expected_codes(ended_by: Line | None, job: Job, ours: Attempt | None) -> set[int]:
+    def _expected_codes(ended_by: Line | None, start: Start, ours: Attempt | None) -> set[int]:
         if ended_by is None:
             return {EXIT_DONE}
         what = ended_by.kill.what
@@ -445,7 +446,7 @@ class Chaos:
         if ended_by.kill.moment is Moment.STOP:
             codes |= {EXIT_STOPPED, *(128 + number for number in (signal.SIGTERM, signal.SIGINT) if what in REQUESTS)}
         if ended_by.kill.moment is Moment.START_UP and ours is None and what in REQUESTS:
-            codes |= {-signal.Signals[what.name], EXIT_FAILED}  # Python itself was still starting
+            codes |= {-signal.Signals[what.name], EXIT_INTERRUPTED}  # Python itself was still starting
         return codes
 
     def _attempt_of(self, before: int) -> Attempt | None:
@@ -465,14 +466,15 @@ class Chaos:
         good = self._good(below)
         return good[-1] if good else None
 
-    def _say(self, line: Line, job: Job) -> None:
-        started = "" if job.first_step_seconds is None else f"first step after {job.first_step_seconds:4.1f} s, "
+    def _say(self, line: Line, start: Start) -> None:
+        started = "" if start.first_step_seconds is None else f"first step after {start.first_step_seconds:4.1f} s, "
+        what = f"{line.kill.what.value}{f' ({", ".join(line.details)})' if line.details else ''}"
         became = "it went on" if line.code is None else f"exit code {line.code}"
         seconds = time.monotonic() - self._began
-        step = job.steps[-1] if job.steps else self._last_step
+        step = start.steps[-1] if start.steps else self._last_step
         print(
-            f"{len(self.lines):4d}/{len(self._plan)} | {seconds:6.0f} s | start {job.number:3d}: {started}"
-            f"step {step:4d} | in {line.kill.moment.value}: {line.what} | {became}",
+            f"{len(self.lines):4d}/{len(self._plan)} | {seconds:6.0f} s | start {start.number:3d}: {started}"
+            f"step {step:4d} | in {line.kill.moment.value}: {what} | {became}",
             flush=True,
         )
 
