@@ -247,7 +247,8 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     closing.callback(report.end_bar)
     while True:
         began, waited = time.perf_counter(), loader.wait_seconds
-        goes_on, is_last = lockstep.go_on(loader.poll), step >= total_steps
+        is_last = step >= total_steps
+        goes_on = lockstep.go_on() if is_last else lockstep.go_on(loader.poll)
         interval.seconds += time.perf_counter() - began
         keeper.check()
 
@@ -285,7 +286,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         # ---- A step ----
         began = time.perf_counter()
         batch = next(loader)
-        lockstep.post(ready=loader.poll(0), save=keeper.wants_save(step + 1))
+        lockstep.post(ready=step + 1 == total_steps or loader.poll(0), save=keeper.wants_save(step + 1))
         rate = learning_rate(
             step,
             peak=config.train.learning_rate,
