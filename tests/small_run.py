@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,11 +102,13 @@ def write_settings(folder: Path, data: DataSet, output: str, **changes: dict[str
 
 
 class Job:
-    """A command in a process of its own; at the end of the block nothing of it is left."""
+    """A command in a process of its own, or `under` another; at the end of the block nothing of it is left."""
 
-    def __init__(self, command: str, settings: Path, *words: str, **environment: str) -> None:
+    def __init__(
+        self, command: str, settings: Path, *words: str, under: Sequence[str] = (), **environment: str
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "job", command, "--config", str(settings), *words],
+            [*under, sys.executable, "-m", "job", command, "--config", str(settings), *words],
             cwd=REPOSITORY,
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,

@@ -330,7 +330,8 @@ class Chaos:
         elif kill.what in (What.KILL_WORKERS, What.BAD_BYTES):
             _send(signal.SIGKILL, start.workers())
         elif kill.what is What.KILL_WORKER:
-            _send(signal.SIGKILL, random.sample(start.workers(), 1))
+            workers = start.workers()
+            _send(signal.SIGKILL, workers and [random.choice(workers)])
         elif kill.what is What.KILL_LAUNCHER:
             _send(signal.SIGKILL, start.launcher())
         else:
@@ -468,7 +469,7 @@ class Chaos:
 
     def _say(self, line: Line, start: Start) -> None:
         started = "" if start.first_step_seconds is None else f"first step after {start.first_step_seconds:4.1f} s, "
-        what = f"{line.kill.what.value}{f' ({", ".join(line.details)})' if line.details else ''}"
+        what = ": ".join([line.kill.what.value, *([", ".join(line.details)] if line.details else [])])
         became = "it went on" if line.code is None else f"exit code {line.code}"
         seconds = time.monotonic() - self._began
         step = start.steps[-1] if start.steps else self._last_step
@@ -513,7 +514,7 @@ class Chaos:
             f" in {len(self._proxy.requests)} requests",
             f"{self.starts} starts, at most {self.longest_streak()} one after the other without a newer checkpoint; "
             f"{_median(self._first_seconds)} s to the first step, median",
-            f"{self._last_step} steps, {sum(one.redone_steps for one in self.lines)} redone, {self.seconds:.0f} s in all",
+            f"{self._last_step} steps, {sum(one.redone_steps for one in self.lines)} redone; {self.seconds:.0f} s",
         ]
         return "\n".join(rows)
 

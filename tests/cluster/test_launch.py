@@ -108,6 +108,20 @@ def test_a_signal_to_any_process_is_one_stop_of_all(
     assert still_alive(processes) == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of process ids takes root")
+def test_as_the_first_process_of_a_container_it_stops_as_anywhere(one_process: Path, bucket: str) -> None:
+    with Job("train", one_process, under=["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]) as job:
+        job.read_until("step 3/")
+        entrypoint, *others = job.descendants()
+        assert entrypoint.cmdline()[1:4] == ["-m", "job", "train"]
+        entrypoint.send_signal(signal.SIGTERM)
+        code, out, err = job.end()
+    (step,) = saved_steps(f"{bucket}/run")
+    assert (code, err) == (EXIT_STOPPED, ""), out
+    assert out.endswith(f"stopped after step {step}, checkpointed; start it again to go on\n")
+    assert still_alive(others) == []
+
+
 def test_a_second_signal_stops_at_once(settings: Path, bucket: str) -> None:
     with Job("train", settings) as job:
         job.read_until("step 3/")
