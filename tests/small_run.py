@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,13 @@ STEPS = 80
 _EXIT_SECONDS = 240
 _PIPE_BYTES = 4096
 """The least that a pipe can hold: a run whose lines are not read stands still a few steps later."""
+
+ALONE = {"processes": 1, "strategy": "ddp"}
+"""The train settings of a run of one process."""
+ENDLESS = {"max_steps": 1_000_000, "epochs": 10_000}
+"""Those of a run that ends when it is asked to."""
+WriteSettings = Callable[..., Path]
+"""As `write_settings`, with changes alone."""
 
 MODEL = {
     "hidden_size": 32,

@@ -210,9 +210,9 @@ def test_an_outage_longer_than_the_deadline_ends_with_it(proxy: FaultProxy, fold
     proxy.start_outage()
     for operation in ("read", "list", "upload"):
         started = time.monotonic()
-        with pytest.raises(StoreError, match=r"gave up after \d tries in [01] s"):
+        with pytest.raises(StoreError, match=r"gave up after \d+ tries in \d s|no time left"):
             OPERATIONS[operation](f"{folder}/object")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
 
 
 # ── wrong bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -240,8 +240,9 @@ def test_a_small_object_that_came_damaged_is_read_again(proxy: FaultProxy, folde
     """What is written in one request carries its checksum: a digit of a number in JSON is not easily missed."""
     storage.write_json(f"{folder}/object", {"step": 500})
     assert storage.create_bytes(f"{folder}/created", b"500")
-    proxy.inject(Fault.FLIP_ANSWER, lambda request: request.method == "GET", times=3)
+    proxy.inject(Fault.FLIP_ANSWER, lambda request: request.method == "GET", times=2)
     assert storage.read_json(f"{folder}/object") == {"step": 500}
+    proxy.inject(Fault.FLIP_ANSWER, lambda request: request.method == "GET")
     assert storage.read_bytes(f"{folder}/created") == b"500"
     assert proxy.injected == {Fault.FLIP_ANSWER: 3}
 

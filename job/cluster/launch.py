@@ -14,7 +14,6 @@ from job.cluster.outcome import Outcome
 from job.cluster.place import world_from_environment
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
-from job.report import Report
 from job.training.attempts import note_failure
 
 
@@ -36,7 +35,8 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
         os.environ |= _worker_environment(world.local_world_size)
         status = worker.work_alone(command, config, world, requests)
         family.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
-    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
+    # A worker that is dying may still write into it.
+    with tempfile.TemporaryDirectory(prefix="wikillm-", ignore_cleanup_errors=True) as scratch:
         folder, name = Path(scratch), secrets.token_hex(8)
         killed_by: list[int] = []
         (folder / "config.json").write_text(config.model_dump_json())
@@ -47,9 +47,6 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
             family.PARENT_VARIABLE: str(os.getpid()),
             family.START_VARIABLE: f"{time.time()} {name}",
         }
-        extensions = environment.get("TORCH_EXTENSIONS_DIR")
-        if config.train.strategy == "zero2" and not _gpus() and extensions and not Path(extensions).exists():
-            Report().say(f"DeepSpeed compiles its library for CPUs, once, into {extensions}: about a minute")
         agent = subprocess.Popen(
             [
                 *(sys.executable, "-m", "job.cluster.agent"),
@@ -67,6 +64,7 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
 
         requests.pass_on((folder / family.STOP_FILE).touch, stop_at_once)
         agent_code = agent.wait()
+        requests.pass_on(lambda: None, lambda number: None)
         if killed_by:
             sys.stderr.write(f"stopped at once by a second {signal.Signals(killed_by[0]).name}: nothing was saved\n")
             return stop.exit_code_of(killed_by[0])
@@ -100,8 +98,6 @@ def _worker_environment(processes: int) -> dict[str, str]:
         wanted |= {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
-            # DeepSpeed compiles a small C++ library at its first start on a CPU; it stays with this Python.
-            "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
         }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {name: value for name, value in wanted.items() if name not in os.environ} | {"PATH": path}

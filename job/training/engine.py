@@ -8,15 +8,15 @@ Clipping and skipping are AdamW's fused kernel's, the same for both strategies. 
 is its search for infinities where it can be; in fp32 it leaves out the steps that are skipped here anyway.
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from deepspeed import ops as deepspeed_ops
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -92,16 +92,17 @@ def start_accelerator(strategy: Strategy, log_with: str | None = None) -> Accele
     """
     on_gpu = torch.cuda.is_available()
     zero2 = strategy.name == "zero2"
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that it has loaded its library, from every process
-        accelerator = Accelerator(
-            mixed_precision="bf16" if strategy.precision == "bf16" else "no",
-            gradient_accumulation_steps=strategy.gradient_accumulation_steps,
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(strategy)) if zero2 else None,
-            # Without a backend named here, accelerate on CPU starts no process group at all under DeepSpeed.
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
-            cpu=not on_gpu and not zero2,
-            log_with=log_with,
-        )
+    # On a CPU DeepSpeed would compile a library, for inference, under a lock that outlives whoever is killed then.
+    deepspeed_ops.__compatible_ops__ = {}
+    accelerator = Accelerator(
+        mixed_precision="bf16" if strategy.precision == "bf16" else "no",
+        gradient_accumulation_steps=strategy.gradient_accumulation_steps,
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(strategy)) if zero2 else None,
+        # Without a backend named here, accelerate on CPU starts no process group at all under DeepSpeed.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
+        cpu=not on_gpu and not zero2,
+        log_with=log_with,
+    )
     formed = (accelerator.num_processes, dist.get_world_size() if dist.is_initialized() else 1)
     if formed != (strategy.world_size, strategy.world_size):
         raise RuntimeError(f"{strategy.world_size} processes were asked for, but {formed} came together")

@@ -39,6 +39,8 @@ DRIZZLE = {
     Fault.THROTTLE: 0.01,
 }
 """What the store does to the run all the time, in one of twenty requests."""
+EXTENSIONS = "extensions"
+"""Where DeepSpeed would compile, under a lock that is a mere file and outlives whoever is killed."""
 _MARK = "WIKILLM_CHAOS"
 """In the environment of every process of the job: the number of its start."""
 _LOOK_SECONDS = 0.002
@@ -110,7 +112,9 @@ class Start:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "job", "train", "--config", str(settings)],
             cwd=REPOSITORY,
-            env=os.environ | {"AWS_ENDPOINT_URL": proxy.endpoint_url, "TMPDIR": str(scratch), _MARK: str(number)},
+            env=os.environ
+            | {"AWS_ENDPOINT_URL": proxy.endpoint_url, "TMPDIR": str(scratch), _MARK: str(number)}
+            | {"TORCH_EXTENSIONS_DIR": str(scratch / EXTENSIONS)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -318,8 +322,7 @@ class Chaos:
         """Does it now; whether that ends the job."""
         random = kill.random
         if kill.what is What.OUTAGE:
-            # A start that has never reached the store takes its address for wrong after 4 s.
-            seconds = random.uniform(1, 3 if kill.moment is Moment.START_UP else 6)
+            seconds = random.uniform(1, 6)
             line.details.append(f"{seconds:.1f} s")
             self._proxy.start_outage()
             time.sleep(seconds)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos import DRIZZLE, Chaos, plan, processes_of
+from chaos import DRIZZLE, EXTENSIONS, Chaos, plan, processes_of
 from fault_proxy import FaultProxy
 from small_run import DataSet, Job, checkpoint_urls, prepare_sample, stored, write_settings
 
@@ -23,7 +23,7 @@ from job.training.metrics import read_metrics
 from job.training.run import read_run
 
 RUNS, SEED = int(os.environ.get("RUNS", "25")), int(os.environ.get("SEED", "2333"))
-STEPS = 60 + 14 * RUNS
+STEPS = 60 + 10 * RUNS
 EVALUATE_EVERY = 20
 BUCKET = "chaos"
 _LONGEST_SECONDS = 3600
@@ -132,6 +132,7 @@ def test_no_lock_and_nothing_half_is_left_on_the_disk(killed: str, folder: Path)
         assert not path.name.endswith(".partial")
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not (folder / "tmp" / EXTENSIONS).exists()
 
 
 def test_nothing_half_is_left_in_the_store(killed: str, s3_server: S3Server) -> None:

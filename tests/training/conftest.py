@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from engine_worker import LAST_STEP, RESUMES_FROM, SAVED_STEP, Case
-from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, prepare_sample, run, write_settings
+from fault_proxy import FaultProxy
+from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
 
 from job.cluster.launch import _worker_environment
 from job.demo.server import S3Server
@@ -21,6 +22,28 @@ from job.demo.server import S3Server
 @pytest.fixture(scope="session")
 def data_set(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return prepare_sample(s3_server, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def output(bucket: str) -> str:
+    """Where a test's run lives."""
+    return f"{bucket}/run"
+
+
+@pytest.fixture
+def settings(data_set: DataSet, output: str, tmp_path: Path) -> WriteSettings:
+    """Writes settings of that run, with changes."""
+
+    def write(**changes: Any) -> Path:
+        return write_settings(tmp_path, data_set, output, **changes)
+
+    return write
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")
