@@ -64,7 +64,7 @@ def launch(command: str, config: Config, requests: stop.Requests) -> int:
 
         requests.pass_on((folder / family.STOP_FILE).touch, stop_at_once)
         agent_code = agent.wait()
-        requests.pass_on(lambda: None, lambda number: None)
+        requests.pass_on(lambda: None, lambda number: None)  # too late: the folder goes away
         if killed_by:
             sys.stderr.write(f"stopped at once by a second {signal.Signals(killed_by[0]).name}: nothing was saved\n")
             return stop.exit_code_of(killed_by[0])
