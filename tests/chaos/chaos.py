@@ -339,9 +339,6 @@ class Chaos:
             _send(signal.SIGKILL, start.launcher())
         else:
             start.process.kill()
-        if kill.what is What.BAD_BYTES:
-            start.end()
-            self._damage(random, line)
         return True
 
     def _wait_for(self, moment: Moment, random: Random, start: Start, line: Line) -> None:
@@ -384,9 +381,9 @@ class Chaos:
             line.details.append(f"{number.name} to the {name}")
             _send(number, [process])
 
-    def _damage(self, random: Random, line: Line) -> None:
+    def _damage(self, line: Line) -> None:
         """Changes or removes a file of the newest checkpoint, if there is another one to go on from."""
-        good = self._good()
+        random, good = line.kill.random, self._good()
         if len(good) < 2:
             line.details.append("there was but one")
             return
@@ -431,6 +428,8 @@ class Chaos:
             assert saved is not None and saved.step >= self._last_step, f"{saved}:\n{start.told()}"
         if ended_by is not None:
             ended_by.code = code
+            if ended_by.kill.what is What.BAD_BYTES:
+                self._damage(ended_by)
             self.lines.append(ended_by)
             self._say(ended_by, start)
 
