@@ -34,7 +34,8 @@ def work(strategy_name: str) -> None:
     import torch
 
     from job.cluster.family import leave
-    from job.model.architecture import LanguageModel, ModelSpec, build_model
+    from job.model.architecture import LanguageModel, build_model
+    from job.model.spec import ModelSpec
     from job.quiet import silence_libraries
     from job.training.checkpoint import TrainingState, save_checkpoint
     from job.training.engine import AdamW, Engine, Strategy, start_accelerator
@@ -66,7 +67,7 @@ def report() -> None:
     """The table of both strategies."""
     import torch
 
-    from job.cluster.launch import _worker_environment
+    from job.cluster.launch import worker_environment
     from job.demo.server import S3Server
 
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
@@ -79,7 +80,7 @@ def report() -> None:
             output = f"{server.create_bucket(f'stall-{secrets.token_hex(4)}')}/run"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
             command += ["-m", "benchmarks.checkpoint_stall", "--worker", strategy]
-            environment = os.environ | _worker_environment(PROCESSES) | {"OUTPUT": output}
+            environment = os.environ | worker_environment(0, PROCESSES) | {"OUTPUT": output}
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             rows = [tuple(map(float, line.split())) for line in printed.splitlines()]
             stalls, wholes = [row[1] for row in rows], [row[2] for row in rows]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from job import storage
+from job.cluster.place import find_place, part_of_array
 from job.cluster.stop import Requests
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
@@ -18,6 +19,7 @@ from job.data.workers import prepare_in_processes
 from job.errors import EXIT_DONE, UserError
 from job.quiet import silence_libraries
 from job.report import Report
+from job.scratch import cache_folder
 
 _MOST_BAD_RECORDS_SHOWN = 10
 
@@ -39,7 +41,7 @@ def recipe_of(config: Config) -> Recipe:
 def prepare(config: Config, words: Sequence[str] = ()) -> int:
     """Raw documents → token shards."""
     report = Report()
-    tokenizer = load_tokenizer(config.tokenizer.source, config.data.cache_dir)
+    tokenizer = load_tokenizer(config.tokenizer.source, cache_folder(config.data.cache_dir))
     started, documents, text_bytes, bad = time.monotonic(), 0, 0, 0
 
     def on_progress(more_documents: int, more_bytes: int) -> None:
@@ -104,7 +106,7 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
         config.generate.model or config.run.output,
         "generate.model" if config.generate.model else "run.output",
     )
-    trained = load_trained(source, setting, Path(config.data.cache_dir).expanduser())
+    trained = load_trained(source, setting, cache_folder(config.data.cache_dir))
     options = config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
     for index, prompt in enumerate(words or config.generate.prompts):
         sys.stdout.write(prompt)
@@ -117,19 +119,14 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
 def train(config: Config, words: Sequence[str] = ()) -> int:
     """Shards → model."""
     requests = Requests()
-    from job.cluster.launch import launch, processes
-    from job.cluster.place import world_from_environment
+    from job.cluster.launch import launch, world_size
     from job.training.batching import accumulation_steps
 
     # The workers check these as well, but they take seconds to start.
-    world = world_from_environment()
-    accumulation_steps(
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-        world.world_size if world else processes(config),
-    )
+    place = find_place()
+    accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size(config, place))
     load_manifest(config.data.shards)
-    return launch("train", config, requests)
+    return launch("train", config, place, requests)
 
 
 def evaluate(config: Config, words: Sequence[str] = ()) -> int:
@@ -137,7 +134,7 @@ def evaluate(config: Config, words: Sequence[str] = ()) -> int:
     requests = Requests()
     from job.cluster.launch import launch
 
-    return launch("evaluate", config, requests)
+    return launch("evaluate", config, find_place(), requests)
 
 
 def demo(config: Config, words: Sequence[str] = ()) -> int:
@@ -154,7 +151,7 @@ def _write(piece: str) -> None:
 
 def _worker(setting: str | None) -> tuple[int, int]:
     if setting is None:
-        return 0, 1
+        return part_of_array()
     index, workers = map(int, setting.split("/"))
     if index >= workers:
         raise UserError(

@@ -117,9 +117,13 @@ class Data(Section):
     seed: int = setting(2333, "Seed of the train/validation split and of the order of training", ge=0, lt=2**63)
     processes: int = setting(1, "Processes that prepare shards on this machine", ge=1, le=256)
     worker: str | None = setting(
-        None, "This worker's part of `prepare`, as i/n with 0 <= i < n; null: all of it", pattern=r"^\d+/[1-9]\d*$"
+        None,
+        "This worker's part of `prepare`, as i/n with 0 <= i < n; null: as an array job says, else all of it",
+        pattern=r"^\d+/[1-9]\d*$",
     )
-    cache_dir: str = setting("~/.cache/wikillm/shards", "Folder on the local disk for shards in use", min_length=1)
+    cache_dir: str | None = setting(
+        None, "Folder on the local disk for shards in use; null: shards in WIKILLM_SCRATCH, else in ~/.cache/wikillm"
+    )
     cache_bytes: ByteSize = setting(
         ByteSize(32 * GiB), "Most local disk that shards may take", unit="bytes", ge=1 * MiB
     )
@@ -210,6 +214,7 @@ class Train(Section):
     spike_factor: float | None = setting(
         None, "Skip a step whose gradient norm is this many times the running median; null: only if not finite", gt=1
     )
+    node_timeout: Duration = setting("15m", "Longest wait for the other nodes when a run starts on several")
     hang_timeout: Duration = setting(
         "10m", "Longest time without a sign of life from a process, after which the run ends and names it"
     )
@@ -228,7 +233,7 @@ class Checkpoint(Section):
     )
     stop_deadline: Duration = setting("5m", "Longest wait for the last checkpoint when the run is asked to stop")
     scratch_dir: str | None = setting(
-        None, "Folder where a checkpoint is put when it is loaded; null: the system's temporary folder"
+        None, "Folder where a checkpoint is put when it is loaded; null: WIKILLM_SCRATCH, else the temporary folder"
     )
 
 
@@ -270,7 +275,9 @@ class Tracking(Section):
     workspace: str | None = setting(
         None, "Workspace (user or team) in SwanLab; null: the key's own", pattern=r"^[0-9a-zA-Z_\-]{1,25}$"
     )
-    log_dir: str = setting("swanlog", "Folder for what SwanLab keeps on this machine", min_length=1)
+    log_dir: str | None = setting(
+        None, "Folder for what SwanLab keeps on this machine; null: swanlog, in WIKILLM_SCRATCH where that is set"
+    )
 
 
 class Config(Section):

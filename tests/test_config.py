@@ -7,8 +7,8 @@ import yaml
 
 from job import config as settings
 from job.errors import UserError
-from job.model.architecture import ModelSpec
 from job.model.counts import flops_per_token, parameter_counts
+from job.model.spec import ModelSpec
 
 PRESETS = sorted(Path("configs").glob("*.yaml"))
 QWEN2_VOCABULARY = 151_646

@@ -9,11 +9,9 @@ from typing import NoReturn
 from job.errors import EXIT_FAILED
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
-"""Names the local folder that holds the command, the settings (config.json), and takes the outcomes."""
+"""Names the local folder that holds the task and takes the outcomes."""
 PARENT_VARIABLE = "WIKILLM_PARENT_PID"
 """The process that this one must not outlive."""
-START_VARIABLE = "WIKILLM_START"
-"""When the entrypoint began (seconds since 1970), and a name that no other start has."""
 STOP_FILE = "stop"
 """Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
 _PR_SET_PDEATHSIG = 1

@@ -6,8 +6,8 @@ from time import time
 
 import orjson
 
-DONE, STOPPED, REFUSED, NO_PROGRESS, HUNG, CRASHED, KILLED = (
-    *("done", "stopped", "refused", "no progress", "hung", "crashed", "killed"),
+DONE, STOPPED, REFUSED, NO_PROGRESS, HUNG, CRASHED, KILLED, LOST = (
+    *("done", "stopped", "refused", "no progress", "hung", "crashed", "killed", "lost"),
 )
 
 
@@ -17,7 +17,8 @@ class Outcome:
 
     rank: int
     status: str
-    """``done``, ``stopped``, ``refused`` (a UserError), ``no progress``, ``hung``, ``crashed`` or ``killed``."""
+    """``done``, ``stopped``, ``refused`` (a UserError), ``no progress``, ``hung``, ``crashed``, ``killed``, or ``lost``
+    with its whole node."""
     message: str = ""
     """The line of the error, the traceback, or the signal that killed it."""
     at: float = 0.0

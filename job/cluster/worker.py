@@ -5,14 +5,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from job import storage
 from job.cluster import outcome, stop
-from job.cluster.family import FOLDER_VARIABLE, PARENT_VARIABLE, START_VARIABLE, STOP_FILE, die_with_parent, leave
+from job.cluster.family import FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
-from job.cluster.place import job_id_from_environment, world_from_environment
+from job.cluster.place import Place, world_from_environment
+from job.cluster.task import Task
 from job.config import Config, name_setting
 from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError
 from job.quiet import silence_libraries
@@ -34,8 +34,9 @@ def work(command: str, config: Config, world: World, start: Start) -> str:
     return {"train": train, "evaluate": evaluate_trained}[command](config, world, start)
 
 
-def work_alone(command: str, config: Config, world: World, requests: stop.Requests) -> str:
+def work_alone(command: str, config: Config, place: Place, requests: stop.Requests) -> str:
     """`work` in a process that torchrun has started itself: there is nobody but this process to hear a signal."""
+    assert place.world is not None
     requested = threading.Event()
     requests.pass_on(requested.set, lambda number: os._exit(stop.exit_code_of(number)))
 
@@ -43,7 +44,8 @@ def work_alone(command: str, config: Config, world: World, requests: stop.Reques
         sys.stderr.write(f"{message}\n")
         os._exit(EXIT_FAILED)
 
-    return work(command, config, world, _start(requested.is_set, on_hang))
+    start = Start("", time.time(), place.ends_at, place.job_id, requested.is_set, on_hang)
+    return work(command, config, place.world, start)
 
 
 def main() -> int:
@@ -64,13 +66,22 @@ def main() -> int:
 
     stop.listen(heard)
     die_with_parent()
-    config = Config.model_validate_json((folder / "config.json").read_bytes())
-    start = _start(lambda: requested.is_set() or (folder / STOP_FILE).exists(), on_hang)
+    task = Task.read(folder)
+    start = Start(
+        task.start,
+        task.began_at,
+        task.ends_at,
+        task.job_id,
+        lambda: requested.is_set() or (folder / STOP_FILE).exists(),
+        on_hang,
+    )
     try:
-        status = work((folder / "command").read_text(), config, world, start)
+        if world.world_size != task.world_size:
+            raise RuntimeError(f"{task.world_size} workers were to come together, and there are {world.world_size}")
+        status = work(task.command, task.config, world, start)
         outcome.record(folder, Outcome(world.rank, status))
     except UserError as error:
-        outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(config, error))))
+        outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(task.config, error))))
     except NoProgress as error:
         outcome.record(folder, Outcome(world.rank, outcome.NO_PROGRESS, str(error)))
     except storage.StoreError as error:
@@ -80,11 +91,6 @@ def main() -> int:
     else:
         return EXIT_DONE
     return EXIT_FAILED
-
-
-def _start(stop_requested: Callable[[], bool], on_hang: Callable[[str], None]) -> Start:
-    began, _, name = os.environ.get(START_VARIABLE, f"{time.time()} ").partition(" ")
-    return Start(name, float(began), job_id_from_environment(), stop_requested, on_hang)
 
 
 if __name__ == "__main__":

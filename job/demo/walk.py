@@ -15,6 +15,7 @@ from job.demo.curve import draw_loss_curve
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from job.report import Report
+from job.scratch import log_folder
 from job.training.checkpoint import list_checkpoints
 from job.training.metrics import read_metrics
 
@@ -82,13 +83,13 @@ def walk(config: Config) -> int:
             ("model, for AutoModelForCausalLM", f"{FOLDER / 'final'}"),
             ("settings, explained", f"{settings}"),
             ("object store", f"{FOLDER / 's3'}"),
-            ("tracker", f"{config.tracking.log_dir}"),
+            ("tracker", f"{log_folder(config.tracking.log_dir)}"),
         ],
     )
     report.say(
         "what to try next\n"
         f"  python -m job generate 长城 --generate.model {FOLDER / 'final'}\n"
-        f"  swanlab watch {config.tracking.log_dir}\n"
+        f"  swanlab watch {log_folder(config.tracking.log_dir)}\n"
         "  python -m job demo --train.learning_rate 1e-3\n"
         "  python -m job train --help"
     )

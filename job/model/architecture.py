@@ -1,61 +1,14 @@
 """The network: Qwen2's decoder from transformers, at any size, with the chunked loss behind one forward."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from job.errors import UserError
 from job.model.loss import linear_cross_entropy, token_nats
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The shape of the decoder; what depends on the data (vocabulary, context length) is not part of it.
-
-    Raises:
-        UserError: a size that no network can have, named as ``model.<field>``.
-    """
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    tie_word_embeddings: bool = True
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        for field in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-        ):
-            if getattr(self, field) < 1:
-                raise UserError(f"model.{field}", getattr(self, field), "must be at least 1")
-        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % (2 * heads):
-            raise UserError(
-                "model.hidden_size",
-                self.hidden_size,
-                f"must be a multiple of twice model.num_attention_heads ({heads}), "
-                "so that rotary embeddings find pairs in every head",
-                f"take {max(1, round(self.hidden_size / (2 * heads))) * 2 * heads}, or another number of heads",
-            )
-        if heads % key_value_heads:
-            raise UserError(
-                "model.num_key_value_heads",
-                key_value_heads,
-                f"must divide model.num_attention_heads ({heads})",
-                f"take one of {[n for n in range(1, heads + 1) if heads % n == 0]}",
-            )
+from job.model.spec import ModelSpec
 
 
 def build_model(spec: ModelSpec, vocab_size: int, eod_id: int, context_length: int, seed: int) -> Qwen2ForCausalLM:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from job.model.architecture import ModelSpec
+from job.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`train.max_time`: when to stop so that everything is saved by then."""
+"""A limit of time: when to stop so that everything is saved by then."""
 
 import time
 
@@ -13,13 +13,12 @@ class TimeBudget:
     """How long this start may still train.
 
     Args:
-        began_at: when the entrypoint was started, in seconds since 1970.
-        seconds: how long it may run, from then on.
+        ends_at: by when everything must be saved, in seconds since 1970.
         checkpoint_bytes: size of a checkpoint, from which its time is guessed until one was measured.
     """
 
-    def __init__(self, began_at: float, seconds: float, checkpoint_bytes: int) -> None:
-        self._end = began_at + seconds
+    def __init__(self, ends_at: float, checkpoint_bytes: int) -> None:
+        self._ends_at = ends_at
         self._guess_seconds = checkpoint_bytes / _GUESSED_BYTES_PER_SECOND
         self._step_seconds = 0.0
 
@@ -38,4 +37,4 @@ class TimeBudget:
 
     def is_over(self, save_seconds: float | None) -> bool:
         """Whether it is time to stop."""
-        return time.time() + self.needed_seconds(save_seconds) >= self._end
+        return time.time() + self.needed_seconds(save_seconds) >= self._ends_at

@@ -9,7 +9,8 @@ from torch import Tensor
 from job import storage
 from job.data.manifest import Manifest
 from job.data.tokenizer import TextTokenizer
-from job.model.architecture import ModelSpec, build_model
+from job.model.architecture import build_model
+from job.model.spec import ModelSpec
 from job.training.checkpoint import TrainingState
 from job.training.evaluation import Evaluation
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 from job.model.architecture import LanguageModel
 from job.report import Report
+from job.scratch import cache_folder
 from job.training.agreement import Lockstep
 from job.training.engine import Strategy, start_accelerator
 from job.training.evaluation import Evaluation, evaluate
@@ -70,7 +70,7 @@ class HeldOut:
             batch_size=self._config.evaluate.batch_size,
             rank=self._world.rank,
             world_size=self._world.world_size,
-            cache_dir=self._config.data.cache_dir,
+            cache_dir=cache_folder(self._config.data.cache_dir),
             cache_bytes=int(self._config.data.cache_bytes),
         ) as loader:
             batches = ((batch.input_ids, batch.labels) for batch in loader)
@@ -91,7 +91,7 @@ def evaluate_trained(config: Config, world: World, start: Start) -> str:
         (config.evaluate.model, "evaluate.model") if config.evaluate.model else (config.run.output, "run.output")
     )
     manifest = load_manifest(config.data.shards)
-    trained = load_trained(source, setting, Path(config.data.cache_dir).expanduser())
+    trained = load_trained(source, setting, cache_folder(config.data.cache_dir))
     if trained.tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         expected = f"was made with another tokenizer than the model in {trained.source}"
         raise UserError("data.shards", config.data.shards, expected, "prepare the corpus with the model's tokenizer")

@@ -106,10 +106,16 @@ class Keeper(Follower):
         )
         self._snapshot = engine.empty_snapshot()
         self._watch = Watch(config.run.output, opened.attempt, config.train.stop_file)
-        self._max_time, self._stop_file = config.train.max_time, config.train.stop_file
+        self._stop_file = config.train.stop_file
+        limits = []
+        if (max_time := config.train.max_time) is not None:
+            limits.append((start.began_at + max_time.seconds, f"train.max_time is {max_time}"))
+        if start.ends_at is not None:
+            limits.append((start.ends_at, f"the job's limit is {time.strftime('%X', time.localtime(start.ends_at))}"))
         self._budget = None
-        if self._max_time is not None:
-            self._budget = TimeBudget(start.began_at, self._max_time.seconds, parameters * _BYTES_PER_PARAMETER)
+        if limits:
+            ends_at, self._limit = min(limits)
+            self._budget = TimeBudget(ends_at, parameters * _BYTES_PER_PARAMETER)
         self._is_stopping = False
         self._stepped_at: float | None = None
 
@@ -128,7 +134,7 @@ class Keeper(Follower):
             return f"{self._stop_file} is there (train.stop_file); while it is, every start stops"
         if self._budget is not None and self._budget.is_over(self._saver.save_seconds):
             needed = self._budget.needed_seconds(self._saver.save_seconds)
-            return f"train.max_time is {self._max_time}, and {needed:.0f} s of it are for the last checkpoint"
+            return f"{self._limit}, and {needed:.0f} s of it are for the last checkpoint"
         return None
 
     @override

@@ -8,9 +8,9 @@ import resource
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from job.data.order import WindowOrder
 from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
 from job.model import counts
-from job.model.architecture import LanguageModel, ModelSpec, build_model
+from job.model.architecture import LanguageModel, build_model
+from job.model.spec import ModelSpec
 from job.report import Report, metrics_line
+from job.scratch import cache_folder, loading_folder, log_folder
 from job.training.agreement import Lockstep, agree
 from job.training.attempts import DONE, STOPPED
 from job.training.batching import accumulation_steps
@@ -36,6 +38,7 @@ from job.training.evaluation import Evaluation
 from job.training.export import export_model, model_card
 from job.training.generation import Sampling, continue_text
 from job.training.held_out import HeldOut
+from job.training.identity import identity_of
 from job.training.keeper import Follower, Keeper
 from job.training.metrics import MetricsLog
 from job.training.resume import OpenedRun, open_run
@@ -104,7 +107,8 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
 
     # ---- What there is to train, and on what ----
     manifest = load_manifest(config.data.shards)
-    tokenizer = load_tokenizer(storage.join(config.data.shards, manifest.tokenizer), config.data.cache_dir)
+    cache = cache_folder(config.data.cache_dir)
+    tokenizer = load_tokenizer(storage.join(config.data.shards, manifest.tokenizer), cache)
     check_tokenizer(tokenizer, manifest, config.data.shards)
     strategy = strategy_of(config, world.world_size)
     spec = ModelSpec(**config.model.model_dump())
@@ -184,7 +188,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         workspace=config.tracking.workspace,
         name=run.name,
         run_id=run.id,
-        log_dir=config.tracking.log_dir,
+        log_dir=log_folder(config.tracking.log_dir),
         config=settings.to_dict(config),
     )
     closing.callback(tracker.finish, success=False)  # unless it has been finished as a success before
@@ -227,7 +231,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             world_size=world.world_size,
             start_position=state.windows_consumed,
             end_position=end,
-            cache_dir=config.data.cache_dir,
+            cache_dir=cache,
             cache_bytes=int(config.data.cache_bytes),
             prefetch_steps=config.data.prefetch_steps,
             workers=config.data.loader_workers,
@@ -377,25 +381,9 @@ def check_tokenizer(tokenizer: TextTokenizer, manifest: Manifest, shards_url: st
         raise UserError("data.shards", shards_url, expected, "put the right one back, or prepare again")
 
 
-def identity_of(config: Config, spec: ModelSpec, manifest: Manifest) -> dict[str, Any]:
-    """What cannot change within a run: with another of these, a checkpoint or its cursor would mean something else."""
-    return {
-        "model": asdict(spec),
-        "data": manifest.fingerprint,
-        "tokenizer": manifest.tokenizer_fingerprint,
-        "context_length": config.train.context_length,
-        "global_batch_size": config.train.global_batch_size,
-        "order": {
-            "seed": config.data.seed,
-            "shuffle_bytes": min(int(config.data.shuffle_bytes), sum(shard.size for shard in manifest.train)),
-            "node_groups": config.data.node_groups,
-        },
-    }
-
-
 def scratch_dir(config: Config) -> Path:
     """Where checkpoints are put together; made if it is not there."""
-    folder = Path(config.checkpoint.scratch_dir or gettempdir()).expanduser()
+    folder = loading_folder(config.checkpoint.scratch_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -19,9 +19,9 @@ from job.training.checkpoint import (
     list_checkpoints,
     open_checkpoint,
 )
+from job.training.identity import TOKENIZER_FOLDER
 from job.training.run import RunRecord, begin_run, read_run
 from job.training.start import Start
-from job.training.trained import TOKENIZER_FOLDER
 
 _AUTO, _NEVER = "auto", "never"
 

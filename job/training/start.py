@@ -12,6 +12,8 @@ class Start:
     """Which no other start has; empty where nobody looks after it."""
     began_at: float
     """When the entrypoint was started, in seconds since 1970: from then on `train.max_time` counts."""
+    ends_at: float | None
+    """When whoever started it ends it, in seconds since 1970; None if that is not known."""
     job_id: str | None
     """The scheduler's name for the job, which it keeps when it starts the job again; None without a scheduler."""
     stop_requested: Callable[[], bool]

@@ -146,7 +146,7 @@ def start_tracker(
     workspace: str | None,
     name: str,
     run_id: str,
-    log_dir: str,
+    log_dir: Path,
     config: dict[str, Any],
 ) -> Tracker:
     """Starts or continues the run in SwanLab; every process calls it, the main one tracks.
@@ -171,7 +171,7 @@ def start_tracker(
     """
     if mode == "disabled" or not accelerator.is_main_process:
         return Tracker(_UNTRACKED)
-    folder = Path(log_dir).expanduser().absolute()
+    folder = log_dir.absolute()
     values = {
         "log_dir": folder,
         "interactive": False,

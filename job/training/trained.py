@@ -11,7 +11,8 @@ from transformers import Qwen2ForCausalLM
 from job import storage
 from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
-from job.model.architecture import ModelSpec, build_model
+from job.model.architecture import build_model
+from job.model.spec import ModelSpec
 from job.training.checkpoint import (
     Checkpoint,
     CheckpointFiles,
@@ -20,8 +21,7 @@ from job.training.checkpoint import (
     good_checkpoints,
     open_checkpoint,
 )
-
-TOKENIZER_FOLDER = "tokenizer"
+from job.training.identity import TOKENIZER_FOLDER
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from job.errors import UserError
-from job.model.architecture import LanguageModel, ModelSpec, build_model
+from job.model.architecture import LanguageModel, build_model
+from job.model.spec import ModelSpec
 
 SPEC = ModelSpec(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from job.model.architecture import LanguageModel, ModelSpec, build_model
+from job.model.architecture import LanguageModel, build_model
 from job.model.counts import flops_per_token, mfu, parameter_counts, peak_flops
+from job.model.spec import ModelSpec
 
 TUTORIAL = ModelSpec(
     hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=2048

@@ -15,7 +15,7 @@ from engine_worker import LAST_STEP, RESUMES_FROM, SAVED_STEP, Case
 from fault_proxy import FaultProxy
 from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
 
-from job.cluster.launch import _worker_environment
+from job.cluster.launch import worker_environment
 from job.demo.server import S3Server
 
 
@@ -97,7 +97,7 @@ def seen_in(
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | _worker_environment(processes) | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | worker_environment(0, processes) | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
             timeout=200,

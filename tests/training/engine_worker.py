@@ -26,7 +26,8 @@ from job.data.manifest import load_manifest
 from job.data.order import rank_slice
 from job.data.tokenizer import load_tokenizer
 from job.errors import UserError
-from job.model.architecture import LanguageModel, ModelSpec, build_model
+from job.model.architecture import LanguageModel, build_model
+from job.model.spec import ModelSpec
 from job.quiet import silence_libraries
 from job.training.agreement import Lockstep
 from job.training.checkpoint import (

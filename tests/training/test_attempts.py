@@ -141,7 +141,7 @@ def test_a_failure_is_noted_with_the_start_that_it_ended_and_no_other(bucket: st
 def test_a_start_stops_in_time_to_have_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(time, "time", lambda: clock[0])
-    budget = TimeBudget(began_at=1000.0, seconds=600.0, checkpoint_bytes=1_000_000_000)
+    budget = TimeBudget(ends_at=1600.0, checkpoint_bytes=1_000_000_000)
     for seconds in (3.0, 10.0, 4.0):
         budget.step_took(seconds)
     save_seconds = 100.0
@@ -155,6 +155,6 @@ def test_a_start_stops_in_time_to_have_saved(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_until_a_save_was_measured_its_time_is_guessed_from_its_size() -> None:
-    small, large = (TimeBudget(0.0, 600.0, size) for size in (1_000_000, 2_000_000_000))
+    small, large = (TimeBudget(600.0, size) for size in (1_000_000, 2_000_000_000))
     assert large.needed_seconds(None) - small.needed_seconds(None) > 60
     assert large.needed_seconds(1.0) == small.needed_seconds(1.0)

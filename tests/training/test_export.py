@@ -10,7 +10,8 @@ from small_run import STEPS, DataSet, FinishedRun, checkpoint_urls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import storage
-from job.model.architecture import LanguageModel, ModelSpec, build_model
+from job.model.architecture import LanguageModel, build_model
+from job.model.spec import ModelSpec
 from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
 from job.training.export import export_model
 from job.training.metrics import read_metrics

@@ -14,7 +14,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from job import commands
 from job import config as settings
-from job.model.architecture import ModelSpec, build_model
+from job.model.architecture import build_model
+from job.model.spec import ModelSpec
 from job.training.generation import Sampling, continue_text
 
 CONTEXT_LENGTH = 64

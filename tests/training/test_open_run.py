@@ -30,7 +30,7 @@ class Opener:
             self.output,
             name=None,
             resume=resume,
-            start=Start("a-start", 0.0, job_id, lambda: False, lambda line: None),
+            start=Start("a-start", 0.0, None, job_id, lambda: False, lambda line: None),
             tokenizer=self._tokenizer,
             config={"a": 1},
             folder=self._folder,

@@ -160,7 +160,14 @@ def test_a_mode_that_cannot_be_is_refused_in_one_line_without_the_key(
 
 # ---- Starting ----
 
-NAMES = {"project": "WikiLLM", "workspace": None, "name": "a run", "run_id": "id", "log_dir": "swanlog", "config": {}}
+NAMES = {
+    "project": "WikiLLM",
+    "workspace": None,
+    "name": "a run",
+    "run_id": "id",
+    "log_dir": Path("swanlog"),
+    "config": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +176,7 @@ NAMES = {"project": "WikiLLM", "workspace": None, "name": "a run", "run_id": "id
         ({"project": "维基"}, "tracking.project"),
         ({"workspace": "two words"}, "tracking.workspace"),
         ({"name": ""}, "run.name"),
-        ({"log_dir": "/dev/null/swanlog"}, "tracking.log_dir"),
+        ({"log_dir": Path("/dev/null/swanlog")}, "tracking.log_dir"),
     ],
 )
 @pytest.mark.parametrize("mode", ["offline", "cloud"])

@@ -68,7 +68,7 @@ def main(
         workspace=None,
         name="a run",
         run_id=run_id,
-        log_dir=log_dir,
+        log_dir=Path(log_dir),
         config={"train": {"learning_rate": 5e-4}},
     )
     kept = signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
