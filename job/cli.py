@@ -5,8 +5,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,6 +39,8 @@ class Arguments:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     """What stands there without a name: prompts of `generate`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The command's own."""
     wants_help: bool = False
     wants_config: bool = False
 
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.wants_config:
             sys.stdout.write(without_passwords(settings.to_yaml(config)))
             return EXIT_DONE
-        return _run(command, config, arguments.words)
+        return _run(command, config, arguments)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
@@ -64,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _run(command: "Command", config: Config, words: Sequence[str]) -> int:
+def _run(command: "Command", config: Config, arguments: Arguments) -> int:
     if command.is_stopped_with_care:
         stop.hold()  # before any thread is there that would not
     from job import storage  # with the libraries behind it, which --help can do without
@@ -72,7 +76,9 @@ def _run(command: "Command", config: Config, words: Sequence[str]) -> int:
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     try:
         run = getattr(importlib.import_module("job.commands"), command.name)
-        return int(run(config, words))
+        if command.options:
+            return int(run(config, config_path=arguments.config_path, **arguments.options))
+        return int(run(config, arguments.words))
     except UserError as error:
         raise settings.name_setting(config, error) from None
     except storage.StoreError as error:
@@ -103,7 +109,11 @@ def parse(argv: Sequence[str]) -> Arguments:
             arguments.wants_config = True
         elif word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            if name != "config" and name not in _names():
+            option = COMMANDS[arguments.command].options.get(name)
+            if option is not None and option.kind is bool and not equals:
+                arguments.options[name] = True
+                continue
+            if name != "config" and option is None and name not in _names():
                 raise settings.unknown_setting(name)
             if not equals:
                 following = next(rest, None)
@@ -112,6 +122,8 @@ def parse(argv: Sequence[str]) -> Arguments:
                 value = following
             if name == "config":
                 arguments.config_path = value
+            elif option is not None:
+                arguments.options[option.name or name] = option.read(name, value)
             else:
                 arguments.overrides.append((name, value))
         else:
@@ -125,6 +137,32 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 @dataclass(frozen=True)
+class Option:
+    """An option that one command alone has."""
+
+    about: str
+    kind: type = str
+    """``bool``: it stands alone; ``float``: a number above 0."""
+    name: str = ""
+    """Of the function's argument, where it is another one."""
+
+    def read(self, name: str, text: str) -> Any:
+        """The value of what was typed.
+
+        Raises:
+            UserError: it is none.
+        """
+        if self.kind is bool:
+            raise UserError(f"--{name}", text, "takes no value")
+        if self.kind is float:
+            with suppress(ValueError):
+                if float(text) > 0:
+                    return float(text)
+            raise UserError(f"--{name}", text, "expected a number above 0")
+        return text
+
+
+@dataclass(frozen=True)
 class Command:
     """One command: what it does, in a line, and how."""
 
@@ -135,6 +173,7 @@ class Command:
     """Read where no --config is given."""
     is_stopped_with_care: bool = False
     """It listens for requests to stop itself."""
+    options: dict[str, Option] = field(default_factory=dict)
 
 
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -146,6 +185,16 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "held-out loss in nats per token, bits per byte and bits per character", "evaluate", None, True
+    ),
+    "check": Command(
+        "what is wrong before a GPU is paid for, and the plan: memory, hours, price",
+        "check",
+        options={
+            "place": Option("slurm, kubernetes[/FOLDER] or swanlab: where it is to run; here if it is left out"),
+            "deep": Option("read every shard and compare its sha256", bool),
+            "mfu": Option("model FLOPs utilization to plan with, such as 0.4", float),
+            "price": Option("dollars for a GPU and hour", float, "price_per_gpu_hour"),
+        },
     ),
     "generate": Command("continues prompts with a run, a checkpoint or a model folder", "generate"),
     "tokenizer": Command("trains a byte-level BPE tokenizer on the corpus", "tokenizer"),
@@ -172,6 +221,8 @@ def _print_help(command: str) -> None:
         console.print("\nWith no argument at all it trains, by the file that JOB_CONFIG names, or job.yaml.")
     else:
         console.print(f"  {COMMANDS[command].about}")
+        for name, option in COMMANDS[command].options.items():
+            console.print(f"  [bold]--{name}[/bold]  {escape(option.about)}")
     console.print("  --print-config prints all settings as a commented YAML file, and ends.\n\n[bold]Settings[/bold]")
     for one in settings.settings():
         unit = f", in {one.unit}" if one.unit else ""

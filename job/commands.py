@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from job import storage
 from job.cluster.place import find_place, part_of_array
@@ -135,6 +136,13 @@ def evaluate(config: Config, words: Sequence[str] = ()) -> int:
     from job.cluster.launch import launch
 
     return launch("evaluate", config, find_place(), requests)
+
+
+def check(config: Config, config_path: str | None = None, **options: Any) -> int:
+    """Settings → what is wrong with them, and the plan."""
+    from job.cluster.preflight.check import check
+
+    return check(config, config_path=config_path, **options)
 
 
 def demo(config: Config, words: Sequence[str] = ()) -> int:

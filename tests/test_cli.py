@@ -84,3 +84,21 @@ def test_help_comes_without_waiting_for_the_libraries() -> None:
         "print(sorted({'torch', 'transformers', 's3fs'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.endswith("[]\n")
+
+
+# ---- Options of one command ----
+
+
+def test_an_option_of_a_command_is_its_own() -> None:
+    arguments = parse(["check", "--place", "slurm", "--deep", "--mfu=0.4", "--price", "2.5", "--config", "x.yaml"])
+    assert arguments.options == {"place": "slurm", "deep": True, "mfu": 0.4, "price_per_gpu_hour": 2.5}
+    assert arguments.config_path == "x.yaml"
+    with pytest.raises(UserError, match="unknown setting"):
+        parse(["train", "--deep"])
+
+
+@pytest.mark.parametrize("words", [["--mfu", "half"], ["--price", "0"], ["--deep=yes"], ["--place"]])
+def test_an_option_with_a_wrong_value_is_named(words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse(["check", *words])
+    assert error.value.setting.lstrip("-") == words[0].lstrip("-").partition("=")[0]

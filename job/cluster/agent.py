@@ -56,6 +56,8 @@ def main() -> int:
         )
     except UserError as error:
         outcome.record(folder, Outcome(task.ranks[0], outcome.REFUSED, str(error)))
+    except nodes.NodesMissing as error:
+        outcome.record(folder, Outcome(task.ranks[0], outcome.LOST, str(error)))
     except nodes.NodesStopped:
         for rank in range(task.world_size):  # none of them has begun
             outcome.record(folder, Outcome(rank, outcome.STOPPED))
@@ -103,7 +105,7 @@ def _card(task: Task) -> nodes.Card:
         for key, value in values.items()
         if f"{section}.{key}" not in _OF_A_NODE
     }
-    return nodes.Card(socket.gethostname(), task.processes, versions, shared)
+    return nodes.Card(socket.gethostname(), task.start, task.processes, versions, shared)
 
 
 if __name__ == "__main__":

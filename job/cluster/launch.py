@@ -97,10 +97,15 @@ def worker_environment(gpus: int, processes: int) -> dict[str, str]:
     if not gpus:
         wanted |= {
             "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+            "OMP_NUM_THREADS": str(max(1, _cpus() // processes)),
         }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {name: value for name, value in wanted.items() if name not in os.environ} | {"PATH": path}
+
+
+def _cpus() -> int:
+    """CPUs that this process may use: a scheduler may have given it a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class _Ending(NamedTuple):

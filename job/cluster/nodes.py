@@ -41,9 +41,11 @@ _ANSWER_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Card:
-    """What a node says of itself; all but the host must be the same on all nodes."""
+    """What a node says of itself; what follows the token must be the same on all nodes."""
 
     host: str
+    token: str
+    """Of this start of it: whoever takes its place has another."""
     processes: int
     """Workers of the node."""
     versions: dict[str, str]
@@ -54,6 +56,10 @@ class Card:
 
 class NodesStopped(Exception):
     """The run was asked to stop before all nodes were there."""
+
+
+class NodesMissing(Exception):
+    """Not all nodes came in time: when they are started again, they may."""
 
 
 class Nodes:
@@ -82,34 +88,55 @@ class Nodes:
         """Waits until all nodes are there and node 0 has found that they fit together.
 
         Raises:
-            UserError: they do not all come in time, or do not fit together: settings, versions or processes differ.
+            UserError: they do not fit together: settings, versions or processes differ.
+            NodesMissing: they do not all come in time.
             NodesStopped: one of them was asked to stop before that.
         """
         wait = _Wait(timeout_seconds, lambda: stop_requested() or self._is_stopped(), say)
         try:
-            self._open_store(wait)
-            self._set(f"card/{self.rank}", asdict(self._card))
-            if self.rank == 0:
-                cards = self._await_cards(wait)
-                self.hosts = [card.host for card in cards]
-                if (error := _misfit(cards)) is not None:
-                    raise error
-                self._set("go", {"hosts": self.hosts})
-            else:
-                wait.until(lambda: self._has("go"), lambda: f"node 0 at {self._rendezvous} waits for further nodes")
-                go = self._get("go")
-                if "refused" in go:
-                    raise UserError(*go["refused"])
-                self.hosts = go["hosts"]
+            self.hosts = self._gather(wait) if self.rank == 0 else self._join(wait)
         except NodesStopped:
             if self._store is not None:
                 self._set("stop", True)
             raise
-        except UserError as error:
+        except (UserError, NodesMissing) as error:
             if self.rank == 0 and self._store is not None:
-                self._set("go", {"refused": (error.setting, error.value, error.expected, error.remedy)})
+                self._set("go", {"refused": type(error).__name__, "why": error.__reduce__()[1]})
             raise
         self._has_met = True
+
+    def _gather(self, wait: "_Wait") -> list[str]:
+        """Node 0's part: the hosts of all, when they are there and fit together."""
+
+        def missing() -> list[int]:
+            return [node for node in range(self.count) if not self._has(f"card/{node}")]
+
+        self._open_store(wait)
+        self._set(f"card/{self.rank}", asdict(self._card))
+        wait.until(lambda: not missing(), lambda: f"nodes {missing()} of {self.count} are not there")
+        cards = [Card(**self._get(f"card/{node}")) for node in range(self.count)]
+        if (error := _misfit(cards)) is not None:
+            raise error
+        self._set("go", {"tokens": [card.token for card in cards], "hosts": [card.host for card in cards]})
+        return [card.host for card in cards]
+
+    def _join(self, wait: "_Wait") -> list[str]:
+        """The part of the others: the hosts of all, when node 0 has found them all."""
+        while True:
+            try:
+                self._open_store(wait)
+                self._set(f"card/{self.rank}", asdict(self._card))
+                wait.until(lambda: self._has("go"), lambda: f"node 0 at {self._rendezvous} waits for further nodes")
+                go = self._get("go")
+                if "refused" in go:
+                    raise {"UserError": UserError, "NodesMissing": NodesMissing}[go["refused"]](*go["why"])
+                if go["tokens"][self.rank] == self._card.token:
+                    hosts: list[str] = go["hosts"]
+                    return hosts
+                # They have met whoever had this node's place before, and are about to notice that it is gone.
+                wait.until(lambda: not self._has("go"), lambda: "the nodes of the start before have not ended")
+            except RuntimeError:  # node 0 has ended, and its store with it; when it starts again, there is another one
+                self._store = None
 
     def _is_stopped(self) -> bool:
         return self._store is not None and self._has("stop")
@@ -131,13 +158,6 @@ class Nodes:
         with suppress(OSError), socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS):
             return True
         return False
-
-    def _await_cards(self, wait: "_Wait") -> list[Card]:
-        def missing() -> list[int]:
-            return [node for node in range(self.count) if not self._has(f"card/{node}")]
-
-        wait.until(lambda: not missing(), lambda: f"nodes {missing()} of {self.count} are not there")
-        return [Card(**self._get(f"card/{node}")) for node in range(self.count)]
 
     # ---- Watching ----
 
@@ -259,8 +279,7 @@ class _Wait:
             if self._stop_requested():
                 raise NodesStopped
             if waited > self._timeout_seconds:
-                remedy = "look at the logs of the nodes that are missing; train.node_timeout is how long to wait"
-                raise UserError("rendezvous", None, f"{missing()} after {waited:.0f} s", remedy)
+                raise NodesMissing(f"{missing()} after {waited:.0f} s (train.node_timeout)")
             if waited > self._next_word_seconds:
                 self._say(f"waiting for {waited:.0f} s: {missing()}")
                 self._next_word_seconds *= 2

@@ -304,7 +304,11 @@ def _find_gpus(environment: Mapping[str, str]) -> tuple[int, str]:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([one for one in visible.split(",") if one.strip() not in ("", "-1")]), "CUDA_VISIBLE_DEVICES"
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))), "NVIDIA's driver"
+    # A container may see all of its machine's below /proc, but has the devices of its own alone.
+    for folder, pattern in (("/dev", "nvidia[0-9]*"), ("/proc/driver/nvidia/gpus", "*")):
+        if found := len(list(Path(folder).glob(pattern))):
+            return found, folder
+    return 0, "no device of NVIDIA's driver"
 
 
 def _find_end(environment: Mapping[str, str]) -> tuple[float | None, str]:

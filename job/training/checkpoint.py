@@ -19,16 +19,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
 from safetensors import safe_open
-from torch import Tensor
 
 from job import storage
 from job.errors import UserError
 from job.training.attempts import Attempts
+
+if TYPE_CHECKING:
+    from torch import Tensor  # seconds of import, which looking for checkpoints can do without
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, as torch names them."""
@@ -115,7 +117,7 @@ class _SafetensorsFile:
     https://huggingface.co/docs/safetensors#format
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, "Tensor"]) -> None:
         ends = list(accumulate(tensor.nbytes for tensor in tensors.values()))
         header = {"__metadata__": {"format": "pt"}} | {
             name: {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
@@ -152,7 +154,7 @@ class _SafetensorsFile:
 def save_checkpoint(
     output: str,
     state: TrainingState,
-    snapshot: Mapping[str, Mapping[str, Tensor]],
+    snapshot: Mapping[str, Mapping[str, "Tensor"]],
     metrics: bytes,
     check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = lambda: 0.0,
@@ -336,13 +338,13 @@ def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str
             raise _damaged(checkpoint.url, f"{name} {found}") from None
 
 
-class CheckpointFiles(Mapping[str, Mapping[str, Tensor]]):
+class CheckpointFiles(Mapping[str, Mapping[str, "Tensor"]]):
     """The tensors of a downloaded checkpoint by parameter, read one at a time: what `Engine.load_state` takes."""
 
     def __init__(self, folder: Path, only: Iterable[str] = tuple(_TENSORS)) -> None:
         self._files = {key: safe_open(folder / _TENSORS[key], framework="pt") for key in only}
 
-    def __getitem__(self, name: str) -> dict[str, Tensor]:
+    def __getitem__(self, name: str) -> dict[str, "Tensor"]:
         return {key: file.get_tensor(name) for key, file in self._files.items() if name in file.keys()}  # noqa: SIM118
 
     def __iter__(self) -> Any:

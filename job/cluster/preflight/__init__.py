@@ -1,0 +1,1 @@
+"""What can be known to be wrong before a GPU is paid for, and what a run will cost."""

@@ -1,0 +1,189 @@
+"""`job check`, from top to bottom: settings → store → data → run → where it goes → does it fit there → the plan."""
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from job import storage
+from job.cluster.place import find_place
+from job.cluster.preflight import data, kubernetes, machine, run, slurm, store, swanlab, world
+from job.cluster.preflight.findings import Findings, show
+from job.cluster.preflight.plan import show_plan
+from job.cluster.preflight.settings import check_cache, check_schedule, check_settings
+from job.cluster.preflight.target import Target
+from job.cluster.preflight.world import Shape
+from job.config import Config
+from job.data.manifest import Manifest
+from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
+from job.model.counts import flops_per_token, parameter_counts
+from job.model.spec import ModelSpec
+from job.training.plan import Workload, plan
+
+PLACES = ("slurm", "kubernetes", "swanlab")
+_LOG_WIDTH = 240
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found; what could not be found out is None."""
+
+    findings: Findings
+    config: Config
+    """The settings that will hold: in the pods of Kubernetes they are those of its manifests."""
+    shape: Shape | None
+    work: Workload | None
+    earlier: run.Earlier
+    target: Target | None
+    command: list[str]
+    """By which the run is started there."""
+
+
+def check(
+    config: Config,
+    place: str | None = None,
+    *,
+    deep: bool = False,
+    mfu: float | None = None,
+    price_per_gpu_hour: float | None = None,
+    config_path: str | None = None,
+) -> int:
+    """Prints what is found and the plan; returns the exit code: 78 if anything is wrong, else 0.
+
+    Args:
+        config: all settings.
+        place: where the run is to go: None, right here; ``slurm``; ``kubernetes``, which is its folder ``single``, or
+            ``kubernetes/<folder>``; ``swanlab``.
+        deep: read every shard and compare its sha256.
+        mfu: model FLOPs utilization to plan with; None: a typical one.
+        price_per_gpu_hour: dollars; None: typical ones.
+        config_path: the file of the settings, as it stands in the command that is printed.
+
+    Raises:
+        UserError: there is no such place, or no such MFU.
+    """
+    if mfu is not None and mfu > 1:
+        raise UserError("--mfu", mfu, "expected a share of the card's peak, at most 1")
+    found = preflight(config, place, deep=deep, mfu=mfu, config_path=config_path)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    show(console, f"preflight{f', {place}' if place else ''}", found.findings.rows)
+    if found.shape is not None and found.work is not None and found.target is not None:
+        show_plan(console, found.config, found.shape, found.work, found.target, found.earlier, mfu, price_per_gpu_hour)
+    is_wrong = found.findings.are_wrong
+    console.print(f"\n{'not yet' if is_wrong else 'run it'}: {shlex.join(found.command)}", markup=False, soft_wrap=True)
+    return EXIT_REFUSED if is_wrong else EXIT_DONE
+
+
+def preflight(
+    config: Config,
+    place: str | None = None,
+    *,
+    deep: bool = False,
+    mfu: float | None = None,
+    config_path: str | None = None,
+) -> Preflight:
+    """Looks at everything, as `check` describes it; leaves nothing behind."""
+    kind, _, folder = (place or "").partition("/")
+    if place is not None and (kind not in PLACES or (folder and kind != "kubernetes")):
+        raise UserError("--place", place, f"expected one of {', '.join(PLACES)}", "leave it out for this machine")
+    findings, is_here = Findings(), place is None
+
+    # ---- What is to run, and on which data ----
+    spec = check_settings(findings, config, is_here)
+    store_answers = store.check_store(findings, config, is_here)
+    manifest = _check_data(findings, config, kind, deep) if store_answers else None
+    shape = None if spec is None or manifest is None else _shape(spec, manifest)
+    work = None if shape is None or manifest is None else _work(findings, config, shape, manifest)
+
+    # ---- What it would go on from ----
+    earlier = run.Earlier()
+    if store_answers and (is_here or kind == "slurm" or storage.is_remote(config.run.output)):
+        store.check_output(findings, config.run.output)
+        if spec is not None and manifest is not None:
+            with TemporaryDirectory(prefix="wikillm-") as scratch:
+                earlier = run.check_run(findings, config, spec, manifest, scratch)
+
+    # ---- Where it would go ----
+    target: Target | None
+    named = ["--config", config_path] if config_path else []
+    if is_here:
+        target = _check_here(findings, config, manifest, shape)
+        command = ["python", "-m", "job", "train", *named]
+    elif kind == "slurm":
+        target = slurm.check_slurm(findings, config, slurm.SCRIPT)
+        command = ["sbatch", str(slurm.SCRIPT), *named[1:]]
+    elif kind == "kubernetes":
+        path = kubernetes.FOLDER / (folder or "single")
+        target, config = kubernetes.check_kubernetes(findings, config, path, config_path) or (None, config)
+        if target is not None and manifest is not None and shape is not None:
+            kubernetes.check_scratch(findings, config, path, manifest, shape.checkpoint_bytes)
+        command = ["kubectl", "apply", "-k", str(path)]
+    else:
+        target = swanlab.check_swanlab(findings, config, swanlab.SPEC)
+        command = ["python", "-m", "launch.swanlab", "submit", *named]
+        if storage.is_remote(config.run.output):
+            command += ["--until-done", "--with-credentials", swanlab.CREDENTIALS]
+    if target is not None:
+        world.check_target(findings, config, target, shape, work, mfu)
+    return Preflight(findings, config, shape, work, earlier, target, command)
+
+
+def _check_data(findings: Findings, config: Config, kind: str, deep: bool) -> Manifest | None:
+    """The data set; a volume of SwanLab's cannot be seen from here."""
+    shards = config.data.shards
+    if kind == "swanlab" and shards.startswith(swanlab.VOLUMES) and not Path(shards).exists():
+        findings.unsure("data set", f"{shards} is a volume of SwanLab's", "check it before it is uploaded")
+        return None
+    return data.check_data(findings, config, deep)
+
+
+def _shape(spec: ModelSpec, manifest: Manifest) -> Shape:
+    return Shape(spec, manifest.vocab_size, parameter_counts(spec, manifest.vocab_size))
+
+
+def _work(findings: Findings, config: Config, shape: Shape, manifest: Manifest) -> Workload | None:
+    """What there is to compute; None if there is nothing to predict."""
+    with findings.guard("schedule"):
+        work = plan(
+            manifest,
+            flops_per_token(shape.spec, shape.vocab_size, config.train.context_length),
+            context_length=config.train.context_length,
+            global_batch_size=config.train.global_batch_size,
+            epochs=config.train.epochs,
+            max_steps=config.train.max_steps,
+            evaluate_every=config.evaluate.every,
+            evaluate_max_windows=config.evaluate.max_windows,
+        )
+        check_schedule(findings, config, work)
+        check_cache(findings, config, manifest)
+        return work
+    return None
+
+
+def _check_here(findings: Findings, config: Config, manifest: Manifest | None, shape: Shape | None) -> Target | None:
+    """This machine, judged; None where its environment contradicts itself."""
+    with findings.guard("place"):
+        place = find_place()
+        for fact in place.facts:
+            findings.right(fact.what, fact.value + (f" ({fact.source})" if fact.source else ""))
+        gpus = machine.check_gpus(findings, config, place)
+        processes = place.world.local_world_size if place.world else config.train.processes or place.processes
+        if gpus:
+            machine.check_shared_memory(findings, processes)
+        machine.check_disks(findings, config, manifest, None if shape is None else shape.checkpoint_bytes)
+        sizes = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes is not None and not gpu.is_sliced]
+        return Target(
+            name=place.kind,
+            nodes=place.world.world_size // processes if place.world else place.nodes,
+            gpus=len(gpus),
+            processes=processes,
+            gpu_name=gpus[0].name if gpus else "",
+            gpu_memory_bytes=min(sizes, default=None),
+            memory_bytes=machine.memory_bytes(),
+            seconds=None if place.ends_at is None else place.ends_at - time.time(),
+        )
+    return None

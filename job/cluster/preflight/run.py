@@ -1,0 +1,111 @@
+"""The run that is at run.output already, if any: would this start go on with it, or be refused?"""
+
+from dataclasses import dataclass, replace
+
+import orjson
+
+from job import storage
+from job.cluster.preflight.findings import Findings
+from job.config import Config
+from job.data.manifest import Manifest
+from job.data.tokenizer import load_tokenizer
+from job.errors import NoProgress, UserError
+from job.model.spec import ModelSpec
+from job.training.attempts import DONE, Attempt, Attempts
+from job.training.checkpoint import Checkpoint, check_identity, good_checkpoints, list_checkpoints, open_checkpoint
+from job.training.identity import TOKENIZER_FOLDER, identity_of
+from job.training.run import read_run
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the run has come to before."""
+
+    step: int = 0
+    tokens_per_second: float | None = None
+    """As its log has it last."""
+
+
+def check_run(findings: Findings, config: Config, spec: ModelSpec, manifest: Manifest, scratch: str) -> Earlier:
+    """How far the run is; a row says how this start takes it up."""
+    with findings.guard("run"):
+        return _check_run(findings, config, spec, manifest, scratch)
+    return Earlier()
+
+
+def _check_run(findings: Findings, config: Config, spec: ModelSpec, manifest: Manifest, scratch: str) -> Earlier:
+    output, resume = config.run.output, config.train.resume
+    run, names, attempts = read_run(output), list_checkpoints(output), Attempts(output)
+    identity = identity_of(config, spec, manifest)
+    if resume not in ("auto", "never"):
+        origin = open_checkpoint(resume)
+        check_identity(origin.state, identity, resume)
+        findings.right("run", f"begins from {resume}, step {origin.state.step}")
+        return Earlier()
+    if run is None:
+        if names and resume == "auto":
+            expected = "checkpoints are there, but no run.json that says whose they are"
+            remedy = "put it back, choose another place, or set train.resume never"
+            raise UserError("run.output", output, expected, remedy)
+        findings.right("run", "a new one")
+        return Earlier()
+    if resume == "never":
+        found = f"train.resume is never: run {run.name} ({run.id}) with {len(names)} checkpoints begins anew"
+        findings.unsure("run", found, "set train.resume auto to go on with it")
+        return Earlier()
+    _check_tokenizer(output, manifest, scratch)
+    newest = attempts.newest()
+    if newest is not None and newest.ended == DONE:
+        findings.unsure("run", f"run {run.name} ({run.id}) is done already", "name another run.output for a new one")
+        return Earlier()
+    refused: list[UserError] = []
+    checkpoint = next(good_checkpoints(output, refused.append, 0, run.id), None)
+    if checkpoint is None and refused:
+        said = "; ".join(f"{str(one.value).rpartition('/')[2]}: {one.expected}" for one in refused)
+        remedy = "put a good one there, name one with train.resume, or start over with --train.resume never"
+        raise UserError("train.resume", output, f"none of the checkpoints is good: {said}", remedy)
+    if checkpoint is not None:
+        check_identity(checkpoint.state, identity, checkpoint.url)
+    step = 0 if checkpoint is None else checkpoint.state.step
+    found = f"run {run.name} ({run.id}) goes on from step {step}"
+    if not _check_progress(findings, config, attempts, newest, step):
+        return Earlier(step)
+    if refused:
+        findings.unsure("run", f"{found}; {len(refused)} newer checkpoints are damaged", "look why")
+    elif newest is not None and newest.ended is None:
+        findings.unsure("run", f"{found}, taken over from {newest.who}, which has not said that it ended",
+                        "see that it has")  # fmt: skip
+    else:
+        findings.right("run", found)
+    return Earlier(step, None if checkpoint is None else _measured(checkpoint))
+
+
+def _check_tokenizer(output: str, manifest: Manifest, scratch: str) -> None:
+    url = storage.join(output, TOKENIZER_FOLDER)
+    if not storage.exists(storage.join(url, "tokenizer.json")):
+        return
+    if (found := load_tokenizer(url, scratch).fingerprint) != manifest.tokenizer_fingerprint:
+        expected = f"the run's tokenizer is {found[:12]}, the data set's {manifest.tokenizer_fingerprint[:12]}"
+        raise UserError("run.output", output, expected, "choose another run.output, or the data set that it began with")
+
+
+def _check_progress(findings: Findings, config: Config, attempts: Attempts, newest: Attempt | None, step: int) -> bool:
+    """Whether the next start would not give up at once for want of progress."""
+    if newest is None:
+        return True
+    limit = config.train.max_attempts_without_progress
+    try:
+        attempts.check_progress(replace(newest, number=newest.number + 1, from_step=step, ended=None), limit)
+    except NoProgress as error:
+        findings.wrong("run", str(error), "mend what it says, then raise train.max_attempts_without_progress once")
+        return False
+    return True
+
+
+def _measured(checkpoint: Checkpoint) -> float | None:
+    try:
+        rows = [orjson.loads(line) for line in checkpoint.metrics().splitlines()]
+    except (UserError, ValueError):
+        return None
+    rates = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
+    return float(rates[-1]) if rates else None
