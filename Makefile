@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint format bench-memory bench-checkpoint lock clean
+.PHONY: help setup demo test chaos test-kubernetes lint format bench-memory bench-checkpoint lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,6 +30,15 @@ test: setup ## all tests, against a real S3 server and real processes
 
 chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
 	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos
+
+test-kubernetes: setup $(VENV)-checkov/.installed ## pods of launch/kubernetes as real containers, and checkov
+	$(RUN) -m pytest -m kubernetes tests/kubernetes
+
+# checkov brings a hundred packages with pins of its own (291 MB).
+$(VENV)-checkov/.installed:
+	$(PYTHON) -m venv $(VENV)-checkov
+	$(VENV)-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	touch $@
 
 lint: setup ## style and types
 	$(RUN) -m ruff check .
@@ -57,4 +66,4 @@ lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock build
 
 clean: ## removes what the demo and the tests have made, and .venv
-	rm -rf $(VENV) $(VENV)-lock demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
