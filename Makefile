@@ -8,10 +8,11 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos test-kubernetes lint format bench-memory bench-checkpoint lock clean
+.PHONY: help setup demo test chaos test-image test-kubernetes test-swanlab lint format build push run print-image set-image \
+        pin-base sbom lock-image bench-memory bench-checkpoint lock clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(VENV)/.installed ## .venv with the exact versions of requirements.lock
 
@@ -31,8 +32,14 @@ test: setup ## all tests, against a real S3 server and real processes
 chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
 	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos
 
+test-image: setup ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
+	$(RUN) -m pytest -m image tests/image
+
 test-kubernetes: setup $(VENV)-checkov/.installed ## pods of launch/kubernetes as real containers, and checkov
 	$(RUN) -m pytest -m kubernetes tests/kubernetes
+
+test-swanlab: setup ## a run on a stand-in for SwanLab's machines: sent, set up from nothing, cut off, sent again, done
+	$(RUN) -m pytest -s -m swanlab tests/swanlab
 
 # checkov brings a hundred packages with pins of its own (291 MB).
 $(VENV)-checkov/.installed:
@@ -44,10 +51,42 @@ lint: setup ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	hadolint Dockerfile
+	shellcheck launch/*.sh .ci/run
 
 format: setup ## formats the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+# ---- The image; launch/image.sh says what these variables are ----
+
+export REGISTRY IMAGE TAG PLATFORM ENGINE ALLOW_DIRTY REFERENCE CA_BUNDLE NETRC BUILD_ARGS PUSH_ARGS RUN_ARGS SCRATCH
+
+build: ## the image, for REGISTRY/IMAGE:TAG; ends with three steps of training in it
+	launch/image.sh build
+
+push: ## pushes it and prints its digest
+	launch/image.sh push
+
+run: ## the image here, as strict as a cluster: make run ARGS="train --config configs/demo.yaml"
+	launch/image.sh run $(ARGS)
+
+print-image: ## what the image is called
+	@launch/image.sh print
+
+set-image: ## writes the image pushed last (or REFERENCE=name@sha256:...) into every launch spec
+	$(PYTHON) -m launch.set_image $(REFERENCE)
+
+pin-base: ## adds the digest of the image's base to the Dockerfile
+	launch/image.sh pin-base
+
+sbom: ## what the image holds, as build/sbom.cdx.json
+	launch/image.sh sbom
+
+lock-image: ## requirements-image.lock anew, with hashes, from pyproject.toml and requirements.lock
+	launch/image.sh lock
+
+# ---- Measurements and pins ----
 
 bench-memory: setup ## peak memory of the chunked loss against the plain one (needs 14 GiB)
 	$(RUN) -m benchmarks.loss_memory
@@ -66,4 +105,4 @@ lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock build
 
 clean: ## removes what the demo and the tests have made, and .venv
-	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis

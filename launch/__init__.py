@@ -1,0 +1,1 @@
+"""How a run is started on each place, and the tools for it."""

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Tokenizer, shards and three steps of training on a CPU, on the bundled sample, in a folder that is removed: what a build ends with.
+set -eu
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export HF_HUB_OFFLINE=1
+
+job() {
+    command=$1
+    shift
+    python -m job "$command" --config configs/demo.yaml \
+        --data.source job/demo/sample.jsonl --data.shards "$folder/shards" --data.cache_dir "$folder/cache" --data.processes 1 \
+        --tokenizer.source "$folder/tokenizer" --run.output "$folder/run" "$@"
+}
+
+job tokenizer
+job prepare
+job train --train.processes 1 --train.max_steps 3 --train.warmup_steps 1 --train.log_every 1 \
+    --tracking.mode disabled --generate.max_new_tokens 4
+test -s "$folder/run/final/model.safetensors"

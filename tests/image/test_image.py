@@ -1,0 +1,195 @@
+"""The image is built, pushed and pulled by its digest elsewhere; there it trains, stops and goes on, as any user."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from job import storage
+from job.demo.server import S3Server
+from job.training.metrics import read_metrics
+from tests.image.registry import Registry
+from tests.image.stand_in import REPOSITORY, SECRET, Engine, build_image, engine
+from tests.small_run import prepare_sample, write_settings
+
+pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
+
+ANY_USER = "54321:54321"
+STEPS = 60
+_RUN_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Published:
+    """The image as another machine has it, that knows nothing but its digest."""
+
+    docker: Engine
+    reference: str
+    told: str
+    """What `push` printed last."""
+    registry: Registry
+
+    def start(self, *words: str, user: str = "10001:0", more: str = "", **variables: str) -> subprocess.Popen[str]:
+        """Runs it as `make run` does: no root, no capability, nothing to write but /tmp and the scratch volume."""
+        variables |= {"REFERENCE": self.reference, "RUN_ARGS": f"--user {user} {more}"}
+        return subprocess.Popen(
+            [REPOSITORY / "launch/image.sh", "run", *words],
+            env=os.environ | self.docker.environment | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def configuration(self) -> dict:
+        """What the image says of itself."""
+        return json.loads(self.docker("image", "inspect", self.reference).stdout)[0]["Config"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    folder = tmp_path_factory.mktemp("published")
+    with Registry(folder) as registry:
+        name = {"REGISTRY": registry.address, "IMAGE": "team/wikillm", "TAG": "tried"}
+        with engine() as here:
+            build_image(here, **name)
+            told = here.make("push", **name).splitlines()[-1]
+        try:
+            with engine(folder / "elsewhere") as elsewhere:
+                elsewhere("pull", "--quiet", told, timeout=600)
+                yield Published(elsewhere, told, told, registry)
+        finally:
+            shutil.rmtree(folder / "elsewhere")
+
+
+def test_push_prints_the_digest_under_which_the_registry_keeps_it(published: Published) -> None:
+    assert (
+        published.told
+        == f"{published.registry.address}/team/wikillm@{published.registry.digest('team/wikillm', 'tried')}"
+    )
+
+
+def test_it_says_which_revision_it_was_built_from(published: Published) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    labels = published.configuration()["Labels"]
+    assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == head.stdout.strip()
+    assert "unknown" not in labels.values()
+
+
+def test_it_starts_the_one_entrypoint_as_no_root(published: Published) -> None:
+    told = published.configuration()
+    assert told["User"] == "10001:0"
+    assert told["Entrypoint"] == ["tini", "--", "python", "-m", "job"]
+    assert (told["WorkingDir"], told["Volumes"]) == ("/app", {"/scratch": {}})
+
+
+def test_it_lists_the_locked_packages_that_it_holds(published: Published) -> None:
+    with published.start("/app/sbom.cdx.json", more="--entrypoint cat") as process:
+        listed = {
+            one["name"].lower().replace("_", "-"): one["version"] for one in json.load(process.stdout)["components"]
+        }
+    lock = (REPOSITORY / "requirements-image.lock").read_text()
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", lock, re.MULTILINE))
+    assert {name: version.partition("+")[0] for name, version in listed.items()}.items() <= locked.items()
+    assert {"torch", "transformers", "accelerate", "deepspeed", "swanlab", "s3fs"} <= listed.keys()
+
+
+def test_no_secret_of_the_build_is_in_a_layer(published: Published) -> None:
+    layers = published.docker.folder / "data/overlay2"
+    found = subprocess.run(["grep", "-rlF", SECRET, layers], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, ""), "grep finds nothing"
+    history = published.docker("history", "--no-trunc", published.reference).stdout
+    assert "ENTRYPOINT" in history
+    assert "netrc" not in history
+
+
+@pytest.mark.parametrize("user", ["10001:0", ANY_USER])
+def test_as_any_user_it_holds_what_kernels_are_compiled_with_and_can_write_only_scratch(
+    published: Published, user: str
+) -> None:
+    script = """
+        id -u; id -g
+        awk '/^(CapEff|CapBnd|NoNewPrivs)/ { print $2 }' /proc/self/status
+        awk '$2 == "/" { print substr($4, 1, 2) }' /proc/mounts
+        touch /tmp/x "$HOME/x" "$WIKILLM_SCRATCH/x"
+        python -c 'import getpass; print(getpass.getuser())'
+        for tool in gcc tini; do command -v $tool >/dev/null || echo "has no $tool"; done
+        for tool in pip uv make g++ nvcc git; do command -v $tool; done
+        echo '#include <Python.h>' | gcc -shared -fPIC -x c - -o /tmp/x.so \\
+            -I"$(python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+        cd / && python -m job --version >/dev/null 2>&1; python -c 'import job; print(job.__file__)'
+    """
+    uid, gid = user.split(":")
+    with published.start("-c", script, user=user, more="--entrypoint sh", SCRATCH=f"of-{uid}") as process:
+        told = process.communicate(timeout=_RUN_SECONDS)[0].splitlines()
+    assert told == [uid, gid, "0000000000000000", "0000000000000000", "1", "ro", "wikillm", "/app/job/__init__.py"]
+
+
+def test_stopped_by_sigterm_it_exits_75_and_started_again_as_another_user_it_finishes_the_same_run(
+    published: Published, s3_server: S3Server, tmp_path: Path
+) -> None:
+    data = prepare_sample(s3_server, tmp_path)
+    output = f"{s3_server.create_bucket('image')}/run"
+    settings = write_settings(tmp_path, data, output)
+    settings.chmod(0o644)
+    mounted = f"--volume {settings}:/settings.yaml:ro"
+    words = (
+        "train",
+        "--config",
+        "/settings.yaml",
+        "--data.cache_dir",
+        "/scratch/shards",
+        "--train.max_steps",
+        f"{STEPS}",
+    )
+
+    with published.start(*words, more=f"{mounted} --name first") as first:
+        told = read_until(first, "step 5/")
+        stopped_at = time.monotonic()
+        published.docker("stop", "--time=120", "first")
+        told += first.communicate(timeout=_RUN_SECONDS)[0]
+    assert first.returncode == 75, told
+    assert time.monotonic() - stopped_at < 60
+    started = storage.read_bytes(storage.join(output, "run.json"))
+    before = read_metrics(output)
+
+    with published.start(*words, user=ANY_USER, SCRATCH="of-another-user", more=mounted) as second:
+        told = second.communicate(timeout=_RUN_SECONDS)[0]
+    assert second.returncode == 0, told
+    assert storage.read_bytes(storage.join(output, "run.json")) == started
+    rows = read_metrics(output)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
+    assert rows[: len(before)] == before
+    assert 5 <= len([row for row in before if "train/loss" in row]) < STEPS
+    assert storage.exists(storage.join(output, "final/model.safetensors"))
+
+
+def test_the_base_is_pinned_by_the_digest_that_its_registry_names(published: Published, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a base")
+    base = f"{published.registry.address}/cuda:13"
+    with subprocess.Popen(["tar", "-c", "-C", tmp_path, "file"], stdout=subprocess.PIPE) as files:
+        published.docker("import", "-", base, stdin=files.stdout)
+    published.docker("push", base)
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text(f"# a comment\nARG BASE_IMAGE={base}\nFROM ${{BASE_IMAGE}}\n")
+    for _ in range(2):  # what is pinned is pinned anew
+        published.docker.make("pin-base", DOCKERFILE=str(dockerfile))
+        digest = published.registry.digest("cuda", "13")
+        assert dockerfile.read_text() == f"# a comment\nARG BASE_IMAGE={base}@{digest}\nFROM ${{BASE_IMAGE}}\n"
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> str:
+    """What it prints, up to the line that begins so."""
+    told = ""
+    for line in process.stdout:
+        told += line
+        if line.startswith(beginning):
+            return told
+    raise AssertionError(f"no line began with {beginning!r}:\n{told}")
