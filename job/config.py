@@ -420,7 +420,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, which would let the second of two equal keys win in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -441,7 +441,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("--config", path, f"cannot be read: {error}") from None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeys)
+        tree = yaml.load(text, Loader=UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError("--config", path, f"not valid YAML: {one_line(str(error))}") from None
     if tree is None:
@@ -498,7 +498,7 @@ def _parse(name: str, text: str) -> Any:
         return None
     if list[str] in members:
         try:
-            return yaml.load(text, Loader=_UniqueKeys)
+            return yaml.load(text, Loader=UniqueKeys)
         except yaml.YAMLError:
             raise UserError(name, text, "expected a list", 'for example \'["一", "二"]\'') from None
     return text

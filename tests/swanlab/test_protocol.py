@@ -1,0 +1,189 @@
+"""The service's answers: a task is started, shown and stopped; whatever else it says is one line and an exit code."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from launched import Launch
+from service import A_WEB_PAGE, API_KEY, SwanLab
+
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, UserError
+from launch.swanlab.cos import CodeStore
+from launch.swanlab.service import Account, Service, ServiceDown, find_account
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "wiki-123m.yaml")
+SUBMIT = ("submit", "--config", CONFIG, "--data.shards", "https://example.com/shards", "--run.output", "/tmp/run")
+ELSEWHERE = ("Slurm (sbatch launch/slurm.sh)", "Kubernetes (kubectl apply -k", "any Docker host (docker run)")
+
+
+def test_a_task_is_submitted_listed_shown_and_stopped(swanlab: SwanLab, launch: Launch) -> None:
+    said = launch(*SUBMIT)
+    assert said.code == EXIT_DONE, said.err
+    (task,) = swanlab.tasks
+    assert task.cuid in said.out
+    assert task.body["src"].startswith(f"{swanlab.prefix}/tasks/") and task.body["src"].endswith(".zip")
+    assert {name: task.body[name] for name in ("index", "python", "name", "combo")} == {
+        "index": "swanlab_task.py", "python": "python3.11", "name": "WikiLLM", "combo": "H800-1"
+    }  # fmt: skip
+    assert "datasets" not in task.body
+    for command in (("list",), ("status", task.cuid)):
+        said = launch(*command)
+        assert said.code == EXIT_DONE
+        assert task.cuid in said.out
+        assert f"https://swanlab.cn/@somebody/WikiLLM/runs/run-of-{task.cuid}" in said.out
+    assert launch("stop", task.cuid).code == EXIT_DONE
+    assert task.status == "STOPPED"
+    assert launch("queue").out == "0 tasks wait for a GPU\n"
+
+
+def test_the_version_is_told_and_the_key_stands_in_no_url(swanlab: SwanLab, launch: Launch) -> None:
+    assert launch(*SUBMIT).code == EXIT_DONE
+    assert all("swanlab-sdk" in headers for headers in swanlab.headers)
+    assert not [path for _, path in swanlab.requests if API_KEY in path]
+    assert [headers.get("authorization") for headers in swanlab.headers[1:]] == [None] * (len(swanlab.headers) - 1)
+
+
+def test_a_session_that_is_over_is_begun_again(swanlab: SwanLab, launch: Launch) -> None:
+    swanlab.planted["GET", "/task/queuing"] = [401]
+    assert launch("queue").code == EXIT_DONE
+    assert swanlab.requests.count(("POST", "/api/login/api_key")) == 2
+
+
+def test_the_key_that_swanlab_login_has_saved_is_found(
+    swanlab: SwanLab, launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SWANLAB_API_KEY")
+    assert launch("queue").err.startswith("SWANLAB_API_KEY: is not set")
+    monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path))
+    saved = tmp_path / ".netrc"
+    saved.write_text(f"machine {swanlab.host} login {swanlab.host} password {API_KEY}\n")
+    saved.chmod(0o600)
+    assert launch("queue").code == EXIT_DONE
+    assert API_KEY not in repr(find_account())
+
+
+TASK = {"src": "codes/1.zip", "index": "a.py", "python": "python3.11", "name": "WikiLLM", "combo": "H800-1"}
+
+
+def start(swanlab: SwanLab) -> None:
+    """What `submit` asks of the service."""
+    service = Service(Account(API_KEY, swanlab.host))
+    service.store_keys()
+    service.start(TASK)
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "line"),
+    [
+        (("POST", "/login/api_key"), 401, "SWANLAB_API_KEY: the service refuses the key"),
+        (("POST", "/login/api_key"), 403, "SWANLAB_API_KEY: the service refuses the key"),
+        (("GET", "/task"), 403, "SWANLAB_API_KEY: the service refuses the key"),
+        (("POST", "/task"), 401, "metadata.combo: 'H800-1': the service does not have this combo"),
+        (("POST", "/task"), 406, "task: too many tasks"),
+        (("POST", "/task"), 301, "SwanLab Launch: this client is too old for the service"),
+        (("POST", "/task"), 307, "SwanLab Launch: this client is too old for the service"),
+        (("POST", "/task"), 400, "SwanLab Launch: the service refuses (POST /task: 400 no ***)"),
+    ],
+)
+def test_every_refusal_is_one_line(call: tuple[str, str], status: int, line: str, swanlab: SwanLab) -> None:
+    swanlab.planted[call] = status
+    with pytest.raises(UserError) as raised:
+        start(swanlab)
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
+    assert not swanlab.tasks
+
+
+@pytest.mark.parametrize(
+    ("call", "status"),
+    [
+        (("POST", "/login/api_key"), 404),
+        (("GET", "/user/codes/sts"), 404),
+        (("GET", "/user/codes/sts"), 405),
+        (("GET", "/user/codes/sts"), 410),
+        (("GET", "/user/codes/sts"), A_WEB_PAGE),
+        (("GET", "/task"), 404),
+        (("POST", "/task"), 404),
+        (("POST", "/task"), 501),
+    ],
+)
+def test_a_service_that_has_forgotten_launch_is_called_so_and_other_places_are_named(
+    call: tuple[str, str], status: int, swanlab: SwanLab
+) -> None:
+    swanlab.planted[call] = status
+    with pytest.raises(UserError) as raised:
+        start(swanlab)
+    assert str(raised.value).startswith(f"SwanLab Launch: {swanlab.host}/api no longer knows it ({' '.join(call)}")
+    assert all(place in str(raised.value) for place in ELSEWHERE)
+
+
+def test_a_refusal_ends_the_command_with_78_and_a_failure_with_1(swanlab: SwanLab, launch: Launch) -> None:
+    for status, code in ((404, EXIT_REFUSED), (301, EXIT_REFUSED), (503, EXIT_FAILED)):
+        swanlab.planted["GET", "/task/queuing"] = status
+        said = launch("queue")
+        assert (said.code, said.err.count("\n"), said.out) == (code, 1, "")
+
+
+def test_a_service_that_is_not_reached_is_one_line_and_other_places_are_named(
+    swanlab: SwanLab, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("SWANLAB_API_HOST", f"http://127.0.0.1:{port}")
+    said = launch("list")
+    assert (said.code, said.err.count("\n")) == (EXIT_FAILED, 1)
+    assert said.err.startswith(f"http://127.0.0.1:{port}/api is not reached (no connection)")
+    assert all(place in said.err for place in ELSEWHERE)
+
+
+def test_a_failure_that_passes_is_not_noticed_but_a_task_is_never_asked_for_twice(swanlab: SwanLab) -> None:
+    swanlab.planted["GET", "/user/codes/sts"] = [503, 429]
+    swanlab.planted["POST", "/task"] = [503]
+    with pytest.raises(ServiceDown, match=r"fails \(POST /task: 503\)"):
+        start(swanlab)
+    assert swanlab.requests.count(("POST", "/api/task")) == 1
+
+
+def test_a_task_whose_answer_is_lost_is_found(swanlab: SwanLab) -> None:
+    swanlab.lost.add(("POST", "/task"))
+    service = Service(Account(API_KEY, swanlab.host))
+    store = CodeStore(service.store_keys)
+    store.write("tasks/1.zip", b"")
+    assert service.start(TASK | {"src": store.key("tasks/1.zip")}) == swanlab.tasks[0].cuid
+    assert len(swanlab.tasks) == 1
+
+
+def test_a_task_that_is_not_there_is_told_from_a_service_that_is_gone(swanlab: SwanLab, launch: Launch) -> None:
+    launch(*SUBMIT)
+    for command in ("status", "stop"):
+        said = launch(command, "abcdef")
+        assert said.code == EXIT_REFUSED
+        assert said.err.startswith("task: 'abcdef': there is no such task")
+        assert swanlab.tasks[0].cuid in said.err
+    swanlab.planted["GET", "/task"] = 404
+    assert launch("status", "abcdef").err.startswith("SwanLab Launch: ")
+
+
+def test_a_data_set_that_is_not_there_is_told_with_those_that_are(swanlab: SwanLab) -> None:
+    swanlab.data_sets["aaaaaa"] = {"name": "WIKI_CN", "status": "SUCCESS"}
+    service = Service(Account(API_KEY, swanlab.host))
+    with pytest.raises(UserError) as raised:
+        service.start(TASK | {"datasets": ["bbbbbb"]})
+    assert str(raised.value) == "spec.volumes: 'bbbbbb': there is no such data set; yours are: aaaaaa (WIKI_CN)"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((), "command line: the following arguments are required: COMMAND"),
+        (("launch",), "command line: argument COMMAND: invalid choice: 'launch'"),
+        (("list", "--all"), "command line: '--all': `list` does not take it"),
+        (("status",), "command line: the following arguments are required: id"),
+        (("submit", "--train.learning_rat", "1"), "train.learning_rat: unknown setting; did you mean"),
+        (("submit",), "--config: is not set"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words: tuple[str, ...], line: str, launch: Launch) -> None:
+    said = launch(*words)
+    assert (said.code, said.err.count("\n")) == (EXIT_REFUSED, 1)
+    assert said.err.startswith(line)
