@@ -424,6 +424,7 @@ class UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, which would let the second of two equal keys win in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping as a dict, unless a key stands in it twice."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
