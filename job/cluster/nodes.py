@@ -99,11 +99,18 @@ class Nodes:
             if self._store is not None:
                 self._set("stop", True)
             raise
-        except (UserError, NodesMissing) as error:
-            if self.rank == 0 and self._store is not None:
-                self._set("go", {"refused": type(error).__name__, "why": error.__reduce__()[1]})
+        except UserError as error:
+            self._refuse("refused", error.setting, error.value, error.expected, error.remedy)
+            raise
+        except NodesMissing as error:
+            self._refuse("missing", str(error))
             raise
         self._has_met = True
+
+    def _refuse(self, how: str, *why: Any) -> None:
+        """Node 0 tells those that are there why nothing comes of it."""
+        if self.rank == 0 and self._store is not None:
+            self._set("go", {how: why})
 
     def _gather(self, wait: "_Wait") -> list[str]:
         """Node 0's part: the hosts of all, when they are there and fit together."""
@@ -129,7 +136,9 @@ class Nodes:
                 wait.until(lambda: self._has("go"), lambda: f"node 0 at {self._rendezvous} waits for further nodes")
                 go = self._get("go")
                 if "refused" in go:
-                    raise {"UserError": UserError, "NodesMissing": NodesMissing}[go["refused"]](*go["why"])
+                    raise UserError(*go["refused"])
+                if "missing" in go:
+                    raise NodesMissing(*go["missing"])
                 if go["tokens"][self.rank] == self._card.token:
                     hosts: list[str] = go["hosts"]
                     return hosts

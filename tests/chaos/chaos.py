@@ -46,6 +46,8 @@ _MARK = "WIKILLM_CHAOS"
 _LOOK_SECONDS = 0.002
 _LOOK_AT_PROCESSES_SECONDS = 0.02
 _PATIENCE_SECONDS = 240
+_LONGEST_SECONDS = 3600
+"""For all the steps that are left when nothing kills it any more."""
 """Longest wait for something that has to happen, on a machine that has other things to do."""
 _DEATH_SECONDS = 60
 _UPLOAD_REQUESTS = 30
@@ -206,10 +208,10 @@ class Start:
         self.await_(lambda: "launcher" in self.processes(), _LOOK_AT_PROCESSES_SECONDS)
         return [one for name, one in self.processes().items() if name == "launcher"]
 
-    def end(self) -> int:
-        """Its exit code, when it has ended, which it must."""
+    def end(self, seconds: float) -> int:
+        """Its exit code, when it has ended, which it must in time."""
         try:
-            code = self.process.wait(_PATIENCE_SECONDS)
+            code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it does not end:\n{self.told()}") from None
         self._reader.join(_DEATH_SECONDS)  # its workers may hold the pipe for a moment more
@@ -306,7 +308,7 @@ class Chaos:
                 else:
                     self.lines.append(line)
                     self._say(line, start)
-            code = start.end()
+            code = start.end(_PATIENCE_SECONDS if ended_by is not None else _LONGEST_SECONDS)
         except BaseException:
             print(start.told(), flush=True)
             raise
