@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos test-image test-kubernetes test-swanlab lint format build push run print-image set-image \
+.PHONY: help setup demo test chaos test-image test-kubernetes test-slurm test-swanlab lint format build push run print-image set-image \
         pin-base sbom lock-image bench-memory bench-checkpoint lock clean
 
 help: ## what there is to make
@@ -37,6 +37,9 @@ test-image: setup ## builds, pushes, pulls and runs the image on this machine (D
 
 test-kubernetes: setup $(VENV)-checkov/.installed ## pods of launch/kubernetes as real containers, and checkov
 	$(RUN) -m pytest -m kubernetes tests/kubernetes
+
+test-slurm: setup ## a Slurm of two nodes on this machine: time limit, requeue, a killed node, an array (Debian, as root)
+	$(RUN) -m pytest -m slurm tests/slurm
 
 test-swanlab: setup ## a run on a stand-in for SwanLab's machines: sent, set up from nothing, cut off, sent again, done
 	$(RUN) -m pytest -s -m swanlab tests/swanlab

@@ -1,0 +1,12 @@
+"""A cluster for the tests of a file."""
+
+from collections.abc import Iterator
+
+import pytest
+from slurm_cluster import SlurmCluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with SlurmCluster() as cluster:
+        yield cluster
