@@ -39,7 +39,7 @@ test-kubernetes: setup $(VENV)-checkov/.installed ## pods of launch/kubernetes a
 	$(RUN) -m pytest -m kubernetes tests/kubernetes
 
 test-slurm: setup ## a Slurm of two nodes on this machine: time limit, requeue, a killed node, an array (Debian, as root)
-	$(RUN) -m pytest -m slurm tests/slurm
+	$(RUN) -m pytest -n 2 --dist loadfile -m slurm tests/slurm
 
 test-swanlab: setup ## a run on a stand-in for SwanLab's machines: sent, set up from nothing, cut off, sent again, done
 	$(RUN) -m pytest -s -m swanlab tests/swanlab
@@ -55,7 +55,7 @@ lint: setup ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	hadolint Dockerfile
-	shellcheck launch/*.sh .ci/run
+	shellcheck launch/*.sh tests/slurm/*.sh .ci/run
 
 format: setup ## formats the code
 	$(RUN) -m ruff check --fix .

@@ -41,7 +41,7 @@ def main() -> int:
     os.environ[family.PARENT_VARIABLE] = str(os.getpid())
     if task.rendezvous is None:
         return _run_workers(folder, ["--standalone", f"--nproc-per-node={task.processes}"])
-    group = nodes.Nodes(task.node_rank, task.nodes, task.rendezvous, _card(task))
+    group = nodes.Nodes(task.node_rank, task.nodes, task.job_id or "no job", task.rendezvous, _card(task))
     code = 1
     try:
         group.meet(task.config.train.node_timeout.seconds, (folder / family.STOP_FILE).exists, nodes.say)

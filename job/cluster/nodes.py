@@ -68,12 +68,13 @@ class Nodes:
     Args:
         rank: this node's.
         count: of the nodes.
+        job: what tells their job from others; two jobs may have the same port of a machine.
         rendezvous: where they meet, an address of node 0.
         card: of this node.
     """
 
-    def __init__(self, rank: int, count: int, rendezvous: Rendezvous, card: Card) -> None:
-        self.rank, self.count, self._rendezvous, self._card = rank, count, rendezvous, card
+    def __init__(self, rank: int, count: int, job: str, rendezvous: Rendezvous, card: Card) -> None:
+        self.rank, self.count, self._job, self._rendezvous, self._card = rank, count, job, rendezvous, card
         self.hosts = [f"node {node}" for node in range(count)]
         self._store: Any = None
         self._has_met = False
@@ -161,7 +162,7 @@ class Nodes:
         else:
             wait.until(self._is_reachable, lambda: f"node 0 does not answer at {self._rendezvous}")
             store = TCPStore(address, port, None, False, timeout, wait_for_workers=False)
-        self._store = PrefixStore("nodes", store)
+        self._store = PrefixStore(f"nodes of {self._job}", store)
 
     def _is_reachable(self) -> bool:
         with suppress(OSError), socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS):

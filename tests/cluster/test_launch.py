@@ -10,7 +10,7 @@ import pytest
 from small_run import REPOSITORY, STEPS, DataSet, Job, prepare_sample, saved_steps, still_alive, write_settings
 
 from job.cluster import outcome
-from job.cluster.launch import _exit_code
+from job.cluster.launch import _ending
 from job.cluster.outcome import CRASHED, DONE, HUNG, KILLED, NO_PROGRESS, REFUSED, STOPPED, Outcome, record
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
@@ -186,7 +186,7 @@ def test_one_word_and_one_code_say_how_the_workers_ended(
 ) -> None:
     for one in outcomes:
         record(tmp_path, one)
-    assert _exit_code(outcome.read_all(tmp_path), 2, 1) == (code, said)
+    assert _ending(outcome.read_all(tmp_path), 2, 1)[:2] == (code, said)
 
 
 def test_an_outcome_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -206,6 +206,14 @@ def test_a_node_may_be_late_and_the_others_stopped_meanwhile(settings: Written) 
         assert [node.end()[0] for node in (first, second)] == [EXIT_DONE] * 2
 
 
+def test_a_stranger_at_the_same_port_is_not_taken_for_a_node(settings: Written) -> None:
+    path, port = settings(train=THREE | {"node_timeout": "8s"}), free_port()
+    nodes = [environment(0, 3, port), environment(1, 3, port), environment(2, 3, port) | {"WIKILLM_JOB_ID": "another"}]
+    with ExitStack() as stack:
+        ends = [stack.enter_context(Job("train", path, **node)) for node in nodes]
+        assert [one.end()[0] for one in ends] == [EXIT_FAILED] * 3
+
+
 def test_an_address_that_is_not_of_the_first_node_is_refused_there(settings: Written) -> None:
     elsewhere = environment(0, 2, free_port()) | {"MASTER_ADDR": "192.0.2.1"}
     code, _, err = run("train", settings(train={"node_timeout": "1s"}), **elsewhere)
