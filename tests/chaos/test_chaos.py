@@ -23,7 +23,7 @@ from job.training.metrics import read_metrics
 from job.training.run import read_run
 
 RUNS, SEED = int(os.environ.get("RUNS", "25")), int(os.environ.get("SEED", "2333"))
-STEPS = 60 + 6 * RUNS
+STEPS = 100 + 8 * RUNS
 EVALUATE_EVERY = 20
 BUCKET = "chaos"
 _LONGEST_SECONDS = 3600
