@@ -20,8 +20,6 @@ from job.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_NO_PROGRESS,
-    EXIT_REFUSED,
     NoProgress,
     UserError,
     without_passwords,
@@ -58,12 +56,9 @@ def main(argv: Sequence[str]) -> int:
             sys.stdout.write(without_passwords(settings.to_yaml(config)))
             return EXIT_DONE
         return _run(command, config, arguments)
-    except UserError as error:
+    except (UserError, NoProgress) as error:
         sys.stderr.write(f"{error}\n")
-        return EXIT_REFUSED
-    except NoProgress as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_NO_PROGRESS
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -28,6 +28,8 @@ class UserError(Exception):
         remedy: what to do about it.
     """
 
+    exit_code = EXIT_REFUSED
+
     def __init__(self, setting: str, value: object, expected: str, remedy: str = "") -> None:
         self.setting, self.value, self.expected, self.remedy = setting, value, expected, remedy
         super().__init__(str(self))
@@ -44,6 +46,8 @@ class UserError(Exception):
 
 class NoProgress(Exception):
     """The run cannot go on by itself, and starting it again will not help: a person has to look; exit 70."""
+
+    exit_code = EXIT_NO_PROGRESS
 
 
 def one_line(text: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,13 @@ class Job:
         """Exit code, standard output and standard error, when it has ended by itself, which it must in time."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, "".join(self.lines) + out.decode(), err.decode()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port: int = one.getsockname()[1]
+        return port
 
 
 def still_alive(processes: list[psutil.Process], seconds: float = 60) -> list[psutil.Process]:

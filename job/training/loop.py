@@ -31,7 +31,7 @@ from job.report import Report, metrics_line
 from job.scratch import cache_folder, loading_folder, log_folder
 from job.training.agreement import Lockstep, agree
 from job.training.attempts import DONE, STOPPED
-from job.training.batching import accumulation_steps
+from job.training.batching import accumulation_steps, optimizer_steps
 from job.training.checkpoint import Checkpoint, CheckpointFiles, TrainingState, download_checkpoint
 from job.training.engine import AdamW, Engine, StepResult, Strategy, start_accelerator
 from job.training.evaluation import Evaluation
@@ -122,8 +122,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         node_groups=config.data.node_groups,
     )
     end = order.position_limit(config.train.epochs)
-    epochs_steps = math.ceil(end / config.train.global_batch_size)
-    total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
+    total_steps, epochs_steps = optimizer_steps(end, config.train.global_batch_size, config.train.max_steps)
 
     # ---- The other processes, and the run that they all work on ----
     tracking_mode, why = choose_mode(config.tracking.mode)

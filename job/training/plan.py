@@ -1,11 +1,11 @@
 """What a run will come to before it begins: steps, tokens, hours and price."""
 
-import math
 from dataclasses import dataclass
 
 from job.data.manifest import Manifest
 from job.data.order import WindowOrder
 from job.model import counts
+from job.training.batching import optimizer_steps
 
 TYPICAL_MFU = 0.3
 """Of eager PyTorch with 100 to 400 M parameters in bf16: nanoGPT's 124 M reach 30 % on A100s, llm-foundry's MPT-125M
@@ -94,8 +94,7 @@ def plan(
     """
     order = WindowOrder([one.tokens for one in manifest.train], [one.size for one in manifest.train],
                         context_length, 0, buffer_bytes=2**62)  # fmt: skip
-    steps_of_epochs = math.ceil(order.position_limit(epochs) / global_batch_size)
-    steps = min(steps_of_epochs, max_steps or steps_of_epochs)
+    steps, steps_of_epochs = optimizer_steps(order.position_limit(epochs), global_batch_size, max_steps)
     share = steps / steps_of_epochs * epochs
     targets = sum(max(0, one.tokens - 1) for one in manifest.train)
     held_out = sum(max(0, one.tokens - 1) for one in manifest.validation)

@@ -23,7 +23,7 @@ from job.training.identity import TOKENIZER_FOLDER
 from job.training.run import RunRecord, begin_run, read_run
 from job.training.start import Start
 
-_AUTO, _NEVER = "auto", "never"
+AUTO, NEVER = "auto", "never"
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,10 @@ def open_run(
     """
     attempts, run = Attempts(output), read_run(output)
     begun_at = None if run is None else _begun_at(attempts, resume, start)
-    starts_over = resume == _NEVER and begun_at is None
-    origin = None if resume in (_AUTO, _NEVER) else open_checkpoint(resume)
+    starts_over = resume == NEVER and begun_at is None
+    origin = None if resume in (AUTO, NEVER) else open_checkpoint(resume)
     if run is None and not starts_over and list_checkpoints(output):
-        expected = "checkpoints are there, but no run.json that says whose they are"
-        raise UserError("run.output", output, expected, "put it back, choose another place, or set train.resume never")
+        raise without_record(output)
 
     def candidates(refused: Callable[[UserError], None]) -> Iterator[Checkpoint]:
         if run is not None and not starts_over and (origin is None or begun_at is not None):
@@ -89,7 +88,7 @@ def open_run(
     _choose(candidates, output, lambda candidate: check_identity(candidate.state, identity, candidate.url))
     if (before := attempts.newest()) is not None and before.ended is None:
         say(f"taking the run over from {before.who}, which has not said that it ended")
-    if resume != _AUTO and begun_at is not None:
+    if resume != AUTO and begun_at is not None:
         say(f"train.resume is {resume}, and attempt {begun_at} has begun from there: going on")
 
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
@@ -119,14 +118,14 @@ def _begun_at(attempts: Attempts, resume: str, start: Start) -> int | None:
     ``auto`` is always carried out. A checkpoint that is named is where the run begins, and ``never`` begins it once in
     a job: whoever starts a job again means to go on.
     """
-    if resume == _AUTO:
+    if resume == AUTO:
         return 0
     found = None
     for number in reversed(attempts.numbers()):
         one = attempts.read(number)
         if one is None or one.resume != resume:
             break
-        if resume == _NEVER and (start.job_id is None or one.job_id != start.job_id):
+        if resume == NEVER and (start.job_id is None or one.job_id != start.job_id):
             break
         if one.from_step is not None:
             found = number
@@ -158,7 +157,18 @@ def _choose(
         else:
             return candidate
     if refusals:
-        said = "; ".join(f"{str(one.value).rpartition('/')[2]}: {one.expected}" for one in refusals)
-        remedy = "put a good one there, name one with train.resume, or start over with --train.resume never"
-        raise UserError("train.resume", checkpoints_url(output), f"none of the checkpoints is good: {said}", remedy)
+        raise none_is_good(output, refusals)
     return None
+
+
+def without_record(output: str) -> UserError:
+    """The refusal of checkpoints of which nothing says whose they are."""
+    expected = "checkpoints are there, but no run.json that says whose they are"
+    return UserError("run.output", output, expected, "put it back, choose another place, or set train.resume never")
+
+
+def none_is_good(output: str, refusals: list[UserError]) -> UserError:
+    """The refusal to begin anew, in silence, what was a run."""
+    said = "; ".join(f"{str(one.value).rpartition('/')[2]}: {one.expected}" for one in refusals)
+    remedy = "put a good one there, name one with train.resume, or start over with --train.resume never"
+    return UserError("train.resume", checkpoints_url(output), f"none of the checkpoints is good: {said}", remedy)

@@ -14,7 +14,7 @@ from rich.table import Table
 from job import cli as job_cli
 from job import storage
 from job.config import Config
-from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_REFUSED, NoProgress, UserError
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError
 from launch.swanlab.bundle import REPOSITORY, Bundle, make_bundle
 from launch.swanlab.cos import CodeStore, UploadFailed
 from launch.swanlab.rounds import BY_HAND, run_until_done
@@ -41,12 +41,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("command line", rest[0], f"`{arguments.command}` does not take it", "see --help")
         arguments.run(arguments, rest)
         return EXIT_DONE
-    except UserError as error:
+    except (UserError, NoProgress) as error:
         sys.stderr.write(f"{error}\n")
-        return EXIT_REFUSED
-    except NoProgress as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_NO_PROGRESS
+        return error.exit_code
     except OSError as error:  # the service or a store, which may come back
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED

@@ -17,6 +17,7 @@ from small_run import (
     DataSet,
     Job,
     checkpoint_urls,
+    free_port,
     prepare_sample,
     run,
     saved_steps,
@@ -47,13 +48,6 @@ def settings(data_set: DataSet, bucket: str, tmp_path: Path) -> Written:
         return write_settings(tmp_path, data_set, f"{bucket}/{output}", train=train, **changes)
 
     return write
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def environment(rank: int, nodes: int, port: int) -> dict[str, str]:

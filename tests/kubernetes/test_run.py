@@ -1,7 +1,6 @@
 """Two pods of the rendered manifests train together as containers, lose one of them, and end with the same weights."""
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import yaml
 from cluster import Manifest
 from containers import RunningJob
-from small_run import STEPS, DataSet, checkpoint_urls, prepare_sample, stored, write_settings
+from small_run import STEPS, DataSet, checkpoint_urls, free_port, prepare_sample, stored, write_settings
 
 from job import storage
 from job.data.manifest import load_manifest
@@ -28,12 +27,6 @@ pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
 
 KEYS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 Start = Callable[..., RunningJob]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def rendered(base: str, folder: Path, settings: dict[str, Any], image: str, nodes: int) -> list[Manifest]:

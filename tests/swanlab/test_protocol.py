@@ -1,11 +1,11 @@
 """The service's answers: a task is started, shown and stopped; whatever else it says is one line and an exit code."""
 
-import socket
 from pathlib import Path
 
 import pytest
 from launched import Launch
 from service import A_WEB_PAGE, API_KEY, SwanLab
+from small_run import free_port
 
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, UserError
 from launch.swanlab.cos import CodeStore
@@ -127,8 +127,7 @@ def test_a_refusal_ends_the_command_with_78_and_a_failure_with_1(swanlab: SwanLa
 def test_a_service_that_is_not_reached_is_one_line_and_other_places_are_named(
     swanlab: SwanLab, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("SWANLAB_API_HOST", f"http://127.0.0.1:{port}")
     said = launch("list")
     assert (said.code, said.err.count("\n")) == (EXIT_FAILED, 1)

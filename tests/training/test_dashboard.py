@@ -4,7 +4,6 @@ import importlib.util
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_run import free_port
 from tracked_run import begin, end
 
 from job.training.tracking import new_run_id
@@ -37,8 +37,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run_id = new_run_id()
     end(begin(place, {}, mode="local", run_id=run_id, success=False))
     run = end(begin(place, {}, mode="local", run_id=run_id, first_step=10))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     program, *arguments = shlex.split(run.how_to_watch)
     command = [str(Path(sys.executable).with_name(program)), *arguments, "-p", str(port)]
     with (place / "watch.log").open("w") as log:

@@ -14,6 +14,7 @@ from job.model.spec import ModelSpec
 from job.training.attempts import DONE, Attempt, Attempts
 from job.training.checkpoint import Checkpoint, check_identity, good_checkpoints, list_checkpoints, open_checkpoint
 from job.training.identity import TOKENIZER_FOLDER, identity_of
+from job.training.resume import AUTO, NEVER, none_is_good, without_record
 from job.training.run import read_run
 
 
@@ -37,19 +38,17 @@ def _check_run(findings: Findings, config: Config, spec: ModelSpec, manifest: Ma
     output, resume = config.run.output, config.train.resume
     run, names, attempts = read_run(output), list_checkpoints(output), Attempts(output)
     identity = identity_of(config, spec, manifest)
-    if resume not in ("auto", "never"):
+    if resume not in (AUTO, NEVER):
         origin = open_checkpoint(resume)
         check_identity(origin.state, identity, resume)
         findings.right("run", f"begins from {resume}, step {origin.state.step}")
         return Earlier()
     if run is None:
-        if names and resume == "auto":
-            expected = "checkpoints are there, but no run.json that says whose they are"
-            remedy = "put it back, choose another place, or set train.resume never"
-            raise UserError("run.output", output, expected, remedy)
+        if names and resume == AUTO:
+            raise without_record(output)
         findings.right("run", "a new one")
         return Earlier()
-    if resume == "never":
+    if resume == NEVER:
         found = f"train.resume is never: run {run.name} ({run.id}) with {len(names)} checkpoints begins anew"
         findings.unsure("run", found, "set train.resume auto to go on with it")
         return Earlier()
@@ -61,9 +60,7 @@ def _check_run(findings: Findings, config: Config, spec: ModelSpec, manifest: Ma
     refused: list[UserError] = []
     checkpoint = next(good_checkpoints(output, refused.append, 0, run.id), None)
     if checkpoint is None and refused:
-        said = "; ".join(f"{str(one.value).rpartition('/')[2]}: {one.expected}" for one in refused)
-        remedy = "put a good one there, name one with train.resume, or start over with --train.resume never"
-        raise UserError("train.resume", output, f"none of the checkpoints is good: {said}", remedy)
+        raise none_is_good(output, refused)
     if checkpoint is not None:
         check_identity(checkpoint.state, identity, checkpoint.url)
     step = 0 if checkpoint is None else checkpoint.state.step
