@@ -9,7 +9,7 @@ from typing import Any
 
 from job import storage
 from job.cluster.place import find_place, part_of_array
-from job.cluster.stop import Requests
+from job.cluster.stop import Requests, Stopped, raised
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
 from job.data.manifest import load_manifest
@@ -17,7 +17,7 @@ from job.data.shards import Recipe, describe
 from job.data.split import is_held_out
 from job.data.tokenizer import load_tokenizer, refuse_hub_id, store_tokenizer, train_tokenizer
 from job.data.workers import prepare_in_processes
-from job.errors import EXIT_DONE, UserError
+from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from job.quiet import silence_libraries
 from job.report import Report
 from job.scratch import cache_folder
@@ -42,6 +42,15 @@ def recipe_of(config: Config) -> Recipe:
 def prepare(config: Config, words: Sequence[str] = ()) -> int:
     """Raw documents → token shards."""
     report = Report()
+    try:
+        with raised():
+            return _prepare(config, report)
+    except Stopped:
+        report.say("stopped; started again, it goes on after the slices that are done")
+        return EXIT_STOPPED
+
+
+def _prepare(config: Config, report: Report) -> int:
     tokenizer = load_tokenizer(config.tokenizer.source, cache_folder(config.data.cache_dir))
     started, documents, text_bytes, bad = time.monotonic(), 0, 0, 0
 

@@ -126,7 +126,7 @@ if [[ $ended && $(squeue --noheader --jobs "$id" --format %r) != TimeLimit ]]; t
     say "ended from outside (exit code $code)"
     exit "$code"
 fi
-# A command that saves as it goes, like prepare, simply dies of the warning.
+# A command that has nothing to save simply dies of the warning.
 [[ $warned$ended ]] && ((code == 128 + 10 || code == 128 + 15)) && code=75
 if ((code == 75)); then
     say "stopped, to be continued"

@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from job.errors import EXIT_STOPPED
 
@@ -62,6 +64,25 @@ class Requests:
                 self._demanded_at = time.monotonic()
             elif time.monotonic() - self._demanded_at > _SAME_REQUEST_SECONDS:
                 self._at_once(number)
+
+
+class Stopped(BaseException):
+    """A request to stop, raised in the main thread wherever that is."""
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Within it, a request to stop raises `Stopped`: for work that keeps what is done, and can be left off anywhere."""
+
+    def leave_off(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    before = {number: signal.signal(number, leave_off) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_code_of(number: int) -> int:

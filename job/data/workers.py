@@ -73,7 +73,7 @@ def prepare_in_processes(
                         manifest = event or manifest
     finally:
         for process in running.values():
-            process.terminate()
+            process.kill()
             process.join()
     return manifest
 
@@ -87,7 +87,8 @@ def _prepare_part(
     reports: Connection,
 ) -> None:
     """Reports every batch and bad record, and at last what `prepare` returned, or the UserError that it raised."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # who signals all processes reaches the first one, which ends the others
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     storage.configure(store)
     outcome: Manifest | UserError | None

@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from job.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 from job.data.shards import Recipe, describe, prepare
 from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer, store_tokenizer, train_tokenizer
 from job.data.workers import prepare_in_processes
-from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
+from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED, UserError
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = [json.loads(line) for line in (REPOSITORY / "job/demo/sample.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -89,9 +91,10 @@ def documents(url: str, shard: Shard, manifest: Manifest, tokenizer: TextTokeniz
     return [tokenizer.decode(one[:-1].tolist()) for one in np.split(tokens, ends[:-1])]
 
 
-def job(*words: str) -> "subprocess.Popen[str]":
+def job(*words: str, **options: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "job", *words]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, **pipes, **options)
 
 
 def prepare_command(source: str, url: str, tokenizer: TextTokenizer, **settings: object) -> list[str]:
@@ -217,6 +220,27 @@ def test_a_killed_run_leaves_no_data_set_and_is_finished_without_doing_a_finishe
     assert {name.removesuffix("-last") for name in slices}.isdisjoint({one.removesuffix("-last") for one in finished})
     assert len(slices) > 0
     assert written[-1] == f"{url}/{MANIFEST_NAME}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_its_processes_ends_it_with_the_code_that_starts_it_again(
+    number: signal.Signals, bucket: str, tokenizer: TextTokenizer
+) -> None:
+    source, url = f"{bucket}/corpus.jsonl", f"{bucket}/stopped"
+    storage.write_bytes(source, json_lines(SAMPLE * 8))
+    words = prepare_command(source, url, tokenizer, slice_bytes=KiB, processes=2)
+    run = job(*words, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(parts(url)) < 3:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+    processes = psutil.Process(run.pid).children(recursive=True)
+    os.killpg(run.pid, number)  # as a terminal and a Slurm step do
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (EXIT_STOPPED, "")
+    assert out == "stopped; started again, it goes on after the slices that are done\n"
+    ended(processes)
+    assert not storage.exists(f"{url}/{MANIFEST_NAME}")
 
 
 def ended(processes: Sequence[psutil.Process]) -> None:
