@@ -173,7 +173,12 @@ class Train(Section):
     processes: int | None = setting(
         None, "Training processes on this machine; null: one for each GPU, or 1 where there is none", ge=1, le=1024
     )
-    precision: Literal["bf16", "fp32"] = setting("bf16", "Number format of the matrix products")
+    precision: Literal["bf16", "tf32", "fp32"] = setting(
+        "bf16", "Number format of the matrix products; tf32 is fp32 with 10 bits of mantissa, on a GPU alone"
+    )
+    compile: bool | None = setting(
+        None, "Compile the training step by torch.compile; null: on a GPU; where it cannot be, training goes on without"
+    )
     context_length: int = setting(512, "Tokens that the model sees at once", unit="tokens", ge=2)
     micro_batch_size: int = setting(32, "Windows in one forward pass of one process", unit="sequences", ge=1)
     global_batch_size: int = setting(
@@ -192,8 +197,17 @@ class Train(Section):
     loss_chunk_tokens: int | None = setting(
         None, "Tokens whose logits exist at once; null: as many as fit 256 MiB, on a GPU 2 GiB", unit="tokens", ge=1
     )
+    document_masking: bool = setting(
+        False, "Tokens see those of their own document only, at the price of SDPA's fastest kernel"
+    )
     seed: int = setting(2333, "Seed of the initial weights", ge=0, lt=2**63)
     log_every: int = setting(10, "Interval of the log", unit="steps", ge=1)
+    profile_steps: str | None = setting(
+        None,
+        "From which step to which the first process is profiled, such as 10:13 for three of them; the trace goes to "
+        "logs/ of the run; null: none",
+        pattern=r"^\d+:\d+$",
+    )
     resume: str = setting(
         "auto",
         "auto: from the run's newest good checkpoint, if any; never: from step 0, once for each job of a scheduler; or "

@@ -77,6 +77,7 @@ def metrics_line(step: int, total_steps: int, values: dict[str, Any], seconds_le
         *([f"MFU {values['speed/mfu']:.1%}"] if "speed/mfu" in values else []),
         *([f"skipped {values['train/skipped_steps']}"] if values["train/skipped_steps"] else []),
         f"data wait {values['speed/data_wait']:.1%}",
+        *([f"stall {values['speed/stall']:.1%}"] if values["speed/stall"] else []),
         f"memory {values['memory/peak_gib']:.2f} GiB",
         f"seen {values['train/tokens_seen']:,} tokens",
         f"ETA {timedelta(seconds=round(seconds_left))}",

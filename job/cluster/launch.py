@@ -16,6 +16,7 @@ from job.cluster.place import Place
 from job.cluster.task import Task
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
+from job.scratch import scratch_folder
 from job.training.attempts import note_failure
 
 
@@ -31,7 +32,7 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         requests: the first asks the workers to stop, and they are waited for; the second kills them.
     """
     if place.world is not None:
-        os.environ |= worker_environment(place.gpus, place.world.local_world_size)
+        os.environ |= worker_environment(place.gpus, place.world.local_world_size, config)
         status = worker.work_alone(command, config, place, requests)
         family.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
     task = Task(
@@ -51,7 +52,7 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         folder = Path(scratch)
         killed_by: list[int] = []
         task.write(folder)
-        environment = os.environ | worker_environment(place.gpus, task.processes)
+        environment = os.environ | worker_environment(place.gpus, task.processes, config)
         environment |= {family.FOLDER_VARIABLE: str(folder), family.PARENT_VARIABLE: str(os.getpid())}
         agent = subprocess.Popen(
             [sys.executable, "-m", "job.cluster.agent"],
@@ -87,14 +88,19 @@ def world_size(config: Config, place: Place) -> int:
     return place.world.world_size if place.world else place.nodes * processes(config, place)
 
 
-def worker_environment(gpus: int, processes: int) -> dict[str, str]:
+def worker_environment(gpus: int, processes: int, config: Config) -> dict[str, str]:
     """What the libraries in a worker have to be told before they are imported; a user's own settings win."""
+    compiles = gpus > 0 if config.train.compile is None else config.train.compile
     wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
     # torch's C++ side tells of every lost connection with a stack of its own; what it means is said by ours.
     wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # Nothing is compiled; DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer.
-    wanted |= {"TORCHDYNAMO_DISABLE": "1"}
-    if not gpus:
+    if compiles:  # once, and not at each start
+        wanted |= {"TORCHINDUCTOR_CACHE_DIR": str(scratch_folder()[0] / "compiled")}
+    else:  # DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer
+        wanted |= {"TORCHDYNAMO_DISABLE": "1"}
+    if gpus:
+        wanted |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # blocks of all sizes share what is free
+    else:
         wanted |= {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": str(max(1, _cpus() // processes)),

@@ -79,12 +79,15 @@ class _Loader(Iterator[Made]):
         workers: int,
         jobs: Iterator[Callable[[], Made]],
         ahead: int,
+        pin_memory: bool = False,
     ) -> None:
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, in all."""
         self._waited_seconds, self._said_seconds = 0.0, 0.0  # for the next batch; when that was last said
+        self._store_seconds = 0.0  # of those that the consumer has waited, for shards
         self._shards, self._context_length, self._eod_id = shards, context_length, manifest.eod_id
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._pin_memory = pin_memory
         self._cache = ShardCache(shards_url, shards, cache_dir, cache_bytes)
         self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="cut-batches")
         self._left = jobs
@@ -106,16 +109,24 @@ class _Loader(Iterator[Made]):
             return True
         future, asked_for = self._begun[0]
         asked_for.set()
+        is_for_shards = bool(self._cache.awaited)
         began = time.monotonic()
         is_ready = bool(concurrent.futures.wait([future], seconds).done)
         waited_seconds = time.monotonic() - began
         self.wait_seconds += waited_seconds
+        self._store_seconds += waited_seconds * is_for_shards
         self._waited_seconds += waited_seconds
         pause_seconds = _SAY_AGAIN_SECONDS if self._said_seconds else _LONG_WAIT_SECONDS
         if not is_ready and self._waited_seconds - self._said_seconds >= pause_seconds:
             self._said_seconds = self._waited_seconds
             logger.warning("waiting for a batch for %.0f s: %s", self._waited_seconds, self._reason())
         return is_ready
+
+    def advice(self) -> str:
+        """What to change, if the consumer has waited too long."""
+        if self._store_seconds > self.wait_seconds / 2:
+            return "for shards to come; a larger data.cache_bytes holds more of them, or take a store that is nearer"
+        return "for windows to be cut; try a larger data.loader_workers or data.prefetch_steps"
 
     def __next__(self) -> Made:
         while not self.poll(_LOOK_SECONDS):
@@ -168,14 +179,18 @@ class _Loader(Iterator[Made]):
                 if was_asked_for:
                     raise
 
-    def _empty(self, rows: int) -> tuple[Integers, Integers]:
-        """Input ids and labels `[rows, context_length]` with nothing to predict."""
-        shape = (rows, self._context_length)
-        return np.full(shape, self._eod_id, np.int64), np.full(shape, IGNORED_LABEL, np.int64)
+    def _empty(self, rows: int) -> Tensor:
+        """Input ids and labels `[2, rows, context_length]` with nothing to predict, in one piece of memory."""
+        pair = torch.empty((2, rows, self._context_length), dtype=torch.int64, pin_memory=self._pin_memory)
+        inputs, labels = pair.numpy()  # filled by numpy: torch would start threads of its own for each of ours
+        inputs.fill(self._eod_id)
+        labels.fill(IGNORED_LABEL)
+        return pair
 
-    def _cut(self, shard: int, windows: Integers, rows: Integers, inputs: Integers, labels: Integers) -> None:
-        """Writes these `windows` of a shard into these `rows`; waits until the shard is here."""
+    def _cut(self, shard: int, windows: Integers, rows: Integers, pair: Tensor) -> None:
+        """Writes these `windows` of a shard into these `rows` of a pair; waits until the shard is here."""
         length, token_bytes = self._context_length, self._dtype.itemsize
+        inputs, labels = pair.numpy()
         with self._cache.open(shard) as file:
             for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
                 first = window * length
@@ -201,6 +216,7 @@ class BatchLoader(_Loader[Batch]):
         cache_dir: folder on the node's disk that its processes share; see `ShardCache`.
         prefetch_steps: batches that are ready, or in work, ahead of the one in use; at least 1.
         workers: threads that cut batches.
+        pin_memory: page-lock each batch, so that a GPU can take it while it computes; needs CUDA.
 
     Raises:
         UserError: (while iterating as well) a shard is missing or damaged, or a buffer does not fit `cache_bytes`.
@@ -223,6 +239,7 @@ class BatchLoader(_Loader[Batch]):
         cache_bytes: int,
         prefetch_steps: int,
         workers: int,
+        pin_memory: bool = False,
     ) -> None:
         most = order.largest_buffer_bytes
         if storage.is_remote(shards_url) and order.node_groups == 1 and most > cache_bytes:
@@ -246,6 +263,7 @@ class BatchLoader(_Loader[Batch]):
             workers,
             self._jobs(),
             prefetch_steps,
+            pin_memory,
         )
 
     def _jobs(self) -> Iterator[Callable[[], Batch]]:
@@ -263,7 +281,7 @@ class BatchLoader(_Loader[Batch]):
         targets = int(self._order.targets(shards, windows).sum())
         mine = self._order.batch_positions(position, size)[self._slice]
         shards, windows = shards[mine - position], windows[mine - position]
-        inputs, labels = self._empty(len(mine))
+        pair = self._empty(len(mine))
         try:
             at = position
             while at < stop:
@@ -274,14 +292,13 @@ class BatchLoader(_Loader[Batch]):
                 self._cache.demand(wanted)
                 for shard in wanted:
                     rows = np.flatnonzero(from_buffer & (shards == shard))
-                    self._cut(shard, windows[rows], rows, inputs, labels)
+                    self._cut(shard, windows[rows], rows, pair)
                 at = buffer_stop
         finally:
             with self._lock:
                 del self._reading[position]
-        micro = [slice(row, row + self._micro_batch_size) for row in range(0, len(mine), self._micro_batch_size)]
-        pairs = [(torch.from_numpy(inputs[rows]), torch.from_numpy(labels[rows])) for rows in micro]
-        return Batch(position=position, next_position=stop, micro_batches=pairs, global_targets=targets)
+        micro_batches = list(zip(*(side.split(self._micro_batch_size) for side in pair), strict=True))
+        return Batch(position=position, next_position=stop, micro_batches=micro_batches, global_targets=targets)
 
     def _enter(self, position: int, at: int) -> None:
         """Notes that the batch at `position` reads on from `at`, and moves the cache on when no batch is behind."""
@@ -340,9 +357,9 @@ class EvaluationLoader(_Loader[EvaluationBatch]):
         shards, windows = self._order.window_ids(chosen.start, chosen.stop)
         later, _ = self._order.window_ids(following.start, following.stop)
         upcoming = np.unique([*shards, *later]).tolist()
-        inputs, labels = self._empty(len(chosen))
+        pair = self._empty(len(chosen))
         for shard in np.unique(shards).tolist():
             self._cache.use([shard], [other for other in upcoming if other > shard])
             rows = np.flatnonzero(shards == shard)
-            self._cut(shard, windows[rows], rows, inputs, labels)
-        return EvaluationBatch(chosen, torch.from_numpy(inputs), torch.from_numpy(labels))
+            self._cut(shard, windows[rows], rows, pair)
+        return EvaluationBatch(chosen, *pair)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from job.model.loss import linear_cross_entropy, token_nats
+from job.model.loss import GradLogits, grad_logits_, linear_cross_entropy, token_nats
 from job.model.spec import ModelSpec
 
 
@@ -43,16 +43,60 @@ def build_model(spec: ModelSpec, vocab_size: int, eod_id: int, context_length: i
         return Qwen2ForCausalLM(config)
 
 
+def same_document(input_ids: Tensor, eod_id: int) -> Tensor:
+    """Whether a token sees another: one before it, or itself, and of the same document, which its end-of-document token
+    closes. Positions need no restart, since rotary embeddings tell distances alone.
+
+    Args:
+        input_ids: ``[batch, context_length]``.
+
+    Returns:
+        The mask of attention, ``[batch, 1, context_length, context_length]``.
+    """
+    ends = input_ids == eod_id
+    document = ends.cumsum(-1) - ends.long()
+    return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
+
+
 class LanguageModel(nn.Module):
     """What DDP and DeepSpeed wrap: tokens and labels in, nats out, so that the loss is part of the one forward.
 
     `causal_lm` is the Hugging Face model, for generate and save_pretrained.
+
+    Args:
+        causal_lm: from `build_model`.
+        loss_chunk_tokens: of `linear_cross_entropy`.
+        document_masking: a token sees those of its own document only (see `same_document`).
     """
 
-    def __init__(self, causal_lm: Qwen2ForCausalLM, loss_chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self, causal_lm: Qwen2ForCausalLM, loss_chunk_tokens: int | None = None, document_masking: bool = False
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.document_masking = document_masking
+        self._layer: Callable[..., Tensor]
+        self._grad_logits: GradLogits | None
+        self.interpret()
+
+    def compile(self, **options: Any) -> None:
+        """Has training steps run as compiled code: each layer of the decoder, and what is between the products of the
+        loss.
+
+        It is made when a step first meets a shape, and for that shape, once for all layers; so gradients come layer by
+        layer, and can travel while those of the next are computed. Evaluation and generation, whose shapes vary, go on
+        as before.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        self._layer = torch.compile(_layer, dynamic=False, fullgraph=True, **options)
+        self._grad_logits = torch.compile(grad_logits_, dynamic=False, fullgraph=True, **options)
+
+    def interpret(self) -> None:
+        """Undoes `compile`."""
+        self._layer, self._grad_logits = _layer, None
 
     def forward(self, input_ids: Tensor, labels: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
         """The loss in nats.
@@ -63,13 +107,26 @@ class LanguageModel(nn.Module):
             reduction: ``sum``, a differentiable scalar; ``none``, the nats of each label ``[batch, context_length]``,
                 0 where ignored, for evaluation.
         """
-        # The mask is given as already prepared, and as none: attention is causal by SDPA's flag. Left to itself the
-        # model looks for packed documents in the positions, and the host waits for the device at every forward.
-        hidden = self.causal_lm.model(
-            input_ids=input_ids, attention_mask={"full_attention": None}, use_cache=False
-        ).last_hidden_state
-        loss = {"sum": linear_cross_entropy, "none": token_nats}[reduction]
-        return loss(hidden, self.causal_lm.lm_head.weight, labels, self.loss_chunk_tokens)
+        hidden, head = self._hidden_states(input_ids), self.causal_lm.lm_head.weight
+        if reduction == "none":
+            return token_nats(hidden, head, labels, self.loss_chunk_tokens)
+        return linear_cross_entropy(hidden, head, labels, self.loss_chunk_tokens, compiled=self._grad_logits)
+
+    def _hidden_states(self, input_ids: Tensor) -> Tensor:
+        """What the decoder makes of the tokens, ``[batch, context_length, hidden_size]``.
+
+        It is what the model's own forward does, short of looking for packed documents in the positions, for which the
+        host would wait for the device.
+        """
+        decoder, layer = self.causal_lm.model, self._layer if self.training else _layer
+        # Without a mask attention is causal by SDPA's flag, the fastest there is.
+        mask = same_document(input_ids, self.causal_lm.config.eos_token_id) if self.document_masking else None  # type: ignore[arg-type]
+        hidden: Tensor = decoder.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        position_embeddings = decoder.rotary_emb(hidden, positions)
+        for one in decoder.layers:
+            hidden = layer(one, hidden, mask, position_embeddings)
+        return decoder.norm(hidden)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as every module does, but the rotary frequencies stay fp32: `bfloat16()` would turn them to
@@ -79,3 +136,7 @@ class LanguageModel(nn.Module):
         frequencies, _ = rotary.compute_default_rope_parameters(self.causal_lm.config)
         rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
         return self
+
+
+def _layer(layer: nn.Module, hidden: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    return layer(hidden, attention_mask=mask, position_embeddings=position_embeddings)

@@ -1,17 +1,54 @@
 """Cross-entropy straight from hidden states and head weight, chunk by chunk: the full logits never exist."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 """The label of a position that predicts nothing (padding)."""
 
 
+GradLogits = Callable[[Tensor, Tensor, int], Tensor]
+"""As `grad_logits_`."""
+
+
+def grad_logits_(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Puts the gradient of the loss in the place of the logits; what follows is fp32 (fp64 for fp64).
+
+    With ``p = softmax(logits)`` that is ``p - one_hot(target)`` (Goodfellow, Bengio, Courville, Deep Learning, 2016,
+    section 6.2.2.3); at the target ``p - 1 = expm1(-nats)``, exact where p is near 1. Written to be compiled: then
+    it takes few passes over the logits, and nothing of their size beside them.
+
+    Args:
+        logits: ``[tokens, entries]``; entries from `vocab_size` on are padding, and have no part in it.
+        targets: ``[tokens, 1]``.
+
+    Returns:
+        The nats of each token, ``[tokens, 1]``.
+    """
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.where(columns < vocab_size, wide, -torch.inf)
+    highest = wide.amax(-1, keepdim=True)
+    exponentials = (wide - highest).exp()
+    normalizer = exponentials.sum(-1, keepdim=True)
+    nats = normalizer.log() + (highest - wide.gather(-1, targets))
+    logits.copy_(torch.where(columns == targets, torch.expm1(-nats), exponentials / normalizer))
+    return nats
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | None = None, ignore_index: int = IGNORE_INDEX
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    vocab_multiple: int | None = None,
+    compiled: GradLogits | None = None,
 ) -> Tensor:
     """Sum of ``-log softmax(hidden @ weight.T)[label]`` over the labels that are not ignored, in nats.
 
@@ -29,23 +66,32 @@ def linear_cross_entropy(
         weight: the head, ``[vocab_size, hidden_size]``.
         labels: ``[...]``, the token after each position.
         chunk_tokens: positions whose logits exist at a time; None chooses (`default_chunk_tokens`).
+        vocab_multiple: the products are made with so many more entries, of zeros, that their number is a multiple of
+            this: of odd shapes a GPU's are slow; None: 128 on a GPU, 1 elsewhere.
+        compiled: `grad_logits_`, compiled; None: the same by PyTorch's operators, one after the other.
 
     Returns:
         A scalar: fp32, or fp64 for fp64 inputs. 0 if every label is ignored.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         flat = hidden.flatten(0, -2), weight, labels.flatten()
-        return _LinearCrossEntropy.apply(*flat, chunk_tokens, ignore_index)
+        return _LinearCrossEntropy.apply(*flat, chunk_tokens, ignore_index, vocab_multiple, compiled)
     return token_nats(hidden, weight, labels, chunk_tokens, ignore_index).sum()
 
 
 @torch.no_grad()
 def token_nats(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | None = None, ignore_index: int = IGNORE_INDEX
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    vocab_multiple: int | None = None,
 ) -> Tensor:
     """The loss of every position in nats, ``[...]`` like `labels`; 0 where ignored; carries no gradient."""
     flat = hidden.flatten(0, -2), weight, labels.flatten()
-    return _nats_and_gradients(*flat, chunk_tokens, ignore_index, (False, False))[0].view_as(labels)
+    found = _nats_and_gradients(*flat, chunk_tokens, ignore_index, vocab_multiple, None, (False, False))
+    return found[0].view_as(labels)
 
 
 def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
@@ -64,10 +110,17 @@ def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | None, ignore_index: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int | None,
+        ignore_index: int,
+        vocab_multiple: int | None,
+        compiled: GradLogits | None,
     ) -> Tensor:
         nats, grad_hidden, grad_weight = _nats_and_gradients(
-            hidden, weight, labels, chunk_tokens, ignore_index, ctx.needs_input_grad[:2]
+            hidden, weight, labels, chunk_tokens, ignore_index, vocab_multiple, compiled, ctx.needs_input_grad[:2]
         )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -82,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden.to(hidden_dtype).mul_(grad_output)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_output).to(weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _nats_and_gradients(
@@ -91,13 +144,14 @@ def _nats_and_gradients(
     labels: Tensor,
     chunk_tokens: int | None,
     ignore_index: int,
+    vocab_multiple: int | None,
+    compiled: GradLogits | None,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The nats of each token ``[tokens]`` and, where wanted, the gradients of their sum.
 
-    With ``p = softmax(hidden @ weight.T)``, the gradient of the logits is ``p - one_hot(label)`` (Goodfellow, Bengio,
-    Courville, Deep Learning, 2016, section 6.2.2.3), hence ``(p - one_hot) @ weight`` for the hidden states and
-    ``(p - one_hot).T @ hidden`` for the weight. At the label ``p - 1 = expm1(-nats)``, exact where p is near 1.
+    Of the logits it is what `grad_logits_` says, hence that times the weight for the hidden states, and its transpose
+    times the hidden states for the weight.
     """
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} and hidden {tuple(hidden.shape)} are not of the same positions")
@@ -107,14 +161,17 @@ def _nats_and_gradients(
     chunk = min(chunk_tokens, max(tokens, 1))
     dtype = _product_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
-    head = weight.to(dtype)
+    if vocab_multiple is None:
+        vocab_multiple = 128 if hidden.is_cuda else 1
+    padding = -vocab_size % vocab_multiple
+    head = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
 
     nats = hidden.new_empty(tokens, 1, dtype=wide)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-    # Two buffers for all chunks, and one where the product is wide already.
-    logits_buffer = hidden.new_empty(chunk, vocab_size, dtype=dtype)
-    wide_buffer = logits_buffer if dtype == wide else torch.empty_like(logits_buffer, dtype=wide)
+    grad_weight = torch.zeros_like(head, dtype=wide) if wanted[1] else None
+    # Two buffers for all chunks, and one where the product is wide already, or nothing is needed beside it.
+    logits_buffer = hidden.new_empty(chunk, len(head), dtype=dtype)
+    wide_buffer = logits_buffer if dtype == wide or compiled else torch.empty_like(logits_buffer, dtype=wide)
 
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
@@ -123,25 +180,28 @@ def _nats_and_gradients(
         ignored = (labels[rows] == ignore_index).unsqueeze(-1)
         targets = labels[rows].unsqueeze(-1).masked_fill(ignored, 0)
         inputs = hidden[rows].to(dtype).masked_fill(ignored, 0)
-        logits, exponentials = logits_buffer[: len(inputs)], wide_buffer[: len(inputs)]
-
-        torch.mm(inputs, head.t(), out=logits)
-        highest = logits.amax(-1, keepdim=True).to(wide)
-        target_logits = logits.gather(-1, targets).to(wide)
-        normalizer = torch.sub(logits, highest, out=exponentials).exp_().sum(-1, keepdim=True)
-        nats[rows] = normalizer.log() + (highest - target_logits)
-
-        if grad_hidden is not None or grad_weight is not None:
-            grad_logits = torch.div(exponentials, normalizer, out=logits)
-            grad_logits.scatter_(-1, targets, torch.expm1(-nats[rows]).to(dtype))
-            if grad_hidden is not None:
-                torch.mm(grad_logits, head, out=grad_hidden[rows]).masked_fill_(ignored, 0)
-            if grad_weight is not None and dtype == wide:
-                torch.addmm(grad_weight, grad_logits.t(), inputs, out=grad_weight)
-            elif grad_weight is not None:
-                grad_weight += grad_logits.t() @ inputs
+        logits = torch.mm(inputs, head.t(), out=logits_buffer[: len(inputs)])
+        if compiled is not None:
+            nats[rows] = compiled(logits, targets, vocab_size)
+        else:
+            exponentials = wide_buffer[: len(inputs)]
+            logits[:, vocab_size:] = -torch.inf
+            highest = logits.amax(-1, keepdim=True).to(wide)
+            target_logits = logits.gather(-1, targets).to(wide)
+            normalizer = torch.sub(logits, highest, out=exponentials).exp_().sum(-1, keepdim=True)
+            nats[rows] = normalizer.log() + (highest - target_logits)
+            if any(wanted):
+                torch.div(exponentials, normalizer, out=logits)
+                logits.scatter_(-1, targets, torch.expm1(-nats[rows]).to(dtype))
+        # What lies there now is the gradient of the logits.
+        if grad_hidden is not None:
+            torch.mm(logits, head, out=grad_hidden[rows]).masked_fill_(ignored, 0)
+        if grad_weight is not None and dtype == wide:
+            torch.addmm(grad_weight, logits.t(), inputs, out=grad_weight)
+        elif grad_weight is not None:
+            grad_weight += logits.t() @ inputs
         nats[rows].masked_fill_(ignored, 0)
-    return nats.squeeze(-1), grad_hidden, grad_weight
+    return nats.squeeze(-1), grad_hidden, None if grad_weight is None else grad_weight[:vocab_size]
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

@@ -43,7 +43,7 @@ def process_memory(
     vocab_size: int,
     *,
     strategy: Literal["zero2", "ddp"],
-    precision: Literal["bf16", "fp32"],
+    precision: Literal["bf16", "tf32", "fp32"],
     micro_batch_size: int,
     context_length: int,
     loss_chunk_tokens: int | None,
@@ -83,7 +83,7 @@ def process_memory(
 
 
 def saved_bytes_per_token(
-    spec: ModelSpec, strategy: Literal["zero2", "ddp"], precision: Literal["bf16", "fp32"]
+    spec: ModelSpec, strategy: Literal["zero2", "ddp"], precision: Literal["bf16", "tf32", "fp32"]
 ) -> int:
     """What the forward pass keeps of one token for the backward pass, in bytes.
 

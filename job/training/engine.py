@@ -15,23 +15,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from deepspeed import ops as deepspeed_ops
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from job.errors import UserError
+from job.errors import UserError, one_line
 from job.model.architecture import LanguageModel
 from job.training.checkpoint import MOMENTS
 from job.training.guard import Guard
 
 _PIECE = 2**24
 """Numbers of a partition that travel at a time: a GPU needs so much room for those of others, 64 MiB."""
+_REASON_CHARACTERS = 200
+"""Of what a compiler says; the rest is about its inside."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Strategy:
     name: str
     """``zero2`` or ``ddp``."""
     precision: str
-    """``bf16`` or ``fp32``."""
+    """``bf16``, ``tf32`` or ``fp32``."""
     world_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -92,14 +87,22 @@ def start_accelerator(strategy: Strategy, log_with: str | None = None) -> Accele
     """
     on_gpu = torch.cuda.is_available()
     zero2 = strategy.name == "zero2"
-    # On a CPU DeepSpeed would compile a library, for inference, under a lock that outlives whoever is killed then.
-    deepspeed_ops.__compatible_ops__ = {}
+    if zero2:
+        from deepspeed import ops
+
+        # On a CPU it would compile a library, for inference, under a lock that outlives whoever is killed then.
+        ops.__compatible_ops__ = {}
+    torch.set_float32_matmul_precision("high" if strategy.precision == "tf32" else "highest")
     accelerator = Accelerator(
         mixed_precision="bf16" if strategy.precision == "bf16" else "no",
         gradient_accumulation_steps=strategy.gradient_accumulation_steps,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(strategy)) if zero2 else None,
         # Without a backend named here, accelerate on CPU starts no process group at all under DeepSpeed.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo"),
+            # Gradients are reduced where they lie, instead of in copies: 4 bytes a parameter less.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
         cpu=not on_gpu and not zero2,
         log_with=log_with,
     )
@@ -125,6 +128,10 @@ class Engine:
     def __init__(self, accelerator: Accelerator, model: LanguageModel, strategy: Strategy, adamw: AdamW) -> None:
         self.accelerator, self.strategy = accelerator, strategy
         self._zero2 = strategy.name == "zero2"
+        if self._zero2:
+            import deepspeed.utils
+
+            self._deepspeed = deepspeed.utils
         # ZeRO-2 makes its fp32 weights from bf16 ones: the exact ones are put back below.
         rounds = self._zero2 and strategy.precision == "bf16"
         exact = [parameter.detach().clone() for parameter in model.parameters()] if rounds else []
@@ -146,6 +153,34 @@ class Engine:
         """What was skipped so far, on the device."""
         self._judged: tuple[Tensor, Tensor] | None = None
         self._adamw.register_step_pre_hook(self._before_update)
+
+    def compile(self, context_length: int, **options: Any) -> str | None:
+        """Has steps run as compiled code from here on (`LanguageModel.compile`), after one has been tried.
+
+        The trial goes through the model and back, and leaves no gradient behind.
+
+        Args:
+            context_length: of the batches to come, whose other size is the strategy's.
+            options: of ``torch.compile``.
+
+        Returns:
+            None; or in a line why it is not to be had here, and steps run as before.
+
+        Raises:
+            UserError: a micro-batch does not fit into memory.
+        """
+        shape = self.strategy.micro_batch_size, context_length
+        tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.module.compile(**options)
+        try:
+            with self.autocast():
+                torch.autograd.grad(self.module(tokens, tokens), list(self.module.parameters()))
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise self._too_large() from error
+            self.module.interpret()
+            return one_line(str(error))[:_REASON_CHARACTERS]
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -181,11 +216,11 @@ class Engine:
         # accelerate divides by the accumulation steps, and both strategies average over the ranks.
         scale = len(micro_batches) * self.strategy.world_size / global_targets
         nats = torch.zeros((), device=self.device)
-        for input_ids, labels in micro_batches:
+        # All copies first: from page-locked memory they take place while the device still computes the last step.
+        on_device = [[side.to(self.device, non_blocking=True) for side in pair] for pair in micro_batches]
+        for input_ids, labels in on_device:
             with self.accelerator.accumulate(self.model):
-                micro_nats = self.model(
-                    input_ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-                )
+                micro_nats = self.model(input_ids, labels)
                 # A loss that is not finite makes every gradient NaN, hence the norm on all ranks.
                 self.accelerator.backward(micro_nats * (scale + 0 * micro_nats.detach()))
                 nats += micro_nats.detach()
@@ -239,8 +274,8 @@ class Engine:
         """
         for name, parameter in self.module.causal_lm.named_parameters():
             if self._zero2:
-                found = {"param": safe_get_full_fp32_param(parameter)}
-                found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                found = {"param": self._deepspeed.safe_get_full_fp32_param(parameter)}
+                found |= {key: self._deepspeed.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             else:
                 found = {"param": parameter} | {key: self.optimizer.state[parameter][key] for key in MOMENTS}
             yield name, {key: tensor.detach().to("cpu", torch.float32) for key, tensor in found.items()}
@@ -329,13 +364,13 @@ class Engine:
                 self._set_weight(parameter, parameters[name]["param"])
                 for key in MOMENTS:
                     if self._zero2:
-                        safe_set_full_optimizer_state(parameter, parameters[name][key], key)
+                        self._deepspeed.safe_set_full_optimizer_state(parameter, parameters[name][key], key)
                     else:
                         self.optimizer.state[parameter][key].copy_(parameters[name][key])
 
     def _set_weight(self, parameter: nn.Parameter, exact: Tensor) -> None:
         if self._zero2:
-            safe_set_full_fp32_param(parameter, exact)
+            self._deepspeed.safe_set_full_fp32_param(parameter, exact)
         parameter.copy_(exact)
 
     def _start_moments(self) -> None:

@@ -96,7 +96,9 @@ def evaluate_trained(config: Config, world: World, start: Start) -> str:
         expected = f"was made with another tokenizer than the model in {trained.source}"
         raise UserError("data.shards", config.data.shards, expected, "prepare the corpus with the model's tokenizer")
     accelerator = start_accelerator(Strategy("ddp", config.train.precision, world.world_size, 1, 1, 0.0))
-    model = LanguageModel(trained.model, config.train.loss_chunk_tokens).to(accelerator.device)
+    model = LanguageModel(trained.model, config.train.loss_chunk_tokens, config.train.document_masking).to(
+        accelerator.device
+    )
     held_out = HeldOut(config, manifest, trained.tokenizer, trained.context_length, world)
     if held_out.is_empty:
         expected = "the data set holds nothing out"

@@ -41,6 +41,7 @@ from job.training.held_out import HeldOut
 from job.training.identity import identity_of
 from job.training.keeper import Follower, Keeper
 from job.training.metrics import MetricsLog
+from job.training.profile import StepProfile
 from job.training.resume import OpenedRun, open_run
 from job.training.schedule import learning_rate
 from job.training.skips import Skips
@@ -50,6 +51,8 @@ from job.training.watchdog import Watchdog
 from job.training.world import World
 
 _FIRST_EVALUATION_BATCHES = 2
+_MOST_DATA_WAIT = 0.02
+"""Share of the time; a run that waits longer is told what to change. Not so between its start and its first line."""
 
 
 @dataclass
@@ -63,6 +66,9 @@ class Interval:
     steps: float = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
+    """Of those, for batches."""
+    stalled_seconds: float = 0.0
+    """Beside those, for checkpoints."""
 
     def add(self, result: StepResult, targets: int) -> None:
         """Adds a step."""
@@ -79,6 +85,7 @@ class Interval:
             "steps": self.steps,
             "seconds": self.seconds,
             "waited_seconds": self.waited_seconds,
+            "stalled_seconds": self.stalled_seconds,
         }
 
 
@@ -152,12 +159,17 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     # ---- The model, new or as it was ----
     engine = Engine(
         accelerator,
-        LanguageModel(causal_lm, config.train.loss_chunk_tokens),
+        LanguageModel(causal_lm, config.train.loss_chunk_tokens, config.train.document_masking),
         strategy,
         AdamW(config.train.weight_decay, config.train.beta1, config.train.beta2, config.train.epsilon),
     )
     if checkpoint is not None:
         _load(engine, checkpoint, world, scratch)
+    compiled = "no"
+    if engine.device.type == "cuda" if config.train.compile is None else config.train.compile:
+        began = time.perf_counter()
+        why_not = engine.compile(config.train.context_length)
+        compiled = f"no: {why_not}" if why_not else f"in {time.perf_counter() - began:.0f} s"
     parameters = counts.parameter_counts(spec, manifest.vocab_size)
     flops = counts.flops_per_token(spec, manifest.vocab_size, config.train.context_length).total
     peak = counts.peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
@@ -167,6 +179,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             ("parameters", f"{parameters.total:,} ({parameters.embedding:,} embedding)"),
             ("FLOPs per token", f"{flops / 1e6:,.1f} M"),
             ("processes", f"{world.world_size} x {strategy.name}, {strategy.precision}, {engine.device.type}"),
+            ("compiled", compiled),
             ("global batch", f"{config.train.global_batch_size} x {config.train.context_length} tokens"),
             (
                 "gradient accumulation",
@@ -234,7 +247,11 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             cache_bytes=int(config.data.cache_bytes),
             prefetch_steps=config.data.prefetch_steps,
             workers=config.data.loader_workers,
+            pin_memory=engine.device.type == "cuda",
         )
+    )
+    profile = closing.enter_context(
+        StepProfile(config.train.profile_steps if world.rank == 0 else None, output, scratch, report.say)
     )
     step, windows_consumed, tokens_seen = state.step, state.windows_consumed, state.tokens_seen
     saved_step = step if checkpoint is not None else None
@@ -251,6 +268,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     while True:
         began, waited = time.perf_counter(), loader.wait_seconds
         is_last = step >= total_steps
+        profile.at(step)
         goes_on = lockstep.go_on() if is_last else lockstep.go_on(loader.poll)
         interval.seconds += time.perf_counter() - began
         keeper.check()
@@ -270,6 +288,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         is_save_due = lockstep.takes_save() or is_last or lockstep.stopped
         if is_save_due and step != saved_step:
             skips.look()
+            began = time.perf_counter()
             if lockstep.stopped:
                 keeper.give_up_save()
             lockstep.wait(keeper.is_free)
@@ -282,6 +301,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
                 interval=interval.summed(engine),
             )
             keeper.save(state, metrics.content())
+            interval.stalled_seconds += time.perf_counter() - began
             saved_step = step
         if is_last or lockstep.stopped:
             break
@@ -324,6 +344,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
                 "speed/tokens_per_second": tokens_per_second,
                 "speed/seconds_per_step": interval.seconds / interval.steps,
                 "speed/data_wait": interval.waited_seconds / interval.seconds,
+                "speed/stall": interval.stalled_seconds / (interval.seconds + interval.stalled_seconds),
                 "memory/peak_gib": _peak_memory_bytes(engine.device) / 2**30,
             }
             mfu = counts.mfu(tokens_per_second, flops, peak, world.world_size)
@@ -334,6 +355,8 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             seconds_left = (total_steps - step) * train_seconds / (step - started_at_step)
             report.say(metrics_line(step, total_steps, values, seconds_left))
             report.advance(step, f"{tokens_per_second:,.0f} tokens/s")
+            if values["speed/data_wait"] > _MOST_DATA_WAIT and step - started_at_step > interval.steps:
+                report.say(f"    waited for data {values['speed/data_wait']:.1%} of the time: {loader.advice()}")
             interval = Interval()
 
     # ---- The end ----

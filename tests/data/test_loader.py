@@ -197,6 +197,30 @@ def test_batches_are_made_before_anybody_asks_for_them(tmp_path: Path) -> None:
         assert loader.poll(0) and loader.wait_seconds < 0.1
 
 
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_a_batch_is_one_piece_of_memory_page_locked_where_asked_and_made_by_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin_memory: bool
+) -> None:
+    made: dict[int, str] = {}
+    empty = torch.empty
+
+    def without_a_gpu(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        page_locked.append(pin_memory)
+        tensor = empty(shape, dtype=dtype)
+        made[tensor.untyped_storage().data_ptr()] = threading.current_thread().name
+        return tensor
+
+    page_locked: list[bool] = []
+    monkeypatch.setattr(torch, "empty", without_a_gpu)
+    data = write_data_set(f"{tmp_path}/data", [50, 31])
+    with loader_of(data, tmp_path, micro_batch_size=2, pin_memory=pin_memory) as loader:
+        batches = list(loader)
+    assert page_locked == [pin_memory] * len(batches)
+    for batch in batches:
+        (memory,) = {tensor.untyped_storage().data_ptr() for pair in batch.micro_batches for tensor in pair}
+        assert made[memory].startswith("cut-batches")
+
+
 def test_a_batch_that_cannot_be_made_is_ready_and_raises_whenever_it_is_taken(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50])
     Path(data.url, data.manifest.train[0].name).unlink()

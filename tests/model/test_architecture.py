@@ -112,6 +112,58 @@ def test_no_token_sees_a_later_one():
     assert ((before - after).abs()[:, 9:] > 1e-4)[labels[:, 9:] != -100].all()
 
 
+def test_with_document_masking_a_document_is_read_as_if_it_stood_alone():
+    plain, masked = language_model(), language_model()
+    masked.document_masking = True
+    first, second = torch.arange(4, 11), torch.arange(20, 28)
+    end = torch.tensor([EOD_ID])
+    both = torch.cat([first, end, second]).unsqueeze(0)
+    labels = both.roll(-1, 1)
+    alone = masked(second.unsqueeze(0), labels[:, len(first) + 1 :], reduction="none")
+    torch.testing.assert_close(masked(both, labels, reduction="none")[:, len(first) + 1 :], alone)
+    before = plain(both, labels, reduction="none")
+    assert ((before[:, len(first) + 1 :] - alone).abs() > 1e-4).any()
+    torch.testing.assert_close(masked(both, labels, reduction="none")[:, : len(first) + 1], before[:, : len(first) + 1])
+
+
+@pytest.mark.parametrize("document_masking", [False, True])
+def test_a_compiled_step_gives_the_loss_and_the_gradients_of_one_that_is_not(document_masking):
+    model, compiled = language_model(), language_model()
+    model.document_masking = compiled.document_masking = document_masking
+    input_ids, labels = batch()
+    input_ids[:, 5] = EOD_ID
+    compiled.compile(backend="aot_eager")
+    expected, loss = model(input_ids, labels), compiled(input_ids, labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(compiled, loss), gradients(model, expected), rtol=1e-5, atol=1e-5)
+    assert list(compiled.state_dict()) == list(model.state_dict())
+
+
+def test_all_layers_share_one_compiled_graph():
+    model = language_model(replace(SPEC, num_hidden_layers=12), loss_chunk_tokens=8)
+    torch._dynamo.reset()  # what other tests have compiled
+    torch._dynamo.utils.counters.clear()
+    model.compile(backend="aot_eager")
+    input_ids, labels = batch()
+    for _ in range(2):
+        model(input_ids, labels).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and a chunk of the loss
+
+
+def test_what_has_other_shapes_than_a_training_step_is_not_compiled_again():
+    model = language_model()
+    model.compile(backend="aot_eager")
+    input_ids, labels = batch()
+    model(input_ids, labels)
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        model.eval()
+        model(input_ids[:1], labels[:1], reduction="none")
+        model.causal_lm.generate(input_ids[:1, :3], max_new_tokens=3, do_sample=False)
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
 class Operators(TorchDispatchMode):
     """The operators that a step calls, with their arguments."""
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from job.model.loss import default_chunk_tokens, linear_cross_entropy, token_nats
+from job.model.loss import default_chunk_tokens, grad_logits_, linear_cross_entropy, token_nats
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -50,17 +50,19 @@ class Results(TorchDispatchMode):
     chunk_tokens=st.one_of(st.none(), st.integers(1, 50)),
     ignored=st.sampled_from([0.0, 0.3, 1.0]),
     scale=st.sampled_from([1.0, -0.37]),
+    vocab_multiple=st.sampled_from([None, 8]),
+    compiled=st.sampled_from([None, grad_logits_]),
     seed=st.integers(0, 2**16),
 )
 def test_value_and_both_gradients_are_those_of_the_plain_loss(
-    tokens, hidden_size, vocab_size, chunk_tokens, ignored, scale, seed
+    tokens, hidden_size, vocab_size, chunk_tokens, ignored, scale, vocab_multiple, compiled, seed
 ):
     hidden, weight, labels = problem(tokens, hidden_size, vocab_size, seed)
     labels[torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < ignored] = -100
     expected = plain_loss(hidden, weight, labels)
     expected_gradients = torch.autograd.grad(scale * expected, (hidden, weight))
 
-    loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens, vocab_multiple=vocab_multiple, compiled=compiled)
     gradients = torch.autograd.grad(scale * loss, (hidden, weight))
 
     assert loss.dtype == torch.float64 and loss.shape == ()
@@ -68,32 +70,35 @@ def test_value_and_both_gradients_are_those_of_the_plain_loss(
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_token_nats_are_the_plain_loss_of_each_position_and_zero_where_ignored():
+@pytest.mark.parametrize("vocab_multiple", [None, 16])
+def test_token_nats_are_the_plain_loss_of_each_position_and_zero_where_ignored(vocab_multiple):
     hidden, weight, labels = problem(24, 8, 50)
     labels[::5] = -100
-    nats = token_nats(hidden.view(4, 6, 8), weight, labels.view(4, 6), chunk_tokens=7)
+    nats = token_nats(hidden.view(4, 6, 8), weight, labels.view(4, 6), chunk_tokens=7, vocab_multiple=vocab_multiple)
     torch.testing.assert_close(
         nats.flatten(), F.cross_entropy(F.linear(hidden, weight), labels, reduction="none").detach()
     )
     assert nats.shape == (4, 6) and not nats.requires_grad
 
 
-def test_ignored_tokens_do_no_harm_even_where_their_hidden_state_is_not_a_number():
+@pytest.mark.parametrize("compiled", [None, grad_logits_])
+def test_ignored_tokens_do_no_harm_even_where_their_hidden_state_is_not_a_number(compiled):
     hidden, weight, labels = problem(12, 8, 50)
     labels[4:7] = -100
     broken = hidden.detach().clone()
     broken[4:7] = float("nan")
     broken.requires_grad_()
-    loss = linear_cross_entropy(broken, weight, labels, chunk_tokens=5)
+    loss = linear_cross_entropy(broken, weight, labels, chunk_tokens=5, compiled=compiled)
     gradients = torch.autograd.grad(loss, (broken, weight))
     torch.testing.assert_close(loss, plain_loss(hidden, weight, labels))
     assert all(gradient.isfinite().all() for gradient in gradients) and not gradients[0][4:7].any()
 
 
-def test_logits_far_beyond_the_range_of_exp_lose_nothing():
+@pytest.mark.parametrize("compiled", [None, grad_logits_])
+def test_logits_far_beyond_the_range_of_exp_lose_nothing(compiled):
     hidden = torch.tensor([[400.0], [400.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 2]))
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 2]), vocab_multiple=4, compiled=compiled)
     assert loss.item() == 800.0
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.tensor([[0.0], [2.0]]))
 
@@ -105,13 +110,14 @@ def test_labels_of_other_positions_are_refused(mistake):
         linear_cross_entropy(hidden, weight, mistake)
 
 
-def test_bf16_stays_as_close_to_fp64_as_the_plain_loss_in_bf16():
+@pytest.mark.parametrize("compiled", [None, grad_logits_])
+def test_bf16_stays_as_close_to_fp64_as_the_plain_loss_in_bf16(compiled):
     exact = problem(256, 64, 500)
     truth = plain_loss(*exact)
     truths = torch.autograd.grad(truth, exact[:2])
     hidden, weight = (tensor.detach().bfloat16().requires_grad_() for tensor in exact[:2])
 
-    loss = linear_cross_entropy(hidden, weight, exact[2], chunk_tokens=60)
+    loss = linear_cross_entropy(hidden, weight, exact[2], chunk_tokens=60, compiled=compiled)
     gradients = torch.autograd.grad(loss, (hidden, weight))
     plain = torch.autograd.grad(plain_loss(hidden, weight, exact[2]), (hidden, weight))
 
@@ -181,12 +187,23 @@ def test_no_product_is_made_for_a_gradient_that_nobody_asked_for():
         assert matrix_product_flops(lambda: linear_cross_entropy(hidden, weight, labels)) == product
 
 
-def test_the_host_never_reads_a_value_so_it_never_waits_for_a_device():
+@pytest.mark.parametrize("compiled", [None, grad_logits_])
+def test_the_host_never_reads_a_value_so_it_never_waits_for_a_device(compiled):
     """Tensors on the meta device have no values to read: whoever tries, fails."""
     hidden, weight, labels = problem(40, 8, 50, dtype=torch.bfloat16)
     hidden, weight, labels = (tensor.detach().to("meta") for tensor in (hidden, weight, labels))
-    linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, chunk_tokens=7).backward()
+    inputs = hidden.requires_grad_(), weight.requires_grad_(), labels
+    linear_cross_entropy(*inputs, chunk_tokens=7, vocab_multiple=16, compiled=compiled).backward()
     assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
+def test_the_part_between_the_products_is_one_graph_for_a_compiler():
+    logits, targets = torch.randn(5, 12), torch.tensor([[0], [3], [9], [1], [4]])
+    expected = logits.clone()
+    nats = grad_logits_(expected, targets, 10)
+    compiled = torch.compile(grad_logits_, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, targets, 10), nats)
+    torch.testing.assert_close(logits, expected)
 
 
 def test_a_second_walk_through_the_graph_raises_instead_of_scaling_twice():

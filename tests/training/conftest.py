@@ -16,6 +16,7 @@ from fault_proxy import FaultProxy
 from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
 
 from job.cluster.launch import worker_environment
+from job.config import Config
 from job.demo.server import S3Server
 
 
@@ -77,6 +78,7 @@ def seen_in(
             yield Case(precision, precision, saves=dict.fromkeys((SAVED_STEP, LAST_STEP), output(world, precision)))
             yield Case(f"{precision}, 4 accumulated", precision, accumulation_steps=4)
             yield resumed(world, world, precision)
+        yield Case("fp32, compiled, 4 accumulated", "fp32", accumulation_steps=4, compiled=True)
         for source in RESUMES_FROM[world]:
             yield resumed(world, source, "fp32")
 
@@ -97,7 +99,7 @@ def seen_in(
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | worker_environment(0, processes) | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | worker_environment(0, processes, Config()) | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
             timeout=200,

@@ -83,6 +83,7 @@ class Case:
     left_out: list[int] = field(default_factory=list)
     """Steps that are not made at all."""
     spike_factor: float | None = None
+    compiled: bool = False
     keeps: int | None = None
     """After so many steps its state is kept for another case."""
     goes_on_from: str | None = None
@@ -171,6 +172,9 @@ def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
     strategy = strategy_of(case, name, world)
     accelerator = start_accelerator(strategy)
     engine = Engine(accelerator, LanguageModel(new_model(), loss_chunk_tokens=24), strategy, ADAMW)
+    if case.compiled:
+        torch._dynamo.config.disable = False  # type: ignore[attr-defined]  # DeepSpeed is imported sooner without it
+        assert engine.compile(CONTEXT_LENGTH, backend="aot_eager") is None
     if case.resume is not None:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = open_checkpoint(case.resume)

@@ -19,6 +19,7 @@ from engine_worker import Case
 from small_run import REPOSITORY
 
 from job.cluster.launch import worker_environment
+from job.config import Config
 from job.training.guard import NEEDED_NORMS, REMEMBERED_NORMS, Guard
 
 SeenIn = Callable[[str], dict[str, Any]]
@@ -71,7 +72,7 @@ def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | worker_environment(0, PROCESSES) | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | worker_environment(0, PROCESSES, Config()) | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
             timeout=200,

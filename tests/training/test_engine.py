@@ -45,7 +45,7 @@ def plain_training(steps: int) -> tuple[list[float], list[float], dict[str, Tens
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("case", ["fp32", "fp32, 4 accumulated"])
+@pytest.mark.parametrize("case", ["fp32", "fp32, 4 accumulated", "fp32, compiled, 4 accumulated"])
 def test_losses_and_gradient_norms_are_those_of_plain_pytorch_on_the_whole_batch(
     seen_in: SeenIn, processes: int, strategy: str, case: str
 ) -> None:

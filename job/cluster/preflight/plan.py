@@ -68,5 +68,7 @@ def show_plan(
         "--price" if price_per_gpu_hour is not None else (f"{PRICES_AS_OF}, an assumption; --price sets another")
     )
     console.print(f"MFU: {rate}. Price: {price_said}.", markup=False)
-    if config.train.precision == "fp32":
-        console.print("train.precision is fp32, and these are hours in bf16: expect several times as many.")
+    if config.train.precision != "bf16":
+        console.print(
+            f"train.precision is {config.train.precision}, these are hours in bf16: expect several times as many."
+        )

@@ -1,0 +1,75 @@
+"""A profile of a few steps, on request: what the host and the device did, operator by operator."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch.profiler import profile
+
+from job import storage
+from job.errors import UserError
+
+_OPERATORS_SHOWN = 12
+
+
+class StepProfile:
+    """Profiles this process from one step to another; without steps it does nothing.
+
+    Args:
+        steps: such as ``10:13``, for what comes after step 10 up to and with step 13; None: none.
+        output: the run's prefix, under whose logs/ the trace goes, for Perfetto or chrome://tracing.
+        folder: for the trace until it is there.
+        say: takes a line for the log.
+
+    Raises:
+        UserError: the second step is not after the first.
+    """
+
+    def __init__(self, steps: str | None, output: str, folder: Path, say: Callable[[str], None]) -> None:
+        self._first, self._last = (int(step) for step in steps.split(":")) if steps else (0, 0)
+        if steps and self._first >= self._last:
+            raise UserError("train.profile_steps", steps, "expected a step, a colon and a later step", "as in 10:13")
+        self._output, self._folder, self._say = output, folder, say
+        self._running: profile | None = None
+
+    def at(self, step: int) -> None:
+        """Begins or ends the profile, if it is time; `step` steps are done, and the next one follows."""
+        if self._running is None and self._first <= step < self._last:
+            self._first = step
+            self._running = profile(activities=torch.profiler.supported_activities())
+            self._running.start()
+        elif self._running is not None and step >= self._last:
+            self._end(self._running, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._running is not None:
+            self._running.stop()
+
+    def _end(self, running: profile, step: int) -> None:
+        self._running, steps, self._first = None, f"{self._first:06d}-{step:06d}", step
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        running.stop()
+        name, url = (
+            self._folder / f"profile-{steps}.json.gz",
+            storage.join(self._output, "logs", f"profile-{steps}.json.gz"),
+        )
+        running.export_chrome_trace(str(name))
+        by_time = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = running.key_averages().table(sort_by=by_time, row_limit=_OPERATORS_SHOWN, max_name_column_width=40)
+        for line in table.splitlines():
+            self._say(line)
+        try:
+            storage.upload_file(name, url)
+        except storage.StoreError as error:
+            self._say(f"the profile is not stored: {error}")
+        else:
+            self._say(f"profile of steps {steps}: {url}")
+        name.unlink()
