@@ -88,6 +88,7 @@ ARG VERSION=unknown
 ARG CREATED=unknown
 ARG SOURCE=unknown
 ARG BASE_IMAGE
+ENV WIKILLM_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="WikiLLM" \
       org.opencontainers.image.description="Pretrains a Chinese language model from raw Wikipedia" \
       org.opencontainers.image.licenses="Apache-2.0" \

@@ -68,6 +68,7 @@ def report() -> None:
     import torch
 
     from job.cluster.launch import worker_environment
+    from job.config import Config
     from job.demo.server import S3Server
 
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
@@ -80,7 +81,7 @@ def report() -> None:
             output = f"{server.create_bucket(f'stall-{secrets.token_hex(4)}')}/run"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
             command += ["-m", "benchmarks.checkpoint_stall", "--worker", strategy]
-            environment = os.environ | worker_environment(0, PROCESSES) | {"OUTPUT": output}
+            environment = os.environ | worker_environment(0, PROCESSES, Config()) | {"OUTPUT": output}
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             rows = [tuple(map(float, line.split())) for line in printed.splitlines()]
             stalls, wholes = [row[1] for row in rows], [row[2] for row in rows]

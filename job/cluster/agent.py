@@ -14,12 +14,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from job import __version__
 from job import config as settings
 from job.cluster import family, nodes, outcome, stop
 from job.cluster.outcome import Outcome
 from job.cluster.task import Task
 from job.errors import UserError
+from job.revision import code_version
 
 _HEARD = "SIGHUP,SIGQUIT"
 _TAKE_DOWN_SECONDS = 3
@@ -98,7 +98,7 @@ def _abort(number: int, frame: object) -> None:
 
 
 def _card(task: Task) -> nodes.Card:
-    versions = {name: version(name) for name in _COMPARED} | {"wikillm": __version__}
+    versions = {name: version(name) for name in _COMPARED} | {"wikillm": code_version()}
     shared = {
         f"{section}.{key}": value
         for section, values in settings.to_dict(task.config).items()

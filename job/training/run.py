@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
-import job
 from job import storage
 from job.errors import UserError
+from job.revision import code_version
 from job.training.tracking import new_run_id
 
 _NAME = "run.json"
@@ -56,7 +56,7 @@ def begin_run(output: str, name: str | None, config: dict[str, Any], replace: bo
         id=new_run_id(),
         name=name or output.rstrip("/").rpartition("/")[2] or f"run-{secrets.token_hex(3)}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        code_version=job.__version__,
+        code_version=code_version(),
         config=config,
     )
     content = orjson.dumps(asdict(fresh), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
