@@ -51,6 +51,27 @@ class Duration(str):
         return cls(text)
 
 
+class StepRange(str):
+    """From one step to a later one, ``10:13``: three steps."""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Steps that are done when it begins, and when it ends."""
+        first, last = map(int, self.split(":"))
+        return first, last
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(cls._checked, str_schema(coerce_numbers_to_str=True))
+
+    @classmethod
+    def _checked(cls, text: str) -> "StepRange":
+        first, colon, last = text.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise ValueError('a step and a later one, such as 10:13 (in a file with quotes: "10:13")')
+        return cls(text)
+
+
 def setting(default: Any, meaning: str, *, unit: str = "", **constraints: Any) -> Any:
     """A field of the tree: its default, what it means, the unit it is counted in, and pydantic's constraints."""
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, validate_default=True, **constraints)
@@ -202,11 +223,10 @@ class Train(Section):
     )
     seed: int = setting(2333, "Seed of the initial weights", ge=0, lt=2**63)
     log_every: int = setting(10, "Interval of the log", unit="steps", ge=1)
-    profile_steps: str | None = setting(
+    profile_steps: StepRange | None = setting(
         None,
         "From which step to which the first process is profiled, such as 10:13 for three of them; the trace goes to "
         "logs/ of the run; null: none",
-        pattern=r"^\d+:\d+$",
     )
     resume: str = setting(
         "auto",
@@ -415,7 +435,8 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def _kind(field: FieldInfo) -> str:
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", ByteSize: "size",
-             Duration: "length of time", list[str]: "list of texts", type(None): "null"}  # fmt: skip
+             Duration: "length of time", StepRange: "range of steps", list[str]: "list of texts",
+             type(None): "null"}  # fmt: skip
     kinds = [
         " | ".join(map(str, get_args(one))) if get_origin(one) is Literal else names[one]
         for one in _members(field.annotation)

@@ -24,7 +24,13 @@ def test_every_key_of_a_preset_is_there_and_explained_by_the_text_of_the_tree(pa
 
 def test_printed_settings_read_back_as_the_same_settings() -> None:
     changed = settings.load(
-        None, [("train.learning_rate", "3e-4"), ("data.slice_bytes", "1MiB"), ("run.name", "no: 1")]
+        None,
+        [
+            ("train.learning_rate", "3e-4"),
+            ("data.slice_bytes", "1MiB"),
+            ("run.name", "no: 1"),
+            ("train.profile_steps", "10:13"),
+        ],
     )
     assert settings.build(yaml.safe_load(settings.to_yaml(changed))) == changed
 
@@ -83,6 +89,8 @@ def test_an_unknown_setting_is_answered_with_the_nearest_one(typed: str, meant: 
         ("train:\n  epochs: null\n", r"^train\.epochs: expected whole number"),
         ("train:\n  epochs: [1]\n", r"^train\.epochs: \[1\]: expected whole number"),
         ("train:\n  strategy: zero3\n", r"^train\.strategy: 'zero3': expected zero2 \| ddp"),
+        ('train:\n  profile_steps: "13:10"\n', r"^train\.profile_steps: '13:10': expected range of steps.*later"),
+        ("train:\n  profile_steps: 10:13\n", r"^train\.profile_steps: 613: .*in a file with quotes"),  # YAML's base 60
         ("generate:\n  prompts: 北京\n", r"^generate\.prompts: '北京': expected list of texts"),
         ("data:\n  slice_bytes: 64 parsecs\n", r"^data\.slice_bytes: '64 parsecs': expected size in bytes"),
         ("train: 3\n", r"^train: 3: expected settings under it"),

@@ -114,7 +114,7 @@ class _Loader(Iterator[Made]):
         is_ready = bool(concurrent.futures.wait([future], seconds).done)
         waited_seconds = time.monotonic() - began
         self.wait_seconds += waited_seconds
-        self._store_seconds += waited_seconds * is_for_shards
+        self._store_seconds += waited_seconds * (is_for_shards or bool(self._cache.awaited))
         self._waited_seconds += waited_seconds
         pause_seconds = _SAY_AGAIN_SECONDS if self._said_seconds else _LONG_WAIT_SECONDS
         if not is_ready and self._waited_seconds - self._said_seconds >= pause_seconds:

@@ -250,8 +250,9 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             pin_memory=engine.device.type == "cuda",
         )
     )
+    profiled = config.train.profile_steps
     profile = closing.enter_context(
-        StepProfile(config.train.profile_steps if world.rank == 0 else None, output, scratch, report.say)
+        StepProfile(profiled.ends if profiled and world.rank == 0 else None, output, scratch, report.say)
     )
     step, windows_consumed, tokens_seen = state.step, state.windows_consumed, state.tokens_seen
     saved_step = step if checkpoint is not None else None

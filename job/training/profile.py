@@ -9,7 +9,6 @@ import torch
 from torch.profiler import profile
 
 from job import storage
-from job.errors import UserError
 
 _OPERATORS_SHOWN = 12
 
@@ -18,19 +17,14 @@ class StepProfile:
     """Profiles this process from one step to another; without steps it does nothing.
 
     Args:
-        steps: such as ``10:13``, for what comes after step 10 up to and with step 13; None: none.
+        steps: the steps that are done when it begins and when it ends; None: none.
         output: the run's prefix, under whose logs/ the trace goes, for Perfetto or chrome://tracing.
         folder: for the trace until it is there.
         say: takes a line for the log.
-
-    Raises:
-        UserError: the second step is not after the first.
     """
 
-    def __init__(self, steps: str | None, output: str, folder: Path, say: Callable[[str], None]) -> None:
-        self._first, self._last = (int(step) for step in steps.split(":")) if steps else (0, 0)
-        if steps and self._first >= self._last:
-            raise UserError("train.profile_steps", steps, "expected a step, a colon and a later step", "as in 10:13")
+    def __init__(self, steps: tuple[int, int] | None, output: str, folder: Path, say: Callable[[str], None]) -> None:
+        self._first, self._last = steps or (0, 0)
         self._output, self._folder, self._say = output, folder, say
         self._running: profile | None = None
 

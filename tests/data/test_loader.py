@@ -258,6 +258,24 @@ def test_a_long_wait_is_said_once_with_the_shard_and_again_after_a_while(
         held_back(second).set()
 
 
+def test_what_to_change_after_long_waits_depends_on_what_they_were_for(
+    tmp_path: Path, held_back: HeldBack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cutting = write_data_set(f"{tmp_path}/data", [20]), threading.Event()
+    cut = BatchLoader._cut
+    with loader_of(data, tmp_path / "a", order_of(data)) as loader:
+        loader.poll(0.2)
+        assert loader.advice().startswith("for shards to come")
+        held_back("train-00000.bin").set()
+        next(loader)
+    monkeypatch.setattr(BatchLoader, "_cut", lambda *arguments: (cutting.wait(), cut(*arguments)))
+    with loader_of(data, tmp_path / "a", order_of(data)) as loader:
+        while not loader._cache.awaited and not loader.poll(0.1) and loader.wait_seconds < 0.5:
+            pass
+        assert loader.advice().startswith("for windows to be cut")
+        cutting.set()
+
+
 # ---- Ends ----
 
 

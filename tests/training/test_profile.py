@@ -2,35 +2,41 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
-import pytest
-from small_run import ALONE, DataSet, run, write_settings
+from small_run import ALONE, REPOSITORY, DataSet, run, write_settings
 
 from job import storage
-from job.errors import EXIT_DONE, EXIT_REFUSED
+from job.errors import EXIT_DONE
 
 
-@pytest.mark.parametrize(("steps", "profiled"), [("1:3", "000001-000003"), ("2:4", "000002-000004")])
 def test_the_steps_asked_for_are_profiled_and_where_no_compiler_is_the_run_goes_on_without(
-    data_set: DataSet, bucket: str, tmp_path: Path, steps: str, profiled: str
+    data_set: DataSet, bucket: str, tmp_path: Path
 ) -> None:
-    train = ALONE | {"max_steps": 4, "profile_steps": steps, "compile": True}
+    train = ALONE | {"max_steps": 4, "profile_steps": "2:4", "compile": True}
     settings = write_settings(tmp_path, data_set, f"{bucket}/run", train=train)
     scratch = {"CXX": "/nowhere/c++", "WIKILLM_SCRATCH": str(tmp_path)}
     code, out, err = run("train", settings, **scratch)
     assert code == EXIT_DONE, err
     assert re.search(r"compiled +│ +no: \S", out)
-    assert f"profile of steps {profiled}: {bucket}/run/logs/profile-{profiled}.json.gz\n" in out
-    trace = json.loads(gzip.decompress(storage.read_bytes(f"{bucket}/run/logs/profile-{profiled}.json.gz")))
+    url = f"{bucket}/run/logs/profile-000002-000004.json.gz"
+    assert f"profile of steps 000002-000004: {url}\n" in out
+    trace = json.loads(gzip.decompress(storage.read_bytes(url)))
     updates = [one for one in trace["traceEvents"] if one.get("name") == "aten::_fused_adamw_"]
     assert len(updates) == 2 * 2  # steps and parameter groups
 
 
-def test_a_profile_that_ends_before_it_begins_is_refused(data_set: DataSet, bucket: str, tmp_path: Path) -> None:
-    settings = write_settings(tmp_path, data_set, f"{bucket}/run", train=ALONE | {"profile_steps": "13:10"})
-    code, _, err = run("train", settings)
-    assert code == EXIT_REFUSED
-    assert err.startswith("train.profile_steps: '13:10': expected a step, a colon and a later step")
-    assert err.count("\n") == 1
+def test_a_run_that_waits_for_data_says_for_what_and_what_to_change(
+    data_set: DataSet, bucket: str, tmp_path: Path
+) -> None:
+    path = write_settings(tmp_path, data_set, f"{bucket}/run", train=ALONE | {"max_steps": 12, "log_every": 4})
+    slow = os.pathsep.join([str(Path(__file__).with_name("slow_cutting")), str(REPOSITORY)])
+    code, out, err = run("train", path, "--data.loader_workers", "1", PYTHONPATH=slow)
+    assert code == EXIT_DONE, err
+    waits = re.findall(r"step (\d+)/12 .* data wait ([\d.]+)%.*\n( +waited for data .*)?", out)
+    assert [step for step, share, _ in waits if float(share) > 50] == ["4", "8", "12"]
+    said = [line.strip().partition(" of the time: ")[2] for _, _, line in waits]
+    advice = "for windows to be cut; try a larger data.loader_workers or data.prefetch_steps"
+    assert said == ["", advice, advice]  # what it waits for at its start is no sign
