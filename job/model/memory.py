@@ -8,8 +8,9 @@ from job.model.spec import ModelSpec
 
 _LOGITS_BYTES = {"cuda": 2**31, "cpu": 2**28}
 """Budget of the logits that exist at once, as `job.model.loss.default_chunk_tokens` has it."""
-_BUCKET_NUMBERS = 50_000_000
-"""DeepSpeed's reduce_bucket_size, as `job.training.engine` sets it; with overlap_comm there are two buckets."""
+REDUCE_BUCKET = 2**24
+"""Numbers of the gradient that ZeRO-2 reduces at a time, with room for two such: about a third of the layers of the
+123 M model, so that two thirds travel while the next are computed."""
 _FRAGMENTATION = 0.1
 """Of torch's allocator, which keeps blocks of sizes that nobody asks for again: an assumption."""
 _CONTEXT_BYTES = {"cuda": 3 * 2**29, "cpu": 2**29}
@@ -64,7 +65,7 @@ def process_memory(
         part = -(-counts.total // world_size)
         weights, optimizer = width * counts.total, 12 * part
         gradients = (width + (4 if width == 2 else 0)) * part + width * head
-        buckets = 2 * width * min(_BUCKET_NUMBERS, counts.total)
+        buckets = 2 * width * min(REDUCE_BUCKET, counts.total)
     else:
         weights, optimizer = 4 * counts.total + (2 * counts.body if width == 2 else 0), 8 * counts.total
         gradients = buckets = 4 * counts.total

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from job.errors import UserError, one_line
 from job.model.architecture import LanguageModel
+from job.model.memory import REDUCE_BUCKET
 from job.training.checkpoint import MOMENTS
 from job.training.guard import Guard
 
@@ -411,7 +412,7 @@ def _deepspeed_config(strategy: Strategy) -> dict[str, Any]:
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             "reduce_scatter": True,
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
             "allgather_bucket_size": 200_000_000,
         },
         "zero_allow_untested_optimizer": True,
