@@ -304,7 +304,7 @@ class ShardCache:
         """
         with self._changed:
             ours = {self._names[one] for one in self._plan}
-            is_urgent = self._plan.get(index) == _NOW or index in self._demanded
+            is_urgent = self._is_urgent(index)
         with _locked(self._folder / "room.lock"):
             used_bytes = self._shards[index].size
             planned: dict[str, int] = {}
@@ -339,10 +339,14 @@ class ShardCache:
             if used_bytes <= self._cache_bytes:
                 partial.touch()
                 return True
-        if not is_urgent:  # until the plan changes, or somebody waits for it
-            with self._changed:
+        with self._changed:
+            if not self._is_urgent(index):  # until the plan changes, or somebody waits for it
                 self._missing.pop(index, None)
         return False
+
+    def _is_urgent(self, index: int) -> bool:
+        """Whether the shard is needed now; to be asked under the lock, since that may change at any moment."""
+        return self._plan.get(index) == _NOW or index in self._demanded
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -356,6 +357,37 @@ def test_fetching_ahead_spares_what_another_process_uses_and_an_urgent_fetch_doe
     assert [content(one, 0), content(one, 1)] == held
     one.close()
     other.close()
+
+
+def test_a_shard_asked_for_while_room_is_looked_for_ahead_of_use_comes(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data_set(bucket, [100] * 2)
+    room_bytes = data.manifest.train[0].size
+    looks, may_look = threading.Event(), threading.Event()
+
+    @contextmanager
+    def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+        if path.name == "room.lock" and threading.current_thread() in one._threads:
+            looks.set()
+            may_look.wait()
+        with _locked(path, wait) as is_ours:
+            yield is_ours
+
+    one, other = (ShardCache(data.url, data.manifest.train, tmp_path, room_bytes) for _ in range(2))
+    try:
+        other.use([0])
+        content(other, 0)
+        monkeypatch.setattr("job.data.cache._locked", locked)
+        one.use([], [1])  # for which there is no room, as long as nobody waits for it
+        assert looks.wait(30)
+        one.demand([1])
+        may_look.set()
+        assert content(one, 1) == stored(data, 1)
+    finally:
+        may_look.set()
+        one.close()
+        other.close()
 
 
 def test_a_store_that_fails_ahead_of_use_does_not_stop_the_training(
