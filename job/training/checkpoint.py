@@ -28,12 +28,11 @@ from safetensors import safe_open
 from job import storage
 from job.errors import UserError
 from job.training.attempts import Attempts
+from job.training.moments import MOMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor  # seconds of import, which looking for checkpoints can do without
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's two moments, as torch names them."""
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from job.errors import UserError, one_line
 from job.model.architecture import LanguageModel
 from job.model.memory import REDUCE_BUCKET
-from job.training.checkpoint import MOMENTS
 from job.training.guard import Guard
+from job.training.moments import MOMENTS
 
 _PIECE = 2**24
 """Numbers of a partition that travel at a time: a GPU needs so much room for those of others, 64 MiB."""

@@ -1,0 +1,4 @@
+"""AdamW's two moments."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""As torch names them."""
