@@ -77,6 +77,8 @@ def _prepare(config: Config, report: Report) -> int:
             config.data.processes,
             on_progress,
             on_bad_record,
+            report.say,
+            config.tokenizer.engine,
         )
     finally:
         report.end_bar()

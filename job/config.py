@@ -171,6 +171,11 @@ class Tokenizer(Section):
     train_bytes: ByteSize = setting(
         ByteSize(200 * MiB), "Text that `job tokenizer` reads at most, from the corpus' start", unit="bytes", ge=1
     )
+    engine: Literal["auto", "reference"] = setting(
+        "auto",
+        "What makes the tokens in `prepare`: a faster tokenizer for as long as it agrees with the reference, or the "
+        "reference (Hugging Face's) alone; the tokens are the same",
+    )
 
 
 class Model(Section):

@@ -28,7 +28,7 @@ def qwen2_tokenizer_folder(folder: Path | str) -> Path:
     merges = [tuple(map(written, _last_merge(token, ranks))) for token in ranks if len(token) > 1]
     tokenizer = Qwen2Tokenizer(
         vocab={written(token): rank for token, rank in ranks.items()},
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
     tokenizer.save_pretrained(folder)

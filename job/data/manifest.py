@@ -111,9 +111,9 @@ def shard_bytes(tokens: NDArray[np.unsignedinteger], ends: NDArray[np.integer]) 
     `ends` (`[documents]`) counts from the start of the shard and includes each document's end-of-document token, so
     document d is `tokens[ends[d - 1] : ends[d]]`. Both are stored little-endian, the ends as uint64.
     """
-    stored = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
-    padding = bytes(-len(stored) % 8)
-    return stored + padding + ends.astype("<u8").tobytes()
+    stored = np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<"))
+    padding = bytes(-stored.nbytes % 8)
+    return b"".join([stored.data, padding, ends.astype("<u8").data])  # one copy: a shard may be large
 
 
 def open_shard(

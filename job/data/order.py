@@ -172,13 +172,10 @@ class WindowOrder:
     def _in_buffer(self, buffer: Buffer, positions: Integers) -> tuple[Integers, Integers]:
         first, sizes = self._groups(buffer)
         offsets = buffer.edges[0] + np.cumsum(sizes) - sizes
-        chosen = np.empty_like(positions)
-        group_of = positions % self.node_groups
-        for group in np.unique(group_of):
-            mine = group_of == group
-            index = (positions[mine] - first[group]) // self.node_groups
-            key = _key(self.seed, buffer.epoch, buffer.number, int(group))
-            chosen[mine] = offsets[group] + permute(index, int(sizes[group]), key)
+        groups, which = np.unique(positions % self.node_groups, return_inverse=True)
+        keys = np.array([_key(self.seed, buffer.epoch, buffer.number, group) for group in groups.tolist()])
+        index = (positions - first[groups][which]) // self.node_groups
+        chosen = offsets[groups][which] + permute_groups(index, sizes[groups], keys, which)
         slots, windows = _locate(buffer.edges, chosen)
         return buffer.shards[slots], windows
 
@@ -228,20 +225,27 @@ def permute(index: Integers, size: int, key: np.uint64) -> Integers:
     Rogaway, *Ciphers with Arbitrary Finite Domains*, CT-RSA 2002. The grid has fewer than √`size` cells too many, so a
     second walk is rare.
     """
-    columns = isqrt(size - 1) + 1
-    rows = -(-size // columns)
-    round_keys = _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN + key)
+    return permute_groups(index, np.array([size]), np.array([key]), np.zeros(len(index), np.intp))
 
-    def walk(cells: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = np.divmod(cells, np.uint64(columns))
-        for even, odd in round_keys.reshape(-1, 2):
-            left = (left + _mix(right * _GOLDEN + even) % np.uint64(rows)) % np.uint64(rows)
-            right = (right + _mix(left * _GOLDEN + odd) % np.uint64(columns)) % np.uint64(columns)
-        return left * np.uint64(columns) + right
 
-    cells = walk(index.astype(np.uint64))
-    while (outside := cells >= np.uint64(size)).any():
-        cells[outside] = walk(cells[outside])
+def permute_groups(index: Integers, sizes: Integers, keys: NDArray[np.uint64], which: NDArray[np.intp]) -> Integers:
+    """`permute` in several ranges at once: `index[i]` is in range `which[i]` of `sizes` and `keys` (`[groups]`)."""
+    sides = [isqrt(size - 1) + 1 for size in sizes.tolist()]
+    columns_of = np.array(sides, np.uint64)
+    rows_of = (-(-sizes // np.array(sides))).astype(np.uint64)
+    keys_of = _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN + keys)
+
+    def walk(cells: NDArray[np.uint64], which: NDArray[np.intp]) -> NDArray[np.uint64]:
+        columns, rows = columns_of[which], rows_of[which]
+        left, right = np.divmod(cells, columns)
+        for even, odd in keys_of.reshape(-1, 2, len(keys)):
+            left = (left + _mix(right * _GOLDEN + even[which]) % rows) % rows
+            right = (right + _mix(left * _GOLDEN + odd[which]) % columns) % columns
+        return left * columns + right
+
+    cells = walk(index.astype(np.uint64), which)
+    while (outside := cells >= sizes.astype(np.uint64)[which]).any():
+        cells[outside] = walk(cells[outside], which[outside])
     return cells.astype(np.int64)
 
 

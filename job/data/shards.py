@@ -4,7 +4,8 @@
     all part records there → manifest.json
 
 Everything a worker writes follows from the recipe and the slice alone, so workers that share nothing but the object
-store agree, a worker that died is simply run again, and doing a slice twice does no harm.
+store agree, a worker that died is simply run again, and doing a slice twice does no harm. So it is that a tokenizer
+which turns out to be wrong costs time and no more: what it made is made again.
 """
 
 import hashlib
@@ -13,11 +14,14 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from job import storage
 from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
+from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -88,6 +92,7 @@ class Part:
 
 OnProgress = Callable[[int, int], None]
 """Called with documents and UTF-8 bytes of text done since the last call."""
+OnNotice = Callable[[str], None]
 
 
 def prepare(
@@ -97,6 +102,8 @@ def prepare(
     worker: tuple[int, int] = (0, 1),
     on_progress: OnProgress = lambda documents, utf8_bytes: None,
     on_bad_record: Callable[[BadRecord], None] = lambda record: None,
+    on_notice: OnNotice = lambda line: None,
+    engine: Engine = "auto",
 ) -> Manifest | None:
     """Makes this worker's shards, and the manifest if all workers' shards are there then.
 
@@ -107,6 +114,8 @@ def prepare(
         worker: (i, n): this is worker i of n.
         on_progress: told what was done, several times a second.
         on_bad_record: told of every record that is left out.
+        on_notice: told in one line why it takes longer than it might.
+        engine: what makes the tokens: see `job.data.encoder`. It changes the time, never a byte.
 
     Returns:
         The manifest if the data set is complete, None if other workers still have slices to do.
@@ -115,6 +124,51 @@ def prepare(
         UserError: the corpus cannot be read, has a bad record while the recipe says stop, or `shards_url` already
             holds a data set made otherwise.
     """
+
+    def attempt(engine: Engine) -> Manifest | None:
+        encoder = Encoder(tokenizer, engine, on_notice)
+        return prepare_with(encoder, recipe, tokenizer, shards_url, worker, on_progress, on_bad_record)
+
+    index, workers = worker
+    return exactly(attempt, engine, shards_url, (range(index, index + 1), workers), on_notice)
+
+
+def exactly(
+    attempt: Callable[[Engine], Manifest | None],
+    engine: Engine,
+    shards_url: str,
+    parts: tuple[range, int],
+    on_notice: OnNotice,
+) -> Manifest | None:
+    """What `attempt` makes; if the tokenizer it used was wrong, what it makes with the reference instead.
+
+    The slices of these `parts` (which of how many) that the attempt finished count as never made.
+    """
+    before = _finished_parts(shards_url)
+    try:
+        return attempt(engine)
+    except Disagreement as found:
+        on_notice(f"{found}: what was made in this run is made again with the reference, slowly")
+        mine, workers = parts
+        made = {part: is_last for part, is_last in _finished_parts(shards_url).items() if part not in before}
+        storage.delete(
+            _part_url(shards_url, file, number, is_last)
+            for (file, number), is_last in made.items()
+            if (file + number) % workers in mine
+        )
+        return attempt("reference")
+
+
+def prepare_with(
+    encoder: Encoder,
+    recipe: Recipe,
+    tokenizer: TextTokenizer,
+    shards_url: str,
+    worker: tuple[int, int],
+    on_progress: OnProgress,
+    on_bad_record: Callable[[BadRecord], None],
+) -> Manifest | None:
+    """`prepare` with this encoder; raises `Disagreement` where that turns out to be wrong."""
     files = list_corpus(recipe.source)
     _agree_on_plan(recipe, tokenizer, files, shards_url)
     store_tokenizer(tokenizer, storage.join(shards_url, TOKENIZER_FOLDER), "data.shards")
@@ -128,7 +182,7 @@ def prepare(
             return (file.index + number) % workers == index and (file.index, number) not in done
 
         if not _is_finished(file, done, mine):
-            _prepare_file(file, mine, recipe, tokenizer, shards_url, on_progress, on_bad_record)
+            _prepare_file(file, mine, recipe, tokenizer, encoder, shards_url, on_progress, on_bad_record)
     return _publish_manifest(recipe, tokenizer, files, shards_url)
 
 
@@ -161,25 +215,39 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
 # ---- One slice ----
 
 
+class _Batch(NamedTuple):
+    """Documents that were made into tokens together."""
+
+    tokens: NDArray[np.unsignedinteger]
+    """`[tokens]`, each document's closed by its end."""
+    lengths: NDArray[np.int64]
+    """Tokens of each document, its end included; like the others, `[documents]`."""
+    utf8_bytes: NDArray[np.int64]
+    characters: NDArray[np.int64]
+
+
 @dataclass
 class _Writer:
     """Collects the tokens of one split of one slice."""
 
-    tokens: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    tokens: list[NDArray[np.unsignedinteger]] = field(default_factory=list)
+    lengths: list[NDArray[np.int64]] = field(default_factory=list)
     utf8_bytes: int = 0
     characters: int = 0
 
-    def add(self, ids: list[int], eod_id: int, text: str, dtype: str) -> None:
-        self.tokens.append(np.array([*ids, eod_id], dtype))
-        self.lengths.append(len(ids) + 1)
-        self.utf8_bytes += len(text.encode())
-        self.characters += len(text)
+    def add(self, batch: "_Batch", chosen: NDArray[np.bool_]) -> None:
+        """Takes the `chosen` documents of a batch."""
+        if chosen.any():
+            self.tokens.append(batch.tokens[np.repeat(chosen, batch.lengths)])
+            self.lengths.append(batch.lengths[chosen])
+            self.utf8_bytes += int(batch.utf8_bytes[chosen].sum())
+            self.characters += int(batch.characters[chosen].sum())
 
     def store(self, shards_url: str, name: str) -> Shard | None:
         if not self.tokens:
             return None
-        tokens, ends = np.concatenate(self.tokens), np.cumsum(self.lengths, dtype=np.uint64)
+        tokens, ends = np.concatenate(self.tokens), np.cumsum(np.concatenate(self.lengths), dtype=np.uint64)
+        self.tokens.clear()
         content = shard_bytes(tokens, ends)
         storage.write_bytes(storage.join(shards_url, name), content)
         return Shard(
@@ -198,24 +266,36 @@ def _prepare_file(
     mine: Callable[[int], bool],
     recipe: Recipe,
     tokenizer: TextTokenizer,
+    encoder: Encoder,
     shards_url: str,
     on_progress: OnProgress,
     on_bad_record: Callable[[BadRecord], None],
 ) -> None:
     dtype = _dtype(tokenizer)
-    train, validation, counts, texts = _Writer(), _Writer(), Counts(), list[Document]()
+    train, validation, counts, waiting = _Writer(), _Writer(), Counts(), list[Document]()
     waiting_characters = 0
 
     def flush() -> None:
         nonlocal waiting_characters
-        utf8_bytes = train.utf8_bytes + validation.utf8_bytes
-        for document, ids in zip(texts, tokenizer.encode([one.text for one in texts]), strict=True):
-            held_out = is_held_out(document.id, document.text, recipe.seed, recipe.validation_fraction)
-            (validation if held_out else train).add(ids, tokenizer.eod_id, document.text, dtype)
-            counts.normalized += tokenizer.changes(document.text)
-            counts.encoded_tokens += len(ids) + 1
-        on_progress(len(texts), train.utf8_bytes + validation.utf8_bytes - utf8_bytes)
-        texts.clear()
+        if not waiting:
+            return
+        texts, spelled = [one.text for one in waiting], [one.text.encode() for one in waiting]
+        ids, ends = encoder.encode(texts, spelled)
+        batch = _Batch(
+            tokens=np.insert(ids, ends, tokenizer.eod_id).astype(dtype, copy=False),
+            lengths=np.diff(ends, prepend=0) + 1,
+            utf8_bytes=np.array([len(one) for one in spelled], np.int64),
+            characters=np.array([len(one) for one in texts], np.int64),
+        )
+        held_out = np.array(
+            [is_held_out(one.id, one.text, recipe.seed, recipe.validation_fraction) for one in waiting], np.bool_
+        )
+        train.add(batch, ~held_out)
+        validation.add(batch, held_out)
+        counts.normalized += sum(map(tokenizer.changes, texts))
+        counts.encoded_tokens += len(batch.tokens)
+        on_progress(len(waiting), int(batch.utf8_bytes.sum()))
+        waiting.clear()
         waiting_characters = 0
 
     for record in read_slices(file, recipe.slice_bytes, mine, recipe.text_field, recipe.id_field):
@@ -227,7 +307,7 @@ def _prepare_file(
                 counts.empty += 1
             case Document(text=text):
                 counts.documents += 1
-                texts.append(record)
+                waiting.append(record)
                 waiting_characters += len(text)
                 if waiting_characters >= _BATCH_CHARACTERS:
                     flush()

@@ -1,9 +1,11 @@
 """Text to tokens and back: a byte-level tokenizer from a hub, from a folder or URL, or trained here."""
 
+import codecs
 import hashlib
 import json
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from job import storage
 from job.data import hub
@@ -68,10 +70,34 @@ class TextTokenizer:
         """The files of the tokenizer that are there."""
         return [path for name in _FILES if (path := self.folder / name).is_file()]
 
-    def changes(self, text: str) -> bool:
-        """Whether the tokenizer's normalizer (Qwen2's is Unicode NFC) makes another text of this one."""
+    @cached_property
+    def normalization(self) -> str | None:
+        """What is done to a text before it is cut into tokens: ``NFC`` (Qwen2's), ``other``, or None for nothing."""
         normalizer = self._backend.normalizer
-        return normalizer is not None and normalizer.normalize_str(text) != text
+        return None if normalizer is None else "NFC" if isinstance(normalizer, normalizers.NFC) else "other"
+
+    def changes(self, text: str) -> bool:
+        """Whether the tokenizer's normalizer makes another text of this one."""
+        # Python answers a hundred times sooner. Its Unicode is the newer one, and what is normalized by a newer one is
+        # by an older one: characters that it does not know yet combine with nothing.
+        if self.normalization is None or (self.normalization == "NFC" and unicodedata.is_normalized("NFC", text)):
+            return False
+        return str(self._backend.normalizer.normalize_str(text)) != text
+
+    @cached_property
+    def added_tokens(self) -> list[str]:
+        """The tokens that were put beside the vocabulary, special ones and others."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token stands for (`[vocab]`); special tokens and gaps stand for none."""
+        spelled = [b""] * self.vocab_size
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index not in special:
+                spelled[index] = _bytes_of(token)
+        return spelled
 
     @cached_property
     def token_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -80,13 +106,8 @@ class TextTokenizer:
         A character counts where its first byte is, so that sums over a whole text are exact even where a token ends
         inside a character.
         """
-        sizes = np.zeros((2, self.vocab_size), np.int64)
-        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index not in special:
-                spelled = _bytes_of(token)
-                sizes[:, index] = len(spelled), sum(byte & 0xC0 != 0x80 for byte in spelled)
-        return sizes[0], sizes[1]
+        characters = [sum(byte & 0xC0 != 0x80 for byte in token) for token in self.token_bytes]
+        return np.array([len(token) for token in self.token_bytes]), np.array(characters)
 
 
 def load_tokenizer(source: str, cache_dir: str | Path) -> TextTokenizer:
@@ -261,11 +282,11 @@ def _spells_every_byte(backend: tokenizers.Tokenizer) -> bool:
     return spelled == text.encode() and backend.decode(encoded.ids, skip_special_tokens=False) == text
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The printable characters by which a byte-level vocabulary writes the 256 bytes (GPT-2's convention)."""
+def _byte_alphabet() -> dict[int, int]:
+    """The bytes, by the printable characters that a byte-level vocabulary writes for them (GPT-2's convention)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
 
 
 _BYTES = _byte_alphabet()
@@ -274,6 +295,6 @@ _BYTES = _byte_alphabet()
 def _bytes_of(token: str) -> bytes:
     """The bytes that a vocabulary entry stands for; an added token is written as itself."""
     try:
-        return bytes(_BYTES[character] for character in token)
-    except KeyError:
+        return codecs.charmap_encode(token, "strict", _BYTES)[0]
+    except UnicodeEncodeError:
         return token.encode()

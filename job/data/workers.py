@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -11,8 +11,9 @@ from typing import cast
 
 from job import storage
 from job.data.corpus import BadRecord
+from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
-from job.data.shards import OnProgress, Recipe, prepare
+from job.data.shards import OnNotice, OnProgress, Recipe, exactly, prepare, prepare_with
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 
@@ -28,6 +29,8 @@ def prepare_in_processes(
     processes: int,
     on_progress: OnProgress,
     on_bad_record: OnBadRecord,
+    on_notice: OnNotice = lambda line: None,
+    engine: Engine = "auto",
 ) -> Manifest | None:
     """`prepare` for this worker's part, cut again into one part for each process.
 
@@ -38,17 +41,40 @@ def prepare_in_processes(
         UserError: as `prepare`; the other processes are ended.
     """
     if processes == 1:
-        return prepare(recipe, tokenizer, shards_url, worker, on_progress, on_bad_record)
+        return prepare(recipe, tokenizer, shards_url, worker, on_progress, on_bad_record, on_notice, engine)
     index, workers = worker
+    parts = range(index * processes, (index + 1) * processes)
+    said = set[str]()
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            on_notice(line)
+
+    def attempt(engine: Engine) -> Manifest | None:
+        arguments = (recipe, tokenizer, shards_url, store, engine)
+        return _in_processes(
+            arguments, [(part, workers * processes) for part in parts], on_progress, on_bad_record, say_once
+        )
+
+    return exactly(attempt, engine, shards_url, (parts, workers * processes), on_notice)
+
+
+def _in_processes(
+    arguments: tuple[Recipe, TextTokenizer, str, storage.StoreOptions, Engine],
+    parts: Sequence[tuple[int, int]],
+    on_progress: OnProgress,
+    on_bad_record: OnBadRecord,
+    on_notice: OnNotice,
+) -> Manifest | None:
+    """The manifest, if one of the processes found all slices done. What one of them raised is raised here."""
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, SpawnProcess] = {}
     manifest: Manifest | None = None
     try:
-        for i in range(processes):
+        for part in parts:
             events, reports = context.Pipe(duplex=False)
-            part = (index * processes + i, workers * processes)
-            arguments = (recipe, tokenizer, shards_url, store, part, reports)
-            process = context.Process(target=_prepare_part, args=arguments, daemon=True)
+            process = context.Process(target=_prepare_part, args=(*arguments, part, reports), daemon=True)
             process.start()
             running[events] = process
             reports.close()  # the other process holds the only one now, so that its end ends the pipe
@@ -65,7 +91,9 @@ def prepare_in_processes(
                         on_bad_record(event)
                     case (documents, utf8_bytes):
                         on_progress(documents, utf8_bytes)
-                    case UserError():
+                    case str():
+                        on_notice(event)
+                    case UserError() | Disagreement():
                         raise event
                     case _:
                         del running[events]
@@ -83,18 +111,21 @@ def _prepare_part(
     tokenizer: TextTokenizer,
     shards_url: str,
     store: storage.StoreOptions,
+    engine: Engine,
     worker: tuple[int, int],
     reports: Connection,
 ) -> None:
-    """Reports every batch and bad record, and at last what `prepare` returned, or the UserError that it raised."""
+    """Reports every batch, bad record and notice, and at last the manifest, if there is one, or what went wrong."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # who signals all processes reaches the first one, which ends the others
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    # The processes are the parallelism, for either tokenizer.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
     storage.configure(store)
-    outcome: Manifest | UserError | None
+    outcome: Manifest | UserError | Disagreement | None
     with suppress(BrokenPipeError):  # the process that started this one is gone
         try:
-            outcome = prepare(recipe, tokenizer, shards_url, worker, lambda *done: reports.send(done), reports.send)
-        except UserError as error:
+            encoder, on_progress = Encoder(tokenizer, engine, reports.send), lambda *done: reports.send(done)
+            outcome = prepare_with(encoder, recipe, tokenizer, shards_url, worker, on_progress, reports.send)
+        except (UserError, Disagreement) as error:
             outcome = error
         reports.send(outcome)

@@ -1,5 +1,6 @@
 """The order of training: complete, reachable anywhere, the same everywhere, and well mixed."""
 
+import hashlib
 import tracemalloc
 from collections import Counter
 from typing import Any
@@ -213,6 +214,37 @@ def test_epochs_seeds_and_buffers_are_shuffled_differently() -> None:
     assert (first == second).sum() < 10
     order = WindowOrder([9] * 20, [18] * 20, 4, seed=1, buffer_bytes=1)
     assert order.window_ids(0, 40)[0].tolist() != order.window_ids(40, 40)[0].tolist()
+
+
+def digest(*numbers: Any) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(one, "<i8").tobytes() for one in numbers)).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("node_groups", "expected"),
+    [
+        (1, ("6b0020ef1d8cefd1", "ea3d57e45fcbe34b", "fad2e40cdc7404b2", "6e4d4bed8baa2950")),
+        (3, ("74d28662fe2ad93b", "91904e79b342abe9", "6d54c2b3f497b411", None)),
+        (16, ("687c1e489e67f3df", "6b456972926ccdca", "c869ebdd8a3a07e3", "ae9310d3e8804b12")),
+    ],
+)
+def test_the_order_is_the_one_that_runs_were_begun_with(node_groups: int, expected: tuple[str, ...]) -> None:
+    """A run that goes on under a newer version must find its windows where the older one left them."""
+    tokens = [1 + 7919 * i % 5000 for i in range(300)]
+    order = WindowOrder(tokens, [2 * count for count in tokens], 7, 2333, 40_000, node_groups)
+    epoch = order.windows_per_epoch
+    two_epochs, around_the_end, batch, far = expected
+    assert digest(*order.window_ids(0, 2 * epoch)) == two_epochs
+    assert digest(*order.window_ids(epoch - 100, 513)) == around_the_end
+    assert digest(order.batch_positions(12345, 96)) == batch
+    if far:
+        large = WindowOrder([512_000_000] * 1000, [1_024_000_000] * 1000, 512, 1, 10**15, node_groups)
+        assert digest(*large.window_ids(7 * 10**9 + 123_456_789, 4096)) == far
+
+
+def test_the_sample_for_evaluation_is_the_one_that_runs_were_begun_with() -> None:
+    order = EvaluationOrder([1 + 7919 * i % 5000 for i in range(300)], 7, 5, 1000)
+    assert digest(*order.window_ids(0, 1000)) == "b4bb66c2b3769e1a"
 
 
 # ---- The permutation ----

