@@ -12,6 +12,10 @@ IGNORE_INDEX = -100
 """The label of a position that predicts nothing (padding)."""
 
 
+_ROWS_AT_ONCE = {"cpu": 8, "cuda": 256}
+_ENTRIES_AT_ONCE = 4096
+"""What goes through fp32 goes through it in pieces: on a CPU they stay in its cache, and nowhere is there a temporary
+of the size of the logits or of the head."""
 GradLogits = Callable[[Tensor, Tensor, int], Tensor]
 """As `grad_logits_`."""
 
@@ -53,10 +57,10 @@ def linear_cross_entropy(
     """Sum of ``-log softmax(hidden @ weight.T)[label]`` over the labels that are not ignored, in nats.
 
     The gradients of a chunk are computed while its logits are there, so forward and backward together are the three
-    matrix products of the plain loss, and one chunk of logits is held (in bf16 a second beside it, in fp32). Where no
-    gradient is asked for, none is computed. The logits leave their product in the dtype of the inputs, or of autocast,
-    as they leave an ``nn.Linear``; softmax, loss and the sum of the weight's gradient over the chunks are fp32 (fp64
-    for fp64).
+    matrix products of the plain loss, and one chunk of logits is held (in bf16 few rows of it in fp32 as well).
+    Where no gradient is asked for, none is computed. The logits leave their product in the dtype of the inputs, or of
+    autocast, as they leave an ``nn.Linear``; softmax, loss and the sum of the weight's gradient over the chunks are
+    fp32 (fp64 for fp64).
 
     The backward pass scales the saved gradients in place: a graph can be walked once, and a second walk
     (``retain_graph=True``) raises RuntimeError. fp16 is not for this loss: an unscaled ``softmax`` underflows in it.
@@ -169,9 +173,11 @@ def _nats_and_gradients(
     nats = hidden.new_empty(tokens, 1, dtype=wide)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
     grad_weight = torch.zeros_like(head, dtype=wide) if wanted[1] else None
-    # Two buffers for all chunks, and one where the product is wide already, or nothing is needed beside it.
+    # What all chunks share. Of a chunk few rows are wide at a time: on a CPU, as many as stay in its cache.
     logits_buffer = hidden.new_empty(chunk, len(head), dtype=dtype)
-    wide_buffer = logits_buffer if dtype == wide or compiled else torch.empty_like(logits_buffer, dtype=wide)
+    rows_at_once = _ROWS_AT_ONCE.get(hidden.device.type, chunk)
+    wide_buffer = hidden.new_empty(0 if dtype == wide or compiled else min(chunk, rows_at_once), len(head), dtype=wide)
+    summand = torch.empty_like(head) if wanted[1] and dtype != wide else head
 
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
@@ -184,24 +190,38 @@ def _nats_and_gradients(
         if compiled is not None:
             nats[rows] = compiled(logits, targets, vocab_size)
         else:
-            exponentials = wide_buffer[: len(inputs)]
             logits[:, vocab_size:] = -torch.inf
-            highest = logits.amax(-1, keepdim=True).to(wide)
-            target_logits = logits.gather(-1, targets).to(wide)
-            normalizer = torch.sub(logits, highest, out=exponentials).exp_().sum(-1, keepdim=True)
-            nats[rows] = normalizer.log() + (highest - target_logits)
-            if any(wanted):
-                torch.div(exponentials, normalizer, out=logits)
-                logits.scatter_(-1, targets, torch.expm1(-nats[rows]).to(dtype))
+            pieces = logits.split(rows_at_once), targets.split(rows_at_once), nats[rows].split(rows_at_once)
+            for piece, of_piece, nats_of_piece in zip(*pieces, strict=True):
+                _grad_logits_eagerly_(piece, of_piece, nats_of_piece, wide_buffer)
         # What lies there now is the gradient of the logits.
         if grad_hidden is not None:
             torch.mm(logits, head, out=grad_hidden[rows]).masked_fill_(ignored, 0)
         if grad_weight is not None and dtype == wide:
             torch.addmm(grad_weight, logits.t(), inputs, out=grad_weight)
         elif grad_weight is not None:
-            grad_weight += logits.t() @ inputs
+            torch.mm(logits.t(), inputs, out=summand)
+            for total, part in zip(grad_weight.split(_ENTRIES_AT_ONCE), summand.split(_ENTRIES_AT_ONCE), strict=True):
+                total.add_(part)
         nats[rows].masked_fill_(ignored, 0)
     return nats.squeeze(-1), grad_hidden, None if grad_weight is None else grad_weight[:vocab_size]
+
+
+def _grad_logits_eagerly_(logits: Tensor, targets: Tensor, nats: Tensor, buffer: Tensor) -> None:
+    """`grad_logits_` by operators that write where they are told to: none makes a temporary of the logits' size.
+
+    Args:
+        nats: where they go, ``[tokens, 1]``.
+        buffer: room for the wide logits of at least so many tokens; not used where these are wide themselves.
+    """
+    highest = logits.amax(-1, keepdim=True).to(nats.dtype)
+    lacking = highest - logits.gather(-1, targets)
+    wide = logits if logits.dtype == nats.dtype else buffer[: len(logits)].copy_(logits)
+    torch.softmax(wide, -1, out=wide)
+    torch.sub(lacking, wide.amax(-1, keepdim=True).log(), out=nats)  # the largest probability is 1 / sum(exp(z - max))
+    wide.scatter_(-1, targets, torch.expm1(-nats))
+    if wide is not logits:
+        logits.copy_(wide)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

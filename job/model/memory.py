@@ -70,8 +70,8 @@ def process_memory(
         weights, optimizer = 4 * counts.total + (2 * counts.body if width == 2 else 0), 8 * counts.total
         gradients = buckets = 4 * counts.total
     chunk = min(tokens, loss_chunk_tokens or _default_chunk_tokens(vocab_size, device))
-    # The chunk's logits, and in bf16 their exponentials in fp32; the head's gradient, its next summand, its bf16 copy.
-    loss = chunk * vocab_size * (6 if width == 2 else 4) + head * (4 + (4 if width == 2 else 0))
+    # The chunk's logits; the head's gradient, and in bf16 its next summand and the head's own copy.
+    loss = chunk * vocab_size * width + head * (4 + (4 if width == 2 else 0))
     return ProcessMemory(
         weights=weights,
         gradients=gradients,
