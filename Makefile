@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos test-image test-kubernetes test-slurm test-swanlab lint format build push run print-image set-image \
-        pin-base sbom lock-image bench-memory bench-checkpoint lock clean
+.PHONY: help setup demo test test-recovery chaos test-benchmarks test-image test-kubernetes test-slurm test-swanlab lint \
+        format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare bench-data-scale bench-loader bench-checkpoint \
+        bench-ranks lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -26,11 +27,17 @@ $(VENV)/.installed: requirements.lock
 demo: setup ## the whole path on this machine: no GPU, no account, no data of yours
 	$(RUN) -m job demo
 
-test: setup ## all tests, against a real S3 server and real processes
+test: setup ## the tests, against a real S3 server and real processes; the longer ones have targets of their own
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
 	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos
+
+test-recovery: setup ## runs that are stopped, fail, hang, lose their store or one of their nodes (six minutes)
+	$(RUN) -m pytest -n 2 --dist loadfile -m recovery tests/cluster tests/training
+
+test-benchmarks: setup ## that each measurement comes to its table, with tiny sizes, and that its arithmetic is right
+	$(RUN) -m pytest -m benchmarks tests/benchmarks
 
 test-image: setup ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
 	$(RUN) -m pytest -m image tests/image
@@ -91,11 +98,29 @@ lock-image: ## requirements-image.lock anew, with hashes, from pyproject.toml an
 
 # ---- Measurements and pins ----
 
+bench: setup ## this job against the tutorial's recipe, on the CPU (15 minutes)
+	$(RUN) -m benchmarks.against_tutorial
+
 bench-memory: setup ## peak memory of the chunked loss against the plain one (needs 14 GiB)
 	$(RUN) -m benchmarks.loss_memory
 
-bench-checkpoint: setup ## how long training stands still for a checkpoint of 100 M parameters (needs 6 GiB)
-	$(RUN) -m benchmarks.checkpoint_stall
+bench-gpu: setup ## correctness, speed of each lever and a trace, on one GPU, in 8 minutes (needs no data and no network)
+	$(RUN) -m benchmarks.gpu --json gpu.json --trace gpu-trace
+
+bench-prepare: setup ## preparing against the tutorial's `map`, and with more processes (six minutes)
+	$(RUN) -m benchmarks.prepare --only compare scale
+
+bench-data-scale: setup ## the order of 1,000,000,000 windows, and a manifest of 100,000 shards
+	$(RUN) -m benchmarks.data_scale
+
+bench-loader: setup ## whether two ranks wait for a store 100 ms and 50 MB/s away, and how fast batches are cut
+	$(RUN) -m benchmarks.loader --cache-buffers 2 1
+
+bench-checkpoint: setup ## a checkpoint of 123 M parameters: standstill, upload, memory, restart (7 GB, and 5 GB in /tmp)
+	$(RUN) -m benchmarks.checkpoint
+
+bench-ranks: setup ## what a second process costs under ZeRO-2 and DDP, and where it goes
+	$(RUN) -m benchmarks.ranks
 
 lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock

@@ -29,6 +29,8 @@ from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from job.training.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.recovery
+
 THREE = {"global_batch_size": 12}
 """Settings of a run that can be cut into three."""
 Written = Callable[..., Path]

@@ -12,6 +12,8 @@ from job.training.attempts import Attempts
 from job.training.checkpoint import list_checkpoints
 from job.training.metrics import read_metrics
 
+pytestmark = pytest.mark.recovery
+
 # ---- Asked to stop at a bad moment ----
 
 
