@@ -67,6 +67,17 @@ class Spec(_Group):
     spec: Work
 
 
+class _IdsAsWritten(settings.UniqueKeys):
+    """Takes an id for the text that it is: of those that the service gives out, YAML reads some as numbers."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        for key, value in node.value:
+            if key.value == "id" and isinstance(value, yaml.ScalarNode) and mapping["id"] is not None:
+                mapping["id"] = value.value
+        return mapping
+
+
 def load_spec(path: Path) -> Spec:
     """The spec in a file.
 
@@ -75,7 +86,7 @@ def load_spec(path: Path) -> Spec:
             or the entry does not exist.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=settings.UniqueKeys)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_IdsAsWritten)
     except FileNotFoundError:
         raise UserError("--spec", str(path), "no such file", "launch/swanlab.yaml is one") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -81,6 +81,13 @@ def test_a_good_spec_is_read(tmp_path: Path) -> None:
     assert spec.spec.exclude == ("WIKI_CN",)
 
 
+@pytest.mark.parametrize("written", ["116670", "012345", "0x12ab", "120000", "'116670'"])
+def test_an_id_is_taken_as_it_is_written_though_yaml_would_read_a_number(tmp_path: Path, written: str) -> None:
+    text = changed("spec.volumes", [{"id": "9sqjot"}]).replace("9sqjot", written)
+    spec = load_spec(write(tmp_path, text))
+    assert [volume.id for volume in spec.spec.volumes] == [written.strip("'")]
+
+
 def test_a_key_without_a_value_is_as_if_it_was_not_there(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, changed("spec.volumes", []).replace("volumes: []", "volumes:")))
     assert spec.spec.volumes == ()
