@@ -9,8 +9,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-recovery chaos test-benchmarks test-image test-kubernetes test-slurm test-swanlab lint \
-        format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare bench-data-scale bench-loader bench-checkpoint \
-        bench-ranks lock clean
+        format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare \
+        bench-data-scale bench-loader bench-checkpoint bench-ranks lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18

@@ -29,7 +29,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.watched import Finished, Stages, peak_bytes, run
+from benchmarks.machine import cpu_name, peak_bytes
+from benchmarks.watched import Finished, Stages, run
 from job.config import Config, load
 from job.data.manifest import load_manifest
 from job.model.counts import flops_per_token
@@ -149,11 +150,10 @@ class Bench:
         import torch
         import transformers
 
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "a CPU")
         return (
-            f"{cpu}, {self.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"{datetime.date.today()}: {self.settings.layers} x {self.settings.hidden_size}, {self.precision}, "
+            f"{cpu_name()}, {self.threads} threads, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, {datetime.date.today()}: "
+            f"{self.settings.layers} x {self.settings.hidden_size}, {self.precision}, "
             f"{self.settings.batch} x {self.settings.context_length} tokens a step, medians of {self.settings.repeats}"
         )
 

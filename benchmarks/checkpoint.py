@@ -26,6 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.machine import cpu_name, peak_bytes
+
 if TYPE_CHECKING:
     from job.training.engine import Engine
 
@@ -131,12 +133,6 @@ def _go_on(engine: "Engine", rank: int) -> dict[str, Any]:
     return {"brought": [brought_at - began], "taken in": [time.perf_counter() - brought_at]}
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-
-
 # ---- The table ----
 
 
@@ -193,10 +189,9 @@ def report(strategies: Sequence[str], sizes: Mapping[str, Any]) -> None:
             output = f"{server.create_bucket(f'stall-{secrets.token_hex(4)}')}/run"
             measured = measure(strategy, sizes, output)
             cells.append(rows(measured))
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
     print(
-        f"torch {torch.__version__}, {cpu}, {os.cpu_count()} cores, {datetime.date.today()}: {PROCESSES} processes, "
-        f"{measured['saved']['parameters'][0]:,} parameters, {sizes['saves']} saves\n"
+        f"torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores, {datetime.date.today()}: "
+        f"{PROCESSES} processes, {measured['saved']['parameters'][0]:,} parameters, {sizes['saves']} saves\n"
     )
     print("| | " + " | ".join(strategies) + " |\n|---|" + "---|" * len(strategies))
     for name in cells[0]:

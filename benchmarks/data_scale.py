@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.machine import cpu_name, peak_bytes
 from job import storage
 from job.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, manifest_bytes, shard_size
 from job.data.order import WindowOrder
@@ -38,13 +38,6 @@ def order_of(windows: int, shards: int, buffer_bytes: int, node_groups: int) -> 
     tokens[: windows % shards] += CONTEXT_LENGTH
     tokens += 1  # the first is no target
     return WindowOrder(tokens, TOKEN_BYTES * tokens, CONTEXT_LENGTH, 2333, buffer_bytes, node_groups)  # type: ignore[arg-type]
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
 
 
 def time_order(windows: int, shards: int, buffer_bytes: int, node_groups: int, seed: int, batches: int) -> None:
@@ -166,9 +159,8 @@ def main(words: Sequence[str] | None = None) -> None:
             return
     ordered = order_rows(arguments.windows, arguments.shards, arguments.batches, arguments.times)
     opened = manifest_rows(arguments.shards, arguments.times)
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
     print(
-        f"{cpu}, {os.cpu_count()} cores, numpy {np.__version__}, {datetime.date.today()}; "
+        f"{cpu_name()}, {os.cpu_count()} cores, numpy {np.__version__}, {datetime.date.today()}; "
         f"{arguments.windows:,} windows of {CONTEXT_LENGTH} tokens, batches of {BATCH:,}\n"
     )
     print("| shards | buffers | node groups | start, s | most | a window, µs | most | memory, MB |")

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from benchmarks.gpu import Case
+from benchmarks.machine import peak_bytes as resident_peak_bytes
 from job.model import architecture, counts, loss
 from job.model.architecture import LanguageModel, build_model
 from job.model.spec import ModelSpec
@@ -193,9 +194,7 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that tensors ever had at once on a GPU; of a CPU's process, all of it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    # ru_maxrss starts at the parent's peak.
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return resident_peak_bytes()
 
 
 def the_device() -> torch.device:

@@ -40,6 +40,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from benchmarks.machine import cpu_name, memory_bytes, peak_bytes
 from job import storage
 from job.data.loader import BatchLoader
 from job.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, manifest_bytes, open_shard, shard_bytes
@@ -249,15 +250,9 @@ def train(scene: Scene, rank: int, meeting: Barrier, results: Any) -> None:
             overslept.append(time.perf_counter() - slept_at - scene.step_seconds)
             meeting.wait()
         loop_seconds, cpu_used = time.perf_counter() - began, time.process_time() - used
-        grown_bytes = memory_bytes("VmHWM") - before_bytes
+        grown_bytes = peak_bytes() - before_bytes
         seen = Seen(waited, taking, overslept, were_ready, loop_seconds, cpu_used, grown_bytes, loader.downloads)
         results.put((rank, seen))
-
-
-def memory_bytes(line: str) -> int:
-    """A line of what the kernel says of this process."""
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(one.split()[1]) for one in status.splitlines() if one.startswith(line))
 
 
 def slowest(of_ranks: Iterable[Sequence[float]]) -> list[float]:
@@ -453,10 +448,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=300, help="cut in one measurement")
     parser.add_argument("--times", type=int, default=5, help="measurements of cutting")
     arguments = parser.parse_args()
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
     for name in arguments.tables or tables:
         tables[name](arguments)
-    print(f"\ntorch {torch.__version__}, {cpu}, {os.cpu_count()} cores, {datetime.date.today()}")
+    print(f"\ntorch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores, {datetime.date.today()}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import datetime
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks.machine import cpu_name
 from job.model.loss import default_chunk_tokens, linear_cross_entropy
 
 VOCAB_SIZE, HIDDEN_SIZE = 151_936, 512
@@ -44,10 +44,9 @@ def measure(loss_name: str, tokens: int) -> None:
 
 def report() -> None:
     """The table of all cases."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
     print(
-        f"torch {torch.__version__}, {cpu}, {torch.get_num_threads()} threads, {datetime.date.today()}: vocabulary "
-        f"{VOCAB_SIZE:,}, hidden size {HIDDEN_SIZE}, fp32, forward and backward; chunks of "
+        f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads, {datetime.date.today()}: "
+        f"vocabulary {VOCAB_SIZE:,}, hidden size {HIDDEN_SIZE}, fp32, forward and backward; chunks of "
         f"{default_chunk_tokens(VOCAB_SIZE, torch.device('cpu'))} tokens\n"
     )
     print("| loss | tokens | peak memory beyond its inputs |\n|---|---|---|")

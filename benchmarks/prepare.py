@@ -31,6 +31,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.machine import cpu_name, peak_bytes
+
 REPOSITORY = Path(__file__).parent.parent
 SAMPLE = REPOSITORY / "job" / "demo" / "sample.jsonl"
 _CLAUSE = re.compile(r"[^，。、；：！？\n]*[，。、；：！？\n]+")
@@ -147,9 +149,8 @@ class Peaks(threading.Thread):
     def look(self) -> None:
         """Reads the mark of each process that runs."""
         for pid in [os.getpid(), *(one.pid for one in psutil.Process().children(recursive=True))]:
-            with suppress(FileNotFoundError, ProcessLookupError):
-                if found := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
-                    self._marks[pid] = max(self._marks.get(pid, 0), 1024 * int(found[1]))
+            with suppress(FileNotFoundError, ProcessLookupError, StopIteration):  # one that has ended has no mark
+                self._marks[pid] = max(self._marks.get(pid, 0), peak_bytes(pid))
 
     def stop(self) -> list[int]:
         """Bytes of each process, those that have ended included, this one first."""
@@ -236,7 +237,6 @@ def memory(source: Path, folder: Path, tokenizer_folder: str, sizes: list[float]
 
 def machine() -> str:
     """This machine, and what it runs, in a line."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
 
     def of(name: str) -> str:
         try:
@@ -245,7 +245,7 @@ def machine() -> str:
             return f"no {name}"
 
     libraries = ", ".join(map(of, ("datasets", "transformers", "tokenizers", "fastokens")))
-    return f"{cpu}, {os.cpu_count()} cores, {libraries}, {datetime.date.today()}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {libraries}, {datetime.date.today()}"
 
 
 def main() -> None:

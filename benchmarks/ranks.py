@@ -21,8 +21,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import cpu_name
 
 VOCAB_SIZE, EOD_ID, WARMUP_STEPS, PROFILED_STEPS = 16_384, 0, 2, 3
 CASES: dict[str, tuple[str, int]] = {
@@ -195,9 +196,8 @@ def report(sizes: Mapping[str, int], rounds: int) -> None:
     firsts: dict[int, str] = {}
     for case, (_, processes) in CASES.items():
         firsts.setdefault(processes, case)
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
     print(
-        f"torch {torch.__version__}, {cpu}, {os.cpu_count()} cores, {datetime.date.today()}: "
+        f"torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores, {datetime.date.today()}: "
         f"{measured['plain PyTorch'][0]['parameters']:,} parameters, {sizes['batch']} x {sizes['context']} tokens a "
         f"step, in {sizes['micro_batches']} micro-batches a process; medians of {rounds} x {sizes['steps']} steps\n"
     )

@@ -39,7 +39,7 @@ from transformers import (
     pipeline,
 )
 
-from benchmarks.watched import peak_bytes
+from benchmarks.machine import peak_bytes
 
 HELD_OUT, SEED = 0.1, 2333
 PROMPTS = ("人工智能", "牛顿", "北京市", "亚洲历史")

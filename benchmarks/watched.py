@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.machine import peak_bytes
+
 _POLL_SECONDS = 0.03
 
 Stages = dict[str, Callable[[str, list[list[str]]], bool]]
@@ -59,9 +61,3 @@ def run(
             f"{' '.join(command)}: exit {process.returncode}, {missed or 'nothing'} not seen\n{log.read_text()}"
         )
     return Finished(began, seconds, sum(peaks.values()), seen)
-
-
-def peak_bytes(pid: int | str = "self") -> int:
-    """The most memory that a process ever had resident: VmHWM, for ru_maxrss starts at the parent's peak."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))

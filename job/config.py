@@ -258,6 +258,10 @@ class Train(Section):
         "10m", "Longest time without a sign of life from a process, after which the run ends and names it"
     )
 
+    def compiles(self, on_gpu: bool) -> bool:
+        """Whether the training step is to be compiled."""
+        return on_gpu if self.compile is None else self.compile
+
 
 class Checkpoint(Section):
     """When a run is saved, and how many of its checkpoints are kept."""

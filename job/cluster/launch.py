@@ -90,11 +90,10 @@ def world_size(config: Config, place: Place) -> int:
 
 def worker_environment(gpus: int, processes: int, config: Config) -> dict[str, str]:
     """What the libraries in a worker have to be told before they are imported; a user's own settings win."""
-    compiles = gpus > 0 if config.train.compile is None else config.train.compile
     wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
     # torch's C++ side tells of every lost connection with a stack of its own; what it means is said by ours.
     wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if compiles:  # once, and not at each start
+    if config.train.compiles(gpus > 0):  # once, and not at each start
         wanted |= {"TORCHINDUCTOR_CACHE_DIR": str(scratch_folder()[0] / "compiled")}
     else:  # DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer
         wanted |= {"TORCHDYNAMO_DISABLE": "1"}

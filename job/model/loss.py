@@ -177,7 +177,7 @@ def _nats_and_gradients(
     logits_buffer = hidden.new_empty(chunk, len(head), dtype=dtype)
     rows_at_once = _ROWS_AT_ONCE.get(hidden.device.type, chunk)
     wide_buffer = hidden.new_empty(0 if dtype == wide or compiled else min(chunk, rows_at_once), len(head), dtype=wide)
-    summand = torch.empty_like(head) if wanted[1] and dtype != wide else head
+    summand = torch.empty_like(head) if wanted[1] and dtype != wide else head.new_empty(0)
 
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)

@@ -33,7 +33,6 @@ from job.training.moments import MOMENTS
 if TYPE_CHECKING:
     from torch import Tensor  # seconds of import, which looking for checkpoints can do without
 
-
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _STATE = "state.json"

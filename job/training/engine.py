@@ -172,8 +172,8 @@ class Engine:
         """
         shape = self.strategy.micro_batch_size, context_length
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self.module.compile(**options)
         try:
+            self.module.compile(**options)
             with self.autocast():
                 torch.autograd.grad(self.module(tokens, tokens), list(self.module.parameters()))
         except Exception as error:

@@ -166,7 +166,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     if checkpoint is not None:
         _load(engine, checkpoint, world, scratch)
     compiled = "no"
-    if engine.device.type == "cuda" if config.train.compile is None else config.train.compile:
+    if config.train.compiles(engine.device.type == "cuda"):
         began = time.perf_counter()
         why_not = engine.compile(config.train.context_length)
         compiled = f"no: {why_not}" if why_not else f"in {time.perf_counter() - began:.0f} s"
@@ -267,9 +267,9 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     report.start_bar("training", total_steps, step)
     closing.callback(report.end_bar)
     while True:
+        profile.at(step)  # what it writes is no part of the interval's time
         began, waited = time.perf_counter(), loader.wait_seconds
         is_last = step >= total_steps
-        profile.at(step)
         goes_on = lockstep.go_on() if is_last else lockstep.go_on(loader.poll)
         interval.seconds += time.perf_counter() - began
         keeper.check()

