@@ -13,9 +13,9 @@ IGNORE_INDEX = -100
 
 
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 256}
-_ENTRIES_AT_ONCE = 4096
-"""What goes through fp32 goes through it in pieces: on a CPU they stay in its cache, and nowhere is there a temporary
-of the size of the logits or of the head."""
+"""Of logits that go through fp32: on a CPU they stay in its cache, and nowhere is there a second set of logits."""
+_ENTRIES_AT_ONCE = {"cpu": 4096}
+"""Of the head's gradient in the narrow dtype, before it is added to the wide sum; on a GPU all."""
 GradLogits = Callable[[Tensor, Tensor, int], Tensor]
 """As `grad_logits_`."""
 
@@ -177,7 +177,8 @@ def _nats_and_gradients(
     logits_buffer = hidden.new_empty(chunk, len(head), dtype=dtype)
     rows_at_once = _ROWS_AT_ONCE.get(hidden.device.type, chunk)
     wide_buffer = hidden.new_empty(0 if dtype == wide or compiled else min(chunk, rows_at_once), len(head), dtype=wide)
-    summand = torch.empty_like(head) if wanted[1] and dtype != wide else head.new_empty(0)
+    entries_at_once = min(_ENTRIES_AT_ONCE.get(hidden.device.type, len(head)), len(head))
+    summand = head.new_empty(entries_at_once if wanted[1] and dtype != wide else 0, head.shape[1])
 
     for start in range(0, tokens, chunk):
         rows = slice(start, start + chunk)
@@ -200,9 +201,9 @@ def _nats_and_gradients(
         if grad_weight is not None and dtype == wide:
             torch.addmm(grad_weight, logits.t(), inputs, out=grad_weight)
         elif grad_weight is not None:
-            torch.mm(logits.t(), inputs, out=summand)
-            for total, part in zip(grad_weight.split(_ENTRIES_AT_ONCE), summand.split(_ENTRIES_AT_ONCE), strict=True):
-                total.add_(part)
+            parts = logits.split(entries_at_once, 1), grad_weight.split(entries_at_once)
+            for part, total in zip(*parts, strict=True):
+                total.add_(torch.mm(part.t(), inputs, out=summand[: len(total)]))
         nats[rows].masked_fill_(ignored, 0)
     return nats.squeeze(-1), grad_hidden, None if grad_weight is None else grad_weight[:vocab_size]
 

@@ -63,6 +63,20 @@ def test_a_killed_worker_is_named_and_takes_the_others_along(settings: Path) -> 
     assert still_alive(processes) == []
 
 
+def test_a_single_worker_has_no_torchrun_above_it_and_is_told_of_all_the_same(one_process: Path) -> None:
+    with Job("train", one_process) as job:
+        job.read_until("step 3/")
+        (worker,) = job.workers()
+        (launcher,) = [one for one in job.descendants() if one != worker]
+        # Loaded, torch is 150 MiB and seconds of every start.
+        assert [mapped.path for mapped in launcher.memory_maps() if "torch" in mapped.path] == []
+        assert [mapped.path for mapped in worker.memory_maps() if "torch" in mapped.path] != []
+        worker.kill()
+        code, _, err = job.end(seconds=60)
+    assert code == EXIT_FAILED
+    assert err == "rank 0 was killed by SIGKILL (out of memory? a smaller train.micro_batch_size takes less)\n"
+
+
 def test_nothing_goes_on_where_the_entrypoint_was_killed(one_process: Path) -> None:
     with Job("train", one_process) as job:
         job.read_until("step 3/")
@@ -77,25 +91,27 @@ def test_nothing_goes_on_where_the_entrypoint_was_killed(one_process: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("number", "whom"),
+    ("number", "whom", "of"),
     [
-        (signal.SIGINT, "the entrypoint"),
-        (signal.SIGUSR2, "the launcher"),
-        (signal.SIGUSR1, "one worker"),
-        (signal.SIGTERM, "all, twice"),
+        (signal.SIGINT, "the entrypoint", "settings"),
+        (signal.SIGUSR2, "the launcher", "settings"),
+        (signal.SIGUSR1, "one worker", "settings"),
+        (signal.SIGTERM, "all, twice", "settings"),
+        (signal.SIGTERM, "the launcher", "one_process"),
+        (signal.SIGTERM, "all, twice", "one_process"),
     ],
 )
 def test_a_signal_to_any_process_is_one_stop_of_all(
-    settings: Path, bucket: str, number: signal.Signals, whom: str
+    request: pytest.FixtureRequest, bucket: str, number: signal.Signals, whom: str, of: str
 ) -> None:
-    with Job("train", settings) as job:
+    with Job("train", request.getfixturevalue(of)) as job:
         job.read_until("step 3/")
         processes, workers = job.descendants(), job.workers()
         (launcher,) = [one for one in processes if one not in workers]
         addressed = {
             "the entrypoint": [job.process],
             "the launcher": [launcher],
-            "one worker": [workers[1]],
+            "one worker": [workers[-1]],
             "all, twice": [job.process, *processes] * 2,  # as Slurm does
         }[whom]
         for process in addressed:

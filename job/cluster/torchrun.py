@@ -1,0 +1,106 @@
+"""The workers of this node under torchrun, without its closing report: that is for the process that started this one.
+
+On several nodes there is an agent on each; they meet before the workers start, and part when all have ended.
+"""
+
+import logging
+import signal
+import socket
+from importlib.metadata import version
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from job import config as settings
+from job.cluster import family, nodes, outcome
+from job.cluster.outcome import Outcome
+from job.cluster.task import Task
+from job.errors import UserError
+from job.revision import code_version
+
+_HEARD = "SIGHUP,SIGQUIT"
+_TAKE_DOWN_SECONDS = 3
+"""What a worker gets between SIGTERM and SIGKILL when another one has failed; it leaves at once if it can."""
+_COMPARED = ("torch", "transformers", "deepspeed", "accelerate")
+_OF_A_NODE = ("data.cache_dir", "checkpoint.scratch_dir", "tracking.log_dir", "train.processes")
+"""Settings that may differ from node to node; that of the processes is compared by what came of it."""
+
+
+def run_workers(task: Task, folder: Path) -> int:
+    """Runs the workers of this node through torchrun; returns 0 if they have ended as they should.
+
+    Args:
+        task: what they are to do.
+        folder: of this start (`family.FOLDER_VARIABLE`).
+    """
+    logging.disable(logging.CRITICAL)
+    signal.signal(nodes.ABORT, _abort)
+    if task.rendezvous is None:
+        return _torchrun(folder, ["--standalone", f"--nproc-per-node={task.processes}"])
+    group = nodes.Nodes(task.node_rank, task.nodes, task.job_id or "no job", task.rendezvous, _card(task))
+    code = 1
+    try:
+        group.meet(task.config.train.node_timeout.seconds, (folder / family.STOP_FILE).exists, nodes.say)
+        group.watch()
+        address, port = task.rendezvous
+        code = _torchrun(
+            folder,
+            [
+                *(f"--nnodes={task.nodes}", f"--node-rank={task.node_rank}", f"--nproc-per-node={task.processes}"),
+                *(f"--master-addr={address}", f"--master-port={port}"),
+            ],
+        )
+    except UserError as error:
+        outcome.record(folder, Outcome(task.ranks[0], outcome.REFUSED, str(error)))
+    except nodes.NodesMissing as error:
+        outcome.record(folder, Outcome(task.ranks[0], outcome.LOST, str(error)))
+    except nodes.NodesStopped:
+        for rank in range(task.world_size):  # none of them has begun
+            outcome.record(folder, Outcome(rank, outcome.STOPPED))
+        code = 0
+    except SignalException:  # before torchrun could take it
+        pass
+    signal.signal(nodes.ABORT, signal.SIG_IGN)
+    group.part(folder, failed=code != 0)
+    return code
+
+
+def _torchrun(folder: Path, where: list[str]) -> int:
+    """Runs torchrun, and records which of its workers were killed: they could not do it themselves."""
+    try:
+        run(
+            parse_args(
+                [
+                    *where,
+                    *("--max-restarts=0", f"--log-dir={folder}"),
+                    *(f"--signals-to-handle={_HEARD}", f"--shutdown-timeout={_TAKE_DOWN_SECONDS}"),
+                    *("-m", "job.cluster.worker"),
+                ]
+            )
+        )
+    except ChildFailedError as error:
+        silent = error.failures.keys() - {one.rank for one in outcome.read_all(folder)}
+        for rank in silent:
+            if (code := error.failures[rank].exitcode) < 0:
+                outcome.record(folder, Outcome(rank, outcome.KILLED, signal.Signals(-code).name))
+        return 1
+    except SignalException:
+        return 1
+    return 0
+
+
+def _abort(number: int, frame: object) -> None:
+    raise SignalException("another node has failed", signal.Signals(number))
+
+
+def _card(task: Task) -> nodes.Card:
+    versions = {name: version(name) for name in _COMPARED} | {"wikillm": code_version()}
+    shared = {
+        f"{section}.{key}": value
+        for section, values in settings.to_dict(task.config).items()
+        for key, value in values.items()
+        if f"{section}.{key}" not in _OF_A_NODE
+    }
+    return nodes.Card(socket.gethostname(), task.start, task.processes, versions, shared)
