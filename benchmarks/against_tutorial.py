@@ -113,7 +113,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--evaluated-windows", type=int, default=24)
     parser.add_argument("--train-bytes", type=int, default=1_500_000, help="text to train and evaluate on")
-    parser.add_argument("--prepare-bytes", type=int, default=24_000_000, help="text to prepare")
+    parser.add_argument("--prepare-bytes", type=int, default=96_000_000, help="text to prepare")
     parser.add_argument("--vocabulary", type=Path, help="a tokenizer's folder in the place of Qwen2's")
     with tempfile.TemporaryDirectory(prefix="against-tutorial-") as folder:
         bench = Bench(parser.parse_args(words), Path(folder))
@@ -343,9 +343,9 @@ class Bench:
         steps, batch = self.settings.steps + 1, self.settings.batch
         return self.in_turns(lambda: self.train_ours(self.qwen, steps, batch), lambda: self.train_theirs(steps, batch))
 
-    def in_turns(self, *measures: Callable[[], Any]) -> list[list[Any]]:
+    def in_turns(self, *measures: Callable[[], Any], repeats: int | None = None) -> list[list[Any]]:
         """The results of each, all of them measured once in every round."""
-        rounds = [[measure() for measure in measures] for _ in range(self.settings.repeats)]
+        rounds = [[measure() for measure in measures] for _ in range(repeats or self.settings.repeats)]
         return [list(results) for results in zip(*rounds, strict=True)]
 
 
@@ -393,7 +393,8 @@ def prepare(bench: Bench) -> list[Row]:
     megabytes = _text_bytes(bench.corpus(bench.settings.prepare_bytes)) / 1e6
     rows = []
     for processes in (1, 2):
-        ours, theirs = bench.in_turns(partial(bench.prepare_ours, processes), partial(bench.prepare_theirs, processes))
+        sides = partial(bench.prepare_ours, processes), partial(bench.prepare_theirs, processes)
+        ours, theirs = bench.in_turns(*sides, repeats=min(2, bench.settings.repeats))  # they take longest
         rates = [megabytes / _median(one.seconds for one in side) for side in (ours, [one for one, _ in theirs])]
         # Both commands whole, for either has to start; what is left without the starts, in the note.
         work = _median(
