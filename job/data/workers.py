@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from time import monotonic
 from typing import cast
 
 from job import storage
@@ -18,6 +19,7 @@ from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 
 OnBadRecord = Callable[[BadRecord], None]
+_SECONDS_TO_END = 10.0  # many times what a batch takes; a store that does not answer may take longer
 
 
 def prepare_in_processes(
@@ -100,10 +102,22 @@ def _in_processes(
                         process.join()
                         manifest = event or manifest
     finally:
-        for process in running.values():
-            process.kill()
-            process.join()
+        _end(running)
     return manifest
+
+
+def _end(running: dict[Connection, SpawnProcess]) -> None:
+    """Ends processes with the batch at hand, whose report nobody takes; kills those that something holds up.
+
+    A killed one may leave a temporary file beside the shard that it was writing.
+    """
+    for events in running:
+        events.close()
+    deadline = monotonic() + _SECONDS_TO_END
+    for process in running.values():
+        process.join(max(0, deadline - monotonic()))
+        process.kill()
+        process.join()
 
 
 def _prepare_part(
