@@ -299,8 +299,8 @@ class ShardCache:
     def _reserve(self, index: int, partial: Path) -> bool:
         """Takes room by creating `partial`, and makes it by dropping shards that no process plans to use, oldest first.
 
-        Where we need the shard now, what others plan to use next is dropped too, then what they use now: two jobs with
-        one cache that is too small for both go on, if slowly.
+        Where we need the shard now, what others plan to use next is dropped too, if need be when it has come, and then
+        what they use now: two jobs with one cache that is too small for both go on, if slowly.
         """
         with self._changed:
             ours = {self._names[one] for one in self._plan}
@@ -308,7 +308,7 @@ class ShardCache:
         with _locked(self._folder / "room.lock"):
             used_bytes = self._shards[index].size
             planned: dict[str, int] = {}
-            droppable = []
+            droppable, coming = [], []
             for path in list(self._folder.iterdir()):
                 name, _, kind = path.name.rpartition(".")
                 if kind == "shard":
@@ -323,6 +323,7 @@ class ShardCache:
                             path.unlink(missing_ok=True)
                         else:
                             used_bytes += int(reserved)
+                            coming.append(shard)
                 elif kind == "plan" and path != self._plan_path:
                     with _locked(path, wait=False) as is_abandoned:
                         if is_abandoned:
@@ -333,6 +334,8 @@ class ShardCache:
                                 planned[shard] = min(int(when), planned.get(shard, _NEXT))
             for _, name, size in sorted(droppable, key=lambda one: (-planned.get(one[1], _NEVER), one)):
                 if used_bytes <= self._cache_bytes or (name in planned and not is_urgent):
+                    break
+                if planned.get(name) == _NOW and any(planned.get(shard) == _NEXT for shard in coming):
                     break
                 (self._folder / f"{name}.shard").unlink()
                 used_bytes -= size

@@ -359,6 +359,48 @@ def test_fetching_ahead_spares_what_another_process_uses_and_an_urgent_fetch_doe
     other.close()
 
 
+def test_what_another_process_uses_is_spared_while_what_it_needs_next_is_on_its_way(
+    bucket: str, tmp_path: Path, fetches: Fetches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data_set(bucket, [100] * 4)
+    limit = 3 * data.manifest.train[0].size
+    is_coming, may_come, looks = threading.Event(), threading.Event(), threading.Semaphore(0)
+    next_name = data.manifest.train[2].name.rpartition("/")[2]
+
+    def hold_up(name: str, number: int) -> None:
+        if (name, number) == (next_name, 1):
+            is_coming.set()
+            assert may_come.wait(30)
+
+    @contextmanager
+    def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+        if path.name == "room.lock" and threading.current_thread() in other._threads:
+            looks.release()
+        with _locked(path, wait) as is_ours:
+            yield is_ours
+
+    one, other = (ShardCache(data.url, data.manifest.train, tmp_path, limit) for _ in range(2))
+    try:
+        one.use([0, 1])
+        held = [content(one, 0), content(one, 1)]
+        fetches.before = hold_up
+        monkeypatch.setattr("job.data.cache._locked", locked)
+        one.use([0, 1], ahead=[2])
+        assert is_coming.wait(30)
+        other.use([3])
+        for _ in range(2):  # at the second look the first one is over
+            assert looks.acquire(timeout=30)
+        may_come.set()
+        assert content(other, 3) == stored(data, 3)
+        assert bytes_on_disk(tmp_path) == limit
+        assert [content(one, 0), content(one, 1)] == held
+        assert [Counter(fetches.names)[Path(shard.name).name] for shard in data.manifest.train] == [1, 1, 1, 1]
+    finally:
+        may_come.set()
+        one.close()
+        other.close()
+
+
 def test_a_shard_asked_for_while_room_is_looked_for_ahead_of_use_comes(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
