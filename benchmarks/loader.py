@@ -43,7 +43,7 @@ import torch
 from benchmarks.machine import cpu_name, memory_bytes, peak_bytes
 from job import storage
 from job.data.loader import BatchLoader
-from job.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, manifest_bytes, open_shard, shard_bytes
+from job.data.manifest import MANIFEST_NAME, Manifest, Shard, ShardBuilder, load_manifest, manifest_bytes, open_shard
 from job.data.order import WindowOrder
 from job.demo.server import S3Server
 
@@ -113,16 +113,18 @@ class LongLine:
 def write_data_set(url: str, shards: int, shard_tokens: int) -> Manifest:
     """Shards of so many random tokens, as `prepare` writes them for Qwen2's vocabulary."""
     random, found = np.random.default_rng(SEED), []
-    ends = np.arange(DOCUMENT_TOKENS, shard_tokens + 1, DOCUMENT_TOKENS)
+    lengths = np.full(shard_tokens // DOCUMENT_TOKENS, DOCUMENT_TOKENS)
     for number in range(shards):
-        content = shard_bytes(random.integers(VOCAB_SIZE, size=shard_tokens, dtype=np.uint32), ends)
+        builder = ShardBuilder("uint32")
+        builder.add(random.integers(VOCAB_SIZE, size=shard_tokens, dtype=np.uint32), lengths)
+        content = builder.finish()
         name = f"train-{number:05d}.bin"
         storage.write_bytes(storage.join(url, name), content)
         found.append(
             Shard(
                 name=name,
                 tokens=shard_tokens,
-                documents=len(ends),
+                documents=builder.documents,
                 utf8_bytes=4 * shard_tokens,
                 characters=shard_tokens,
                 size=len(content),

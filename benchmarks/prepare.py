@@ -38,6 +38,8 @@ SAMPLE = REPOSITORY / "job" / "demo" / "sample.jsonl"
 _CLAUSE = re.compile(r"[^，。、；：！？\n]*[，。、；：！？\n]+")
 _DISTINCT_BYTES = 10**8  # then it repeats, in another order
 _LOOK_SECONDS = 0.05
+_SHORT_SLICE_BYTES = 2**23  # a small corpus has many of them, so that all processes end at about the same time
+_USUAL_SLICE_BYTES = 2**26  # the setting's default
 
 
 # ---- Text ----
@@ -83,7 +85,9 @@ def write_corpus(path: Path, source: Path, text_bytes: int, seed: int = 1) -> in
 # ---- One case, in this process ----
 
 
-def run_ours(corpus: str, tokenizer_folder: str, processes: int, scratch: str, engine: str) -> dict[str, Any]:
+def run_ours(
+    corpus: str, tokenizer_folder: str, processes: int, slice_bytes: int, scratch: str, engine: str
+) -> dict[str, Any]:
     """`prepare` in so many processes."""
     from job import storage
     from job.data.shards import Recipe
@@ -94,7 +98,7 @@ def run_ours(corpus: str, tokenizer_folder: str, processes: int, scratch: str, e
     notices: list[str] = []
     began = time.perf_counter()
     manifest = prepare_in_processes(
-        Recipe(corpus, "text", "id", "stop", 2**26 if Path(corpus).stat().st_size > 2**29 else 2**23, 0.1, 2333),
+        Recipe(corpus, "text", "id", "stop", slice_bytes, 0.1, 2333),
         tokenizer,
         f"{scratch}/shards",
         storage.StoreOptions(),
@@ -160,24 +164,31 @@ class Peaks(threading.Thread):
         return [self._marks.pop(os.getpid()), *self._marks.values()]
 
 
-def run_case(name: str, corpus: str, tokenizer_folder: str, processes: int) -> None:
+def run_case(name: str, corpus: str, tokenizer_folder: str, processes: int, slice_bytes: int) -> None:
     """Prints what a case took as JSON."""
     peaks = Peaks()
     with tempfile.TemporaryDirectory(dir=Path(corpus).parent) as scratch:
         if name == "map":
             result = run_map(corpus, tokenizer_folder, processes, scratch)
         else:
-            result = run_ours(corpus, tokenizer_folder, processes, scratch, name)
+            result = run_ours(corpus, tokenizer_folder, processes, slice_bytes, scratch, name)
     print(json.dumps(result | {"peaks": peaks.stop()}))
 
 
 # ---- All cases ----
 
 
-def case(name: str, corpus: Path, tokenizer_folder: str, processes: int, one_thread: bool = False) -> dict[str, Any]:
+def case(
+    name: str,
+    corpus: Path,
+    tokenizer_folder: str,
+    processes: int,
+    slice_bytes: int = _SHORT_SLICE_BYTES,
+    one_thread: bool = False,
+) -> dict[str, Any]:
     """A case in a fresh process; without threads of its own where `one_thread` says so."""
     command = [sys.executable, "-m", "benchmarks.prepare"]
-    command += ["--case", name, str(corpus), tokenizer_folder, str(processes)]
+    command += ["--case", name, str(corpus), tokenizer_folder, str(processes), str(slice_bytes)]
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     if one_thread:
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
@@ -226,7 +237,7 @@ def memory(source: Path, folder: Path, tokenizer_folder: str, sizes: list[float]
         corpus = folder / "sized.jsonl"
         text_bytes = write_corpus(corpus, source, round(size * 1e9))
         for count in processes:
-            found = case("auto", corpus, tokenizer_folder, count)
+            found = case("auto", corpus, tokenizer_folder, count, slice_bytes=_USUAL_SLICE_BYTES)
             rate = text_bytes / 1e6 / found["seconds"]
             most = max(found["peaks"])
             rows.append(f"| {size:g} | {count} | {sum(found['peaks']) / 1e6:,.0f} | {most / 1e6:,.0f} | {rate:.1f} |")
@@ -258,11 +269,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="for the scaling")
     parser.add_argument("--sizes", type=float, nargs="*", default=[], help="GB of text for the table of memory")
     parser.add_argument("--only", choices=["compare", "scale", "memory"], nargs="+")
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        name, corpus, tokenizer_folder, processes = arguments.case
-        run_case(name, corpus, tokenizer_folder, int(processes))
+        name, corpus, tokenizer_folder, processes, slice_bytes = arguments.case
+        run_case(name, corpus, tokenizer_folder, int(processes), int(slice_bytes))
         return
     wanted = arguments.only or ["compare", "scale", "memory"]
     with tempfile.TemporaryDirectory(prefix="wikillm-prepare-") as name:

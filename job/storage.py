@@ -289,7 +289,7 @@ def sha256_file(path: Path | str) -> str:
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_bytes(url: str, data: bytes) -> None:
+def write_bytes(url: str, data: bytes | bytearray) -> None:
     """Writes or replaces a file: a reader sees the old content or the new, never a part."""
     write_from(url, len(data), lambda start, end: memoryview(data)[start:end])
 

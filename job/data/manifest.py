@@ -105,15 +105,36 @@ def shard_size(tokens: int, documents: int, dtype: TokenType) -> int:
     return _ends_offset(tokens, dtype) + 8 * documents
 
 
-def shard_bytes(tokens: NDArray[np.unsignedinteger], ends: NDArray[np.integer]) -> bytes:
-    """The shard file of `tokens` (`[tokens]`, uint16 or uint32) whose documents end before the positions `ends`.
+class ShardBuilder:
+    """A shard file that grows by whole documents. It takes little more memory than the file: a shard may be large.
 
-    `ends` (`[documents]`) counts from the start of the shard and includes each document's end-of-document token, so
-    document d is `tokens[ends[d - 1] : ends[d]]`. Both are stored little-endian, the ends as uint64.
+    Args:
+        dtype: how the tokens are stored, little-endian.
     """
-    stored = np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<"))
-    padding = bytes(-stored.nbytes % 8)
-    return b"".join([stored.data, padding, ends.astype("<u8").data])  # one copy: a shard may be large
+
+    def __init__(self, dtype: TokenType) -> None:
+        self._stored = np.dtype(dtype).newbyteorder("<")
+        self._content = bytearray()
+        self._lengths: list[NDArray[np.integer]] = []
+        self.tokens = self.documents = 0
+
+    def add(self, tokens: NDArray[np.unsignedinteger], lengths: NDArray[np.integer]) -> None:
+        """Adds documents: their tokens in a row (`[tokens]`), and how many each has (`[documents]`).
+
+        Each document's end-of-document token is among them, and counted.
+        """
+        self._content += np.ascontiguousarray(tokens, self._stored).data.cast("B")
+        self._lengths.append(lengths)
+        self.tokens += len(tokens)
+        self.documents += len(lengths)
+
+    def finish(self) -> bytearray:
+        """The file. Where the documents end is stored as uint64: document d is `tokens[ends[d - 1] : ends[d]]`."""
+        ends = np.cumsum(np.concatenate([np.empty(0, np.int64), *self._lengths]), dtype="<u8")
+        content, self._content = self._content, bytearray()
+        content += bytes(-len(content) % 8)
+        content += ends.data.cast("B")
+        return content
 
 
 def open_shard(

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +27,10 @@ from job.data.manifest import (
     MANIFEST_NAME,
     Manifest,
     Shard,
+    ShardBuilder,
     TokenType,
     load_manifest,
     manifest_bytes,
-    shard_bytes,
 )
 from job.data.split import SPLIT_RULE, is_held_out
 from job.data.tokenizer import TextTokenizer, store_tokenizer
@@ -226,36 +226,31 @@ class _Batch(NamedTuple):
     characters: NDArray[np.int64]
 
 
-@dataclass
 class _Writer:
-    """Collects the tokens of one split of one slice."""
+    """Collects the documents of one split of one slice."""
 
-    tokens: list[NDArray[np.unsignedinteger]] = field(default_factory=list)
-    lengths: list[NDArray[np.int64]] = field(default_factory=list)
-    utf8_bytes: int = 0
-    characters: int = 0
+    def __init__(self, dtype: TokenType) -> None:
+        self._shard = ShardBuilder(dtype)
+        self._utf8_bytes = self._characters = 0
 
-    def add(self, batch: "_Batch", chosen: NDArray[np.bool_]) -> None:
+    def add(self, batch: _Batch, chosen: NDArray[np.bool_]) -> None:
         """Takes the `chosen` documents of a batch."""
-        if chosen.any():
-            self.tokens.append(batch.tokens[np.repeat(chosen, batch.lengths)])
-            self.lengths.append(batch.lengths[chosen])
-            self.utf8_bytes += int(batch.utf8_bytes[chosen].sum())
-            self.characters += int(batch.characters[chosen].sum())
+        self._shard.add(batch.tokens[np.repeat(chosen, batch.lengths)], batch.lengths[chosen])
+        self._utf8_bytes += int(batch.utf8_bytes[chosen].sum())
+        self._characters += int(batch.characters[chosen].sum())
 
     def store(self, shards_url: str, name: str) -> Shard | None:
-        if not self.tokens:
+        """Writes the shard, and tells what it is; None if there is no document."""
+        if not self._shard.documents:
             return None
-        tokens, ends = np.concatenate(self.tokens), np.cumsum(np.concatenate(self.lengths), dtype=np.uint64)
-        self.tokens.clear()
-        content = shard_bytes(tokens, ends)
+        content = self._shard.finish()
         storage.write_bytes(storage.join(shards_url, name), content)
         return Shard(
             name=name,
-            tokens=len(tokens),
-            documents=len(ends),
-            utf8_bytes=self.utf8_bytes,
-            characters=self.characters,
+            tokens=self._shard.tokens,
+            documents=self._shard.documents,
+            utf8_bytes=self._utf8_bytes,
+            characters=self._characters,
             size=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
         )
@@ -272,7 +267,7 @@ def _prepare_file(
     on_bad_record: Callable[[BadRecord], None],
 ) -> None:
     dtype = _dtype(tokenizer)
-    train, validation, counts, waiting = _Writer(), _Writer(), Counts(), list[Document]()
+    train, validation, counts, waiting = _Writer(dtype), _Writer(dtype), Counts(), list[Document]()
     waiting_characters = 0
 
     def flush() -> None:
@@ -282,7 +277,7 @@ def _prepare_file(
         texts, spelled = [one.text for one in waiting], [one.text.encode() for one in waiting]
         ids, ends = encoder.encode(texts, spelled)
         batch = _Batch(
-            tokens=np.insert(ids, ends, tokenizer.eod_id).astype(dtype, copy=False),
+            tokens=np.insert(ids, ends, tokenizer.eod_id),
             lengths=np.diff(ends, prepend=0) + 1,
             utf8_bytes=np.array([len(one) for one in spelled], np.int64),
             characters=np.array([len(one) for one in texts], np.int64),
@@ -301,7 +296,7 @@ def _prepare_file(
     for record in read_slices(file, recipe.slice_bytes, mine, recipe.text_field, recipe.id_field):
         match record:
             case SliceStart():
-                train, validation, counts = _Writer(), _Writer(), Counts()
+                train, validation, counts = _Writer(dtype), _Writer(dtype), Counts()
             case Document(text=""):
                 counts.documents += 1
                 counts.empty += 1

@@ -14,11 +14,11 @@ from job.data.manifest import (
     MANIFEST_NAME,
     Manifest,
     Shard,
+    ShardBuilder,
     TokenType,
     load_manifest,
     manifest_bytes,
     open_shard,
-    shard_bytes,
     shard_size,
 )
 from job.errors import UserError
@@ -60,7 +60,12 @@ def test_a_shard_gives_back_its_tokens_and_where_its_documents_end(
     path = tmp_path_factory.getbasetemp() / "shard.bin"
     ends = np.cumsum(lengths, dtype=np.int64)
     tokens = np.arange(60_000, 60_000 + sum(lengths)).astype(dtype)
-    content = shard_bytes(tokens, ends)
+    builder, begin = ShardBuilder(dtype), 0
+    for batch in (lengths[:2], [], lengths[2:]):
+        builder.add(tokens[begin : begin + sum(batch)], np.array(batch, np.int64))
+        begin += sum(batch)
+    assert (builder.tokens, builder.documents) == (len(tokens), len(lengths))
+    content = builder.finish()
     path.write_bytes(content)
     assert len(content) == shard_size(len(tokens), len(lengths), dtype)
     assert content[: tokens.nbytes] == tokens.astype(f"<u{tokens.itemsize}").tobytes()

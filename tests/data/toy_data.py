@@ -11,7 +11,7 @@ import torch
 
 from job import storage
 from job.data.loader import Batch, BatchLoader
-from job.data.manifest import MANIFEST_NAME, Manifest, Shard, TokenType, load_manifest, manifest_bytes, shard_bytes
+from job.data.manifest import MANIFEST_NAME, Manifest, Shard, ShardBuilder, TokenType, load_manifest, manifest_bytes
 from job.data.order import WindowOrder
 
 LENGTH = 5
@@ -39,8 +39,9 @@ def write_data_set(
     shards: dict[str, list[Shard]] = {"train": [], "validation": []}
     for split, contents in splits.items():
         for number, tokens in enumerate(contents):
-            ends = np.array([len(tokens)] if tokens else [], np.int64)
-            content = shard_bytes(np.array(tokens, dtype), ends)
+            builder = ShardBuilder(dtype)
+            builder.add(np.array(tokens, dtype), np.array([len(tokens)] if tokens else [], np.int64))
+            content = builder.finish()
             name = f"{split}-{number:05d}.bin"
             storage.write_bytes(storage.join(url, name), content)
             sha256 = hashlib.sha256(content).hexdigest()
@@ -48,7 +49,7 @@ def write_data_set(
                 Shard(
                     name=name,
                     tokens=len(tokens),
-                    documents=len(ends),
+                    documents=builder.documents,
                     utf8_bytes=len(tokens),
                     characters=len(tokens),
                     size=len(content),
