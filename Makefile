@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-recovery chaos test-benchmarks test-image test-kubernetes test-slurm test-swanlab lint \
+.PHONY: help setup demo test test-recovery chaos test-benchmarks test-gpu test-image test-kubernetes test-slurm test-swanlab lint \
         format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare \
         bench-data-scale bench-loader bench-checkpoint bench-ranks lock clean
 
@@ -38,6 +38,9 @@ test-recovery: setup ## runs that are stopped, fail, hang, lose their store or o
 
 test-benchmarks: setup ## that each measurement comes to its table, with tiny sizes, and that its arithmetic is right
 	$(RUN) -m pytest -m benchmarks tests/benchmarks
+
+test-gpu: setup ## what a GPU alone can show
+	$(RUN) -m pytest -m gpu tests
 
 test-image: setup ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
 	$(RUN) -m pytest -m image tests/image

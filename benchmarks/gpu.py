@@ -65,7 +65,8 @@ class Case:
     waits: bool = False
     """The host waits for the device: batches that are not pinned, and the loss read after every step."""
     compiles: bool = True
-    masks_documents: bool = False
+    attention: str = "SDPA"
+    """``SDPA``, ``FlashAttention-3``, or by document: ``masked``, or ``packed`` without a mask."""
     trace: str | None = None
     """The file for the profiler's trace."""
     tiny: bool = False
@@ -163,7 +164,9 @@ def later_cases(best: Case, trace: str | None) -> list[Case]:
         replace(alone, name="cut-cross-entropy", loss="cce"),
         replace(best, name=f"{best.name}, Liger's loss", loss="liger", chunk_tokens=(2048,)),
         replace(best, name=f"{best.name}, cut-cross-entropy", loss="cce"),
-        replace(best, name=f"{best.name}, document masking", masks_documents=True),
+        replace(best, name=f"{best.name}, FlashAttention-3", attention="FlashAttention-3"),
+        replace(best, name=f"{best.name}, documents apart without a mask", attention="packed"),
+        replace(best, name=f"{best.name}, documents apart by a mask", attention="masked"),
         _long(tutorial),
         replace(tutorial, model="54M"),
         replace(tutorial, model="350M"),

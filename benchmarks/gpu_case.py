@@ -33,6 +33,7 @@ from benchmarks.gpu import Case
 from benchmarks.machine import peak_bytes as resident_peak_bytes
 from job.model import architecture, counts, loss
 from job.model.architecture import LanguageModel, build_model
+from job.model.attention import document_bounds, why_not_flash_attention_3, why_not_packed
 from job.model.spec import ModelSpec
 from job.quiet import silence_libraries
 
@@ -41,6 +42,8 @@ MEASURED_SECONDS = 4.0
 """Of steps, within their least and most number."""
 LEARNING_RATE, WEIGHT_DECAY, CLIPPING = 1e-4, 0.1, 1.0
 LARGEST_PRODUCT = 8192
+EOD_ID, DOCUMENT_TOKENS = 0, 600
+"""What ends a document, and how long one is on average."""
 
 Loss = Callable[..., Tensor]
 """The sum of the nats, of hidden states ``[..., hidden_size]``, the head's weight ``[vocab_size, hidden_size]``, labels
@@ -427,8 +430,11 @@ class FullLogits(nn.Module):
 def our_model(case: Case, clock: Clock) -> LanguageModel:
     """The job's model with the loss of the case in it, which marks its beginning and its end."""
     spec, vocab_size = case.shape
-    causal_lm = build_model(spec, vocab_size, 0, case.context_length, seed=1)
-    model = LanguageModel(causal_lm, case.chunk_tokens[0], case.masks_documents)
+    causal_lm = build_model(spec, vocab_size, EOD_ID, case.context_length, seed=1)
+    model = LanguageModel(causal_lm, case.chunk_tokens[0], case.attention in ("masked", "packed"))
+    kernels = {"packed": why_not_packed, "FlashAttention-3": why_not_flash_attention_3}.get(case.attention)
+    if kernels and (why_not := kernels(causal_lm.config, case.context_length, the_device())):
+        raise NotHere(why_not)
     inner = chosen_loss(replace(case, compiles=False))  # if it compiles, the model gives it what was compiled
 
     def marked(*given: Any, **named: Any) -> Tensor:
@@ -449,6 +455,7 @@ def micro_batches(case: Case) -> Iterator[list[tuple[Tensor, Tensor]]]:
     shape = (case.accumulation_steps, case.micro_batch_size, case.context_length + 1)
     while True:
         tokens = torch.randint(vocab_size, shape, generator=generator)
+        tokens[torch.rand(shape, generator=generator) < 1 / DOCUMENT_TOKENS] = EOD_ID
         pairs = [(one[:, :-1].contiguous(), one[:, 1:].contiguous()) for one in tokens]
         yield [(ids.pin_memory(), labels.pin_memory()) for ids, labels in pairs] if pin else pairs
 
@@ -472,10 +479,13 @@ def levers(case: Case, device: torch.device, clock: Clock) -> Callable[[], None]
     def step() -> None:
         total = torch.zeros((), device=device)
         for ids, labels in next(batches):
-            on_device = [tensor.to(device, non_blocking=not case.waits) for tensor in (ids, labels)]
+            given = {"input_ids": ids, "labels": labels}
+            if case.attention == "packed":
+                given["bounds"] = document_bounds(ids, EOD_ID)
+            on_device = {name: tensor.to(device, non_blocking=not case.waits) for name, tensor in given.items()}
             clock.mark("other")
             with torch.autocast(device.type, torch.bfloat16):
-                nats = model(*on_device)
+                nats = model(**on_device)
             (nats / case.tokens_per_step).backward()
             total += nats.detach()
             clock.mark("backward")
@@ -515,6 +525,8 @@ def engine(case: Case, device: torch.device, clock: Clock) -> Callable[[], None]
     accelerator = start_accelerator(strategy)
     trained = Engine(accelerator, our_model(case, clock), strategy, AdamW(WEIGHT_DECAY, 0.9, 0.999, 1e-8))
     trained.model.train()
+    if case.attention == "packed":
+        trained.pack_documents(case.context_length)
     if case.compiles and (why_not := trained.compile(case.context_length)):
         raise RuntimeError(f"not compiled: {why_not}")
     mark_trainer(trained.model, accelerator, clock)

@@ -224,7 +224,12 @@ class Train(Section):
         None, "Tokens whose logits exist at once; null: as many as fit 256 MiB, on a GPU 2 GiB", unit="tokens", ge=1
     )
     document_masking: bool = setting(
-        False, "Tokens see those of their own document only, at the price of SDPA's fastest kernel"
+        False,
+        "Tokens see those of their own document only: on a GPU in bf16 without a mask, else by one, more slowly",
+    )
+    flash_attention_3: bool = setting(
+        False,
+        "Attention by FlashAttention-3: a Hopper GPU and its package; without them training says so and goes on",
     )
     seed: int = setting(2333, "Seed of the initial weights", ge=0, lt=2**63)
     log_every: int = setting(10, "Interval of the log", unit="steps", ge=1)

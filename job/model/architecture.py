@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from job.model.attention import PACKED, same_document
 from job.model.loss import GradLogits, grad_logits_, linear_cross_entropy, token_nats
 from job.model.spec import ModelSpec
 
@@ -43,21 +44,6 @@ def build_model(spec: ModelSpec, vocab_size: int, eod_id: int, context_length: i
         return Qwen2ForCausalLM(config)
 
 
-def same_document(input_ids: Tensor, eod_id: int) -> Tensor:
-    """Whether a token sees another: one before it, or itself, and of the same document, which its end-of-document token
-    closes. Positions need no restart, since rotary embeddings tell distances alone.
-
-    Args:
-        input_ids: ``[batch, context_length]``.
-
-    Returns:
-        The mask of attention, ``[batch, 1, context_length, context_length]``.
-    """
-    ends = input_ids == eod_id
-    document = ends.cumsum(-1) - ends.long()
-    return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
-
-
 class LanguageModel(nn.Module):
     """What DDP and DeepSpeed wrap: tokens and labels in, nats out, so that the loss is part of the one forward.
 
@@ -66,7 +52,8 @@ class LanguageModel(nn.Module):
     Args:
         causal_lm: from `build_model`.
         loss_chunk_tokens: of `linear_cross_entropy`.
-        document_masking: a token sees those of its own document only (see `same_document`).
+        document_masking: a token sees those of its own document only (see `same_document`), by a mask, or without one
+            where the bounds of the documents are given.
     """
 
     def __init__(
@@ -78,6 +65,8 @@ class LanguageModel(nn.Module):
         self.document_masking = document_masking
         self._layer: Callable[..., Tensor]
         self._grad_logits: GradLogits | None
+        if document_masking:
+            causal_lm.set_attn_implementation(PACKED)
         self.interpret()
 
     def compile(self, **options: Any) -> None:
@@ -98,7 +87,13 @@ class LanguageModel(nn.Module):
         """Undoes `compile`."""
         self._layer, self._grad_logits = _layer, None
 
-    def forward(self, input_ids: Tensor, labels: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+        bounds: Tensor | None = None,
+    ) -> Tensor:
         """The loss in nats.
 
         Args:
@@ -106,13 +101,14 @@ class LanguageModel(nn.Module):
             labels: ``[batch, context_length]``; ``labels[b, t]`` is the token after ``input_ids[b, t]``; -100: ignored.
             reduction: ``sum``, a differentiable scalar; ``none``, the nats of each label ``[batch, context_length]``,
                 0 where ignored, for evaluation.
+            bounds: of the documents, with `document_masking` (see `job.model.attention.document_bounds`).
         """
-        hidden, head = self._hidden_states(input_ids), self.causal_lm.lm_head.weight
+        hidden, head = self._hidden_states(input_ids, bounds), self.causal_lm.lm_head.weight
         if reduction == "none":
             return token_nats(hidden, head, labels, self.loss_chunk_tokens)
         return linear_cross_entropy(hidden, head, labels, self.loss_chunk_tokens, compiled=self._grad_logits)
 
-    def _hidden_states(self, input_ids: Tensor) -> Tensor:
+    def _hidden_states(self, input_ids: Tensor, bounds: Tensor | None) -> Tensor:
         """What the decoder makes of the tokens, ``[batch, context_length, hidden_size]``.
 
         It is what the model's own forward does, short of looking for packed documents in the positions, for which the
@@ -120,12 +116,14 @@ class LanguageModel(nn.Module):
         """
         decoder, layer = self.causal_lm.model, self._layer if self.training else _layer
         # Without a mask attention is causal by SDPA's flag, the fastest there is.
-        mask = same_document(input_ids, self.causal_lm.config.eos_token_id) if self.document_masking else None  # type: ignore[arg-type]
+        mask = None
+        if self.document_masking and bounds is None:
+            mask = same_document(input_ids, self.causal_lm.config.eos_token_id)  # type: ignore[arg-type]
         hidden: Tensor = decoder.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         position_embeddings = decoder.rotary_emb(hidden, positions)
         for one in decoder.layers:
-            hidden = layer(one, hidden, mask, position_embeddings)
+            hidden = layer(one, hidden, mask, bounds, position_embeddings)
         return decoder.norm(hidden)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -138,5 +136,11 @@ class LanguageModel(nn.Module):
         return self
 
 
-def _layer(layer: nn.Module, hidden: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    return layer(hidden, attention_mask=mask, position_embeddings=position_embeddings)
+def _layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+) -> Tensor:
+    return layer(hidden, attention_mask=mask, bounds=bounds, position_embeddings=position_embeddings)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from job.errors import UserError, one_line
 from job.model.architecture import LanguageModel
+from job.model.attention import document_bounds, why_not_packed
 from job.model.memory import REDUCE_BUCKET
 from job.training.guard import Guard
 from job.training.moments import MOMENTS
@@ -153,7 +154,22 @@ class Engine:
         self.guard = Guard(strategy.spike_factor, self.device)
         """What was skipped so far, on the device."""
         self._judged: tuple[Tensor, Tensor] | None = None
+        self._packs_documents = False
+        eod_id: Any = self.module.causal_lm.config.eos_token_id
+        self._eod_id: int = eod_id
         self._adamw.register_step_pre_hook(self._before_update)
+
+    def pack_documents(self, context_length: int) -> str | None:
+        """Has a model that masks documents do it without a mask from here on, if that is to be had here.
+
+        Returns:
+            None; or in a line why not, and steps take the mask as before (see `job.model.attention`).
+        """
+        if self.strategy.precision != "bf16":
+            return "it is for bf16"
+        why_not = why_not_packed(self.module.causal_lm.config, context_length, self.device)
+        self._packs_documents = why_not is None
+        return why_not
 
     def compile(self, context_length: int, **options: Any) -> str | None:
         """Has steps run as compiled code from here on (`LanguageModel.compile`), after one has been tried.
@@ -171,11 +187,12 @@ class Engine:
             UserError: a micro-batch does not fit into memory.
         """
         shape = self.strategy.micro_batch_size, context_length
-        tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        tokens = torch.full(shape, int(self._eod_id == 0))  # no end of a document, lest there be as many as tokens
+        given = self._to_device(tokens, tokens)
         try:
             self.module.compile(**options)
             with self.autocast():
-                torch.autograd.grad(self.module(tokens, tokens), list(self.module.parameters()))
+                torch.autograd.grad(self.module(**given), list(self.module.parameters()))
         except Exception as error:
             if _is_out_of_memory(error):
                 raise self._too_large() from error
@@ -218,10 +235,10 @@ class Engine:
         scale = len(micro_batches) * self.strategy.world_size / global_targets
         nats = torch.zeros((), device=self.device)
         # All copies first: from page-locked memory they take place while the device still computes the last step.
-        on_device = [[side.to(self.device, non_blocking=True) for side in pair] for pair in micro_batches]
-        for input_ids, labels in on_device:
+        on_device = [self._to_device(*pair) for pair in micro_batches]
+        for given in on_device:
             with self.accelerator.accumulate(self.model):
-                micro_nats = self.model(input_ids, labels)
+                micro_nats = self.model(**given)
                 # A loss that is not finite makes every gradient NaN, hence the norm on all ranks.
                 self.accelerator.backward(micro_nats * (scale + 0 * micro_nats.detach()))
                 nats += micro_nats.detach()
@@ -230,6 +247,14 @@ class Engine:
             self.optimizer.zero_grad()
         norm, skipped = self._judgement()
         return StepResult(nats.where(skipped == 0, 0), nats, norm, skipped)
+
+    def _to_device(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the model is given of a micro-batch on the CPU."""
+        given = {"input_ids": input_ids, "labels": labels}
+        if self._packs_documents:
+            bounds = document_bounds(input_ids, self._eod_id)
+            given["bounds"] = bounds.pin_memory() if self.device.type == "cuda" else bounds
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in given.items()}
 
     def _before_update(self, adamw: torch.optim.Optimizer, *_: object) -> None:
         """Tells AdamW's kernel, the way torch's GradScaler does, what to divide gradients by and whether to do nothing.

@@ -26,6 +26,7 @@ from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
 from job.model import counts
 from job.model.architecture import LanguageModel, build_model
+from job.model.attention import why_not_flash_attention_3
 from job.model.spec import ModelSpec
 from job.report import Report, metrics_line
 from job.scratch import cache_folder, loading_folder, log_folder
@@ -165,6 +166,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     )
     if checkpoint is not None:
         _load(engine, checkpoint, world, scratch)
+    attention = _choose_attention(config, engine)
     compiled = "no"
     if config.train.compiles(engine.device.type == "cuda"):
         began = time.perf_counter()
@@ -179,6 +181,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             ("parameters", f"{parameters.total:,} ({parameters.embedding:,} embedding)"),
             ("FLOPs per token", f"{flops / 1e6:,.1f} M"),
             ("processes", f"{world.world_size} x {strategy.name}, {strategy.precision}, {engine.device.type}"),
+            ("attention", attention),
             ("compiled", compiled),
             ("global batch", f"{config.train.global_batch_size} x {config.train.context_length} tokens"),
             (
@@ -438,6 +441,19 @@ def _load(engine: Engine, checkpoint: Checkpoint, world: World, folder: Path) ->
     engine.accelerator.wait_for_everyone()
     for path in folder.iterdir():
         path.unlink()
+
+
+def _choose_attention(config: Config, engine: Engine) -> str:
+    """Sets up what computes attention, and says what that is."""
+    train, on_gpu = config.train, engine.device.type == "cuda"
+    chosen = ["SDPA"]
+    if train.flash_attention_3:
+        why_not = why_not_flash_attention_3(engine.module.causal_lm.config, train.context_length, engine.device)
+        chosen = [f"SDPA, no FlashAttention-3: {why_not}" if why_not else "FlashAttention-3"]
+    if train.document_masking:
+        why_not = engine.pack_documents(train.context_length) if on_gpu else "no GPU"
+        chosen.append(f"documents apart by a mask: {why_not}" if why_not else "documents apart without a mask")
+    return "; ".join(chosen)
 
 
 def _samples(

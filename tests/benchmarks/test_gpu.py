@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flash_stand_in import flash_kernels
 
 from benchmarks import gpu, gpu_case
 from benchmarks.gpu import Case, Measurer
@@ -40,11 +41,26 @@ def test_every_row_is_measured_or_says_why_not(whole_run):
     first = gpu.first_cases()
     assert [row["name"] for row in rows][: len(first)] == [case.name for case in first]
     assert len(rows) == len(first) + len(gpu.batch_cases(first[-1])) + len(gpu.later_cases(first[-1], None))
+    why_not = {"FlashAttention-3": "it is for GPUs", "packed": "NotImplementedError: "}
     for row in rows:
         needs_a_gpu = row["loss"] in ("liger", "cce") or (row["compiles"] and row["kind"] in ("train", "loss", "trace"))
-        assert row.get("why") == ("CUDA only" if needs_a_gpu else None), row
+        if row["attention"] in why_not:
+            assert row["why"].startswith(why_not[row["attention"]])
+        else:
+            assert row.get("why") == ("CUDA only" if needs_a_gpu else None), row
     trainers = {row["trainer"] for row in rows if "tokens_per_second" in row}
     assert trainers == {"tutorial", "levers", "ddp", "zero2"}
+
+
+def test_documents_apart_without_a_mask_are_measured_where_there_are_kernels_for_them(monkeypatch):
+    monkeypatch.setattr(architecture, "linear_cross_entropy", architecture.linear_cross_entropy)  # the case changes it
+    case = gpu.shrunk(Case("packed", "train", attention="packed", compiles=False))
+    with flash_kernels() as kernels:
+        measured = gpu_case.train(case)
+    layers, micro_batches = case.shape[0].num_hidden_layers, case.accumulation_steps
+    steps = gpu_case.WARM_UP_STEPS + len(measured["step_seconds"])
+    assert set(kernels) == {torch.bfloat16}
+    assert len(kernels) >= 2 * layers * micro_batches * steps
 
 
 def test_numbers_are_finite_and_phases_make_up_the_step(whole_run):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_worker import LAST_STEP, RESUMES_FROM, SAVED_STEP, Case
+from engine_worker import LAST_STEP, PYTHONPATH, RESUMES_FROM, SAVED_STEP, Case
 from fault_proxy import FaultProxy
 from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
 
@@ -79,6 +79,8 @@ def seen_in(
             yield Case(f"{precision}, 4 accumulated", precision, accumulation_steps=4)
             yield resumed(world, world, precision)
         yield Case("fp32, compiled, 4 accumulated", "fp32", accumulation_steps=4, compiled=True)
+        for documents in ("by a mask", "without a mask"):
+            yield Case(f"documents apart {documents}", "bf16", documents=documents, last_step=SAVED_STEP)
         for source in RESUMES_FROM[world]:
             yield resumed(world, source, "fp32")
 
@@ -99,7 +101,7 @@ def seen_in(
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | worker_environment(0, processes, Config()) | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | worker_environment(0, processes, Config()) | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=200,

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from flash_stand_in import flash_kernels
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
@@ -46,6 +47,8 @@ SPEC = ModelSpec(
 )
 VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH = 300, 0, 16
 GLOBAL_BATCH_SIZE = 24
+PYTHONPATH = f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"
+"""Of the processes."""
 ADAMW = AdamW(weight_decay=0.3, beta1=0.9, beta2=0.95, epsilon=1e-5)
 """An epsilon so large that a gradient of nothing but rounding errors (of a key bias) moves nothing."""
 GRADIENT_CLIPPING = 1.5
@@ -84,6 +87,8 @@ class Case:
     """Steps that are not made at all."""
     spike_factor: float | None = None
     compiled: bool = False
+    documents: str = ""
+    """How they are kept apart, if they are: ``by a mask`` or ``without a mask``."""
     keeps: int | None = None
     """After so many steps its state is kept for another case."""
     goes_on_from: str | None = None
@@ -168,10 +173,21 @@ def strategy_of(case: Case, name: str, world: World) -> Strategy:
 
 def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
     """What each step came to, what the engine was after it, and where the last checkpoint is."""
+    with ExitStack() as closing:
+        return _train_case(case, name, world, closing)
+
+
+def _train_case(case: Case, name: str, world: World, closing: ExitStack) -> dict[str, Any]:
     forget_accelerate()
     strategy = strategy_of(case, name, world)
     accelerator = start_accelerator(strategy)
-    engine = Engine(accelerator, LanguageModel(new_model(), loss_chunk_tokens=24), strategy, ADAMW)
+    model = LanguageModel(new_model(), loss_chunk_tokens=24, document_masking=bool(case.documents))
+    engine = Engine(accelerator, model, strategy, ADAMW)
+    kernels: list[torch.dtype] = []
+    if case.documents == "without a mask":
+        kernels = closing.enter_context(flash_kernels())
+        assert engine.pack_documents(CONTEXT_LENGTH) is None
+        kernels.clear()
     if case.compiled:
         torch._dynamo.config.disable = False  # type: ignore[attr-defined]  # DeepSpeed is imported sooner without it
         assert engine.compile(CONTEXT_LENGTH, backend="aot_eager") is None
@@ -193,6 +209,8 @@ def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
         if step in case.left_out:
             continue
         input_ids, labels = (side[mine] for side in global_batch(step))
+        if case.documents:
+            input_ids[:, CONTEXT_LENGTH // 2] = EOD_ID
         micro_batches = zip(
             input_ids.split(strategy.micro_batch_size), labels.split(strategy.micro_batch_size), strict=True
         )
@@ -218,7 +236,7 @@ def train_case(case: Case, name: str, world: World) -> dict[str, Any]:
             state = TrainingState("a-run", 1, step + 1, windows, 0, {}, {}, guard)
             seen["checkpoint"] = save_checkpoint(case.saves[step + 1], state, snapshot.tensors, metrics=b"").url
         accelerator.wait_for_everyone()
-    return seen
+    return seen | {"kernels": len(kernels)}
 
 
 def break_once(engine: Engine, fault: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_worker import Case
+from engine_worker import PYTHONPATH, Case
 from small_run import REPOSITORY
 
 from job.cluster.launch import worker_environment
@@ -72,7 +72,7 @@ def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | worker_environment(0, PROCESSES, Config()) | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | worker_environment(0, PROCESSES, Config()) | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=200,

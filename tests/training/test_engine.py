@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from engine_worker import ADAMW, GRADIENT_CLIPPING, LAST_STEP, WORLDS, global_batch, learning_rate_of, new_model
+from engine_worker import (
+    ADAMW,
+    GRADIENT_CLIPPING,
+    LAST_STEP,
+    SAVED_STEP,
+    SPEC,
+    WORLDS,
+    global_batch,
+    learning_rate_of,
+    new_model,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +82,14 @@ def test_bf16_stays_near_fp32(seen_in: SeenIn, processes: int, strategy: str, ca
     assert seen["losses"] == pytest.approx(losses, rel=1e-3)
     assert seen["norms"] == pytest.approx(norms, rel=1e-2)
     assert seen["losses"] != pytest.approx(losses, rel=1e-7), "this is fp32"
+
+
+def test_documents_are_kept_apart_without_a_mask_as_with_one(seen_in: SeenIn, processes: int, strategy: str) -> None:
+    seen = seen_in(processes, strategy)
+    mask, no_mask = seen["documents apart by a mask"], seen["documents apart without a mask"]
+    assert (mask["kernels"], no_mask["kernels"]) == (0, SAVED_STEP * 2 * SPEC.num_hidden_layers)  # there and back
+    assert no_mask["losses"] == pytest.approx(mask["losses"], rel=1e-3)
+    assert no_mask["norms"] == pytest.approx(mask["norms"], rel=1e-2)
 
 
 @pytest.mark.parametrize("case", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""What a run shows of itself on request, and how it goes on where steps cannot be compiled."""
+"""What a run shows of itself on request, and how it goes on without a compiler, and without a GPU's kernels."""
 
 import gzip
 import json
@@ -12,15 +12,17 @@ from job import storage
 from job.errors import EXIT_DONE
 
 
-def test_the_steps_asked_for_are_profiled_and_where_no_compiler_is_the_run_goes_on_without(
+def test_the_steps_asked_for_are_profiled_and_without_compiler_and_gpu_the_run_says_so_and_goes_on(
     data_set: DataSet, bucket: str, tmp_path: Path
 ) -> None:
     train = ALONE | {"max_steps": 4, "profile_steps": "2:4", "compile": True}
+    train |= {"flash_attention_3": True, "document_masking": True}
     settings = write_settings(tmp_path, data_set, f"{bucket}/run", train=train)
     scratch = {"CXX": "/nowhere/c++", "WIKILLM_SCRATCH": str(tmp_path)}
     code, out, err = run("train", settings, **scratch)
     assert code == EXIT_DONE, err
     assert re.search(r"compiled +│ +no: \S", out)
+    assert "SDPA, no FlashAttention-3: it is for GPUs; documents apart by a mask: no GPU" in out
     url = f"{bucket}/run/logs/profile-000002-000004.json.gz"
     assert f"profile of steps 000002-000004: {url}\n" in out
     trace = json.loads(gzip.decompress(storage.read_bytes(url)))
