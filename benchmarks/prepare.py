@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -221,13 +222,29 @@ def compare(corpus: Path, text_bytes: int, tokenizer_folder: str, processes: lis
 
 
 def scale(corpus: Path, text_bytes: int, tokenizer_folder: str, processes: list[int], times: int) -> list[str]:
-    """Rows of the table of processes, each with one thread: MB/s, and what one process makes of it."""
-    seconds: dict[int, list[float]] = {count: [] for count in processes}
+    """Rows of the table of processes, each with one thread: MB/s beside that of as many runs which share nothing.
+
+    Those have all of the text each; together they show what the machine gives to so many.
+    """
+
+    def alone(_: int) -> float:
+        seconds: float = case("auto", corpus, tokenizer_folder, 1, one_thread=True)["seconds"]
+        return seconds
+
+    rates: dict[int, list[float]] = {count: [] for count in processes}
+    apart: dict[int, list[float]] = {count: [] for count in processes}
     for _ in range(times):
         for count in processes:
-            seconds[count].append(case("auto", corpus, tokenizer_folder, count, one_thread=True)["seconds"])
-    rates = {count: text_bytes / 1e6 / statistics.median(found) for count, found in seconds.items()}
-    return [f"| {count} | {rate:.1f} | {rate / rates[processes[0]]:.2f} |" for count, rate in rates.items()]
+            together = case("auto", corpus, tokenizer_folder, count, one_thread=True)["seconds"]
+            rates[count].append(text_bytes / 1e6 / together)
+            with ThreadPoolExecutor(count) as pool:
+                apart[count].append(count * text_bytes / 1e6 / max(pool.map(alone, range(count))))
+    medians = {count: (statistics.median(rates[count]), statistics.median(apart[count])) for count in processes}
+    first, first_apart = medians[processes[0]]
+    return [
+        f"| {count} | {rate:.1f} | {rate / first:.2f} | {of_apart:.1f} | {of_apart / first_apart:.2f} |"
+        for count, (rate, of_apart) in medians.items()
+    ]
 
 
 def memory(source: Path, folder: Path, tokenizer_folder: str, sizes: list[float], processes: list[int]) -> list[str]:
@@ -297,7 +314,8 @@ def main() -> None:
         print("| processes | `map`, MB/s | with reading | ours, reference alone | ours | ours ÷ `map` |")
         print("|---|---|---|---|---|---|", *compared, sep="\n")
     if scaled:
-        print("\n| processes of one thread | MB/s | of the first |\n|---|---|---|", *scaled, sep="\n")
+        print("\n| processes of one thread | MB/s | of the first | as many runs at once, MB/s | of the first |")
+        print("|---|---|---|---|---|", *scaled, sep="\n")
     if measured:
         print("\n| GB of text | processes | peak memory, MB, all | the largest | MB/s |")
         print("|---|---|---|---|---|", *measured, sep="\n")
