@@ -1,11 +1,12 @@
 """Records cut from JSON unparsed: what any bytes and any chunks of them must give."""
 
+import codecs
 import io
 import json
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from job.data import records
@@ -34,12 +35,15 @@ def test_every_element_of_a_sound_array_is_found_where_it_is(values, indent, asc
 
 
 @given(st.lists(TRICKY | st.binary(max_size=6), max_size=8), CHUNKS)
+@example([codecs.BOM_UTF8], 1)
+@example([codecs.BOM_UTF8 + b"a", codecs.BOM_UTF8 + b"b"], 2)
 def test_every_line_that_is_not_blank_is_found_where_it_is(pieces, chunk_bytes):
     data = b"\n".join(one if isinstance(one, bytes) else json.dumps(one).encode() for one in pieces)
     expected, offset = [], 0
     for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip(b" \t\r\n"):
-            expected.append((offset, number, line))
+        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if content.strip(b" \t\r\n"):
+            expected.append((offset, number, content))
         offset += len(line) + 1
     assert [tuple(one)[:3] for one in lines(stream(data, chunk_bytes))] == expected
 
