@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -33,6 +34,7 @@ import botocore.exceptions as boto
 import fsspec
 from botocore.parsers import ResponseParserError
 from fsspec.spec import AbstractBufferedFile
+from pydantic import TypeAdapter, ValidationError
 from s3fs import S3FileSystem
 
 from job.errors import UserError, one_line, without_passwords
@@ -55,6 +57,7 @@ _TOKEN, _MD5 = "writer", "md5"
 an object came as it was sent."""
 
 Result = TypeVar("Result")
+Record = TypeVar("Record")
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +229,31 @@ def read_bytes(url: str) -> bytes:
     if _protocol(url) == "s3":
         return _get(url)
     return cast(bytes, _run("read", url, _filesystem(url)._cat_file, url))
+
+
+def read_record(url: str, kind: type[Record]) -> Record:
+    """Read a JSON file as an instance of the dataclass `kind`, with every field's type checked.
+
+    Keys that `kind` does not have are ignored: a newer version of the program may have written them.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, nested too deeply, or a field is missing or of another type; one line says where.
+    """
+    try:
+        record_type: TypeAdapter[Record] = _record_type(cast(Any, kind))
+        return record_type.validate_json(read_bytes(url), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(one_line(f"{f'{place}: ' if place else ''}{first['msg']}")) from None
+    except IntegrityError as error:
+        raise ValueError(str(error)) from None
+
+
+@cache
+def _record_type(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def read_json(url: str) -> Any:

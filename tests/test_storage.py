@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,35 @@ def test_equal_values_give_equal_json_bytes(place: str) -> None:
         == '{\n "a": "中文",\n "b": [\n  1,\n  2.5\n ]\n}\n'.encode()
     )
     assert storage.read_json(first) == {"a": "中文", "b": [1, 2.5]}
+
+
+@dataclass(frozen=True)
+class Note:
+    step: int
+    name: str | None
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def test_a_record_is_read_with_the_types_of_its_fields(place: str) -> None:
+    url = storage.join(place, "note.json")
+    storage.write_json(url, {"step": 3, "name": None, "files": {"a": 1}, "of a newer version": [1]})
+    assert storage.read_record(url, Note) == Note(3, None, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(b"", b"null", b"[]", b'{"step": 1}', b'{"step": 1, "name": "a"', b"\xff\xfe{}"),
+        *(b'{"step": "1", "name": "a"}', b'{"step": 1.5, "name": "a"}', b'{"step": true, "name": "a"}'),
+        *(b'{"step": 1, "name": "a", "files": {"b": {}}}', b"[" * 100_000, b'{"name":' * 100_000),
+    ],
+)
+def test_a_damaged_record_is_one_line(place: str, damaged: bytes) -> None:
+    url = storage.join(place, "note.json")
+    storage.write_bytes(url, damaged)
+    with pytest.raises(ValueError) as caught:
+        storage.read_record(url, Note)
+    assert 10 < len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
 def test_what_is_not_there_is_not_found(place: str) -> None:

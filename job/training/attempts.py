@@ -75,8 +75,8 @@ class Attempts:
         """A record; None if it is damaged."""
         if number not in self._known:
             try:
-                self._known[number] = Attempt(**storage.read_json(self._url(number)))
-            except (ValueError, TypeError):
+                self._known[number] = storage.read_record(self._url(number), Attempt)
+            except ValueError:
                 return None
         return self._known[number]
 

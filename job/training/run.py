@@ -34,11 +34,11 @@ def read_run(output: str) -> RunRecord | None:
         UserError: run.json is not a run's record.
     """
     try:
-        return RunRecord(**storage.read_json(storage.join(output, _NAME)))
+        return storage.read_record(storage.join(output, _NAME), RunRecord)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        expected = f"its {_NAME} is not the record of a run"
+    except ValueError as error:
+        expected = f"its {_NAME} is not the record of a run: {error}"
         raise UserError("run.output", output, expected, "choose another place") from None
 
 
