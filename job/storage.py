@@ -97,6 +97,10 @@ class IntegrityError(StoreError):
     """What was read is not what was written: another size or checksum, or replaced while it was read."""
 
 
+class NoRanges(UserError):
+    """A server does not send parts of a file, or does not tell its size."""
+
+
 @dataclass
 class _Process:
     options: StoreOptions = StoreOptions()
@@ -194,27 +198,58 @@ def open_read(url: str) -> BinaryIO:
     """
     if not is_remote(url):
         return _local(url).open("rb")
+    ranges = open_ranges(url)
+    return cast(BinaryIO, io.BufferedReader(_RangeFile(url, ranges.read, ranges.size), _BUFFER_BYTES))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A file of which parts are read in any order, by several threads at the same time."""
+
+    size: int
+    """Bytes."""
+    version: str
+    """Another one once the file was replaced: ETag, Last-Modified, or a local file's size and modification time.
+
+    Empty where a server tells neither. Equal content may have several: machines and uploads differ."""
+    read: Callable[[int, int], bytes]
+    """The bytes from a start to an end. Raises IntegrityError if the file was replaced, `NoRanges` from a server that
+    sends files only as a whole."""
+
+
+def open_ranges(url: str) -> Ranges:
+    """Open a file for reads of single parts; nothing more than that is fetched.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(url):
+        status = _local(url).stat()
+
+        def read_local(start: int, end: int) -> bytes:
+            with _local(url).open("rb") as local:
+                return os.pread(local.fileno(), end - start, start)
+
+        return Ranges(status.st_size, f"{status.st_size} bytes of {status.st_mtime_ns}", read_local)
     filesystem = _filesystem(url)
     if _protocol(url) == "s3":
         found = _head(url)
-        total, version = found["ContentLength"], found["ETag"]
+        version = found["ETag"]
+        return Ranges(found["ContentLength"], version, lambda start, end: _get(url, version, start, end))
+    described = _run("find", url, filesystem._info, url)
+    total = described["size"]
+    if total is None:
+        raise _sent_whole(url)
+    file = filesystem.open(url, size=total)
 
-        def fetch(start: int, end: int) -> bytes:
-            return _get(url, version, start, end)
+    async def fetch_range(start: int, end: int) -> bytes:
+        return _whole(await file.async_fetch_range(start, end), end - start)
 
-    else:
-        total = _run("find", url, filesystem._info, url)["size"]
-        if total is None:
-            raise _sent_whole(url)
-        file = filesystem.open(url, size=total)
-
-        async def fetch_range(start: int, end: int) -> bytes:
-            return _whole(await file.async_fetch_range(start, end), end - start)
-
-        def fetch(start: int, end: int) -> bytes:
-            return _run("read", url, fetch_range, start, end)
-
-    return cast(BinaryIO, io.BufferedReader(_RangeFile(url, fetch, total), _BUFFER_BYTES))
+    return Ranges(
+        total,
+        described.get("ETag") or described.get("Last-Modified") or "",
+        lambda start, end: _run("read", url, fetch_range, start, end),
+    )
 
 
 def read_bytes(url: str) -> bytes:
@@ -772,8 +807,8 @@ def _endpoint() -> tuple[str, str | None]:
     return name, os.environ.get(name)
 
 
-def _sent_whole(url: str) -> UserError:
-    return UserError(url, None, "its server sends files only as a whole", "download it and give its path")
+def _sent_whole(url: str) -> NoRanges:
+    return NoRanges(url, None, "its server sends files only as a whole", "download it and give its path")
 
 
 # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -65,6 +65,23 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     ]
 
 
+def identity(url: str, path: str) -> tuple[str | None, str | None]:
+    """The revision and the hub's own hash of a file that `download` has listed; None for what is not known.
+
+    Args:
+        url: its URL, which holds the revision.
+        path: the copy on this machine. In Hugging Face's cache it is a link to a file that is named after the hash:
+            https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    scheme = _SCHEME.match(url)
+    if scheme is None:
+        return None, None
+    place = _DATA_SET.fullmatch(url[scheme.end() :])
+    copy = Path(path)
+    is_named_after_hash = scheme[0] == _HUGGING_FACE and copy.is_symlink() and copy.readlink().parent.name == "blobs"
+    return place and place["revision"], copy.readlink().name if is_named_after_hash else None
+
+
 @dataclass(frozen=True)
 class Repository:
     """A data set or a model on a hub."""

@@ -43,6 +43,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     fingerprint: str
     """Identity of the data set: of its tokenizer, and of the content of every shard, in order."""
+    plan: str | None = None
+    """Digest of the plan.json that it was made by; None in a data set of an earlier version."""
     tokenizer_fingerprint: str
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer, relative to the manifest's."""

@@ -1,17 +1,17 @@
 """The corpus as token shards: one slice of input makes one shard per split, whoever does the work, in whatever order.
 
+    corpus files → plan.json (created once, see `job.data.plan`)
     corpus file → slices → (this worker's) → tokens of whole documents → shard files → part record
-    all part records there → manifest.json
+    all part records of the plan there → tokenizer → manifest.json
 
-Everything a worker writes follows from the recipe and the slice alone, so workers that share nothing but the object
-store agree, a worker that died is simply run again, and doing a slice twice does no harm. So it is that a tokenizer
-which turns out to be wrong costs time and no more: what it made is made again.
+Everything a worker writes follows from the plan and the slice alone, so workers that share nothing but the object
+store agree, a worker that died is simply run again, and doing a slice twice does no harm. If the fast tokenizer turns
+out to be wrong, that costs time and nothing else: what it made is made again.
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from job import storage
 from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
 from job.data.encoder import Disagreement, Encoder, Engine
+from job.data.fingerprint import check_unchanged, identify
 from job.data.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     Shard,
@@ -32,13 +32,14 @@ from job.data.manifest import (
     load_manifest,
     manifest_bytes,
 )
+from job.data.plan import Plan, claimed, finished_data_set, make_plan, remove, renew
 from job.data.split import SPLIT_RULE, is_held_out
-from job.data.tokenizer import TextTokenizer, store_tokenizer
+from job.data.tokenizer import TextTokenizer, replace_tokenizer
 from job.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
-_PLAN_NAME = "plan.json"
 _PART_NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
+_MAKE_AGAIN = "delete it and run `python -m job prepare` again, which makes that slice anew"
 _BATCH_CHARACTERS = 2**18  # text handed to the tokenizer at once: enough to keep its threads busy
 
 
@@ -54,6 +55,17 @@ class Recipe:
     slice_bytes: int
     validation_fraction: float
     seed: int
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """What all workers of a data set must have in common, by the name of the setting."""
+        return {
+            "data.text_field": self.text_field,
+            "data.id_field": self.id_field,
+            "data.slice_bytes": self.slice_bytes,
+            "data.validation_fraction": self.validation_fraction,
+            "data.seed": self.seed,
+        }
 
     def tolerate(self, record: BadRecord) -> None:
         """Raises a UserError unless bad records are to be left out."""
@@ -88,11 +100,26 @@ class Part:
     counts: Counts
     train: Shard | None
     validation: Shard | None
+    plan: str
+    """Digest of the plan that the slice was made by."""
 
 
 OnProgress = Callable[[int, int], None]
 """Called with documents and UTF-8 bytes of text done since the last call."""
 OnNotice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process of a worker has to know to make its slices."""
+
+    recipe: Recipe
+    tokenizer: TextTokenizer
+    shards_url: str
+    plan: Plan
+    files: tuple[CorpusFile, ...]
+    versions: tuple[str, ...]
+    """`storage.Ranges.version` of each file when the plan was made."""
 
 
 def prepare(
@@ -105,7 +132,7 @@ def prepare(
     on_notice: OnNotice = lambda line: None,
     engine: Engine = "auto",
 ) -> Manifest | None:
-    """Makes this worker's shards, and the manifest if all workers' shards are there then.
+    """Make this worker's shards, and the manifest if all workers' shards are there then.
 
     Args:
         recipe: what to make.
@@ -114,76 +141,96 @@ def prepare(
         worker: (i, n): this is worker i of n.
         on_progress: told what was done, several times a second.
         on_bad_record: told of every record that is left out.
-        on_notice: told in one line why it takes longer than it might.
+        on_notice: takes a line for a person: what the corpus is, and why something takes longer than it might.
         engine: what makes the tokens: see `job.data.encoder`. It changes the time, never a byte.
 
     Returns:
         The manifest if the data set is complete, None if other workers still have slices to do.
 
     Raises:
-        UserError: the corpus cannot be read, has a bad record while the recipe says stop, or `shards_url` already
-            holds a data set made otherwise.
+        UserError: the corpus cannot be read, changes while it is read, or has a bad record while the recipe says stop;
+            or `shards_url` already holds a data set made by another plan.
     """
 
-    def attempt(engine: Engine) -> Manifest | None:
-        encoder = Encoder(tokenizer, engine, on_notice)
-        return prepare_with(encoder, recipe, tokenizer, shards_url, worker, on_progress, on_bad_record)
+    def make(work: Work, engine: Engine) -> None:
+        make_slices(work, worker, Encoder(tokenizer, engine, on_notice), on_progress, on_bad_record)
 
     index, workers = worker
-    return exactly(attempt, engine, shards_url, (range(index, index + 1), workers), on_notice)
+    return carry_out(recipe, tokenizer, shards_url, (range(index, index + 1), workers), engine, make, on_notice)
 
 
-def exactly(
-    attempt: Callable[[Engine], Manifest | None],
-    engine: Engine,
-    shards_url: str,
-    parts: tuple[range, int],
-    on_notice: OnNotice,
-) -> Manifest | None:
-    """What `attempt` makes; if the tokenizer it used was wrong, what it makes with the reference instead.
-
-    The slices of these `parts` (which of how many) that the attempt finished count as never made.
-    """
-    before = _finished_parts(shards_url)
-    try:
-        return attempt(engine)
-    except Disagreement as found:
-        on_notice(f"{found}: what was made in this run is made again with the reference, slowly")
-        mine, workers = parts
-        made = {part: is_last for part, is_last in _finished_parts(shards_url).items() if part not in before}
-        storage.delete(
-            _part_url(shards_url, file, number, is_last)
-            for (file, number), is_last in made.items()
-            if (file + number) % workers in mine
-        )
-        return attempt("reference")
-
-
-def prepare_with(
-    encoder: Encoder,
+def carry_out(
     recipe: Recipe,
     tokenizer: TextTokenizer,
     shards_url: str,
+    parts: tuple[range, int],
+    engine: Engine,
+    make: Callable[[Work, Engine], None],
+    on_notice: OnNotice,
+) -> Manifest | None:
+    """Agree with the other workers on the plan, have the slices made, and publish the manifest if it is complete.
+
+    Args:
+        recipe, tokenizer, shards_url, engine, on_notice: as `prepare`.
+        parts: which parts of how many are this worker's.
+        make: makes the slices of these parts with an engine; may raise `Disagreement`.
+    """
+    files = list_corpus(recipe.source)
+    identified = identify(files)
+    on_notice(f"corpus: {identified}")
+    plan = make_plan(identified.fingerprints, recipe.settings | {"tokenizer.source": tokenizer.fingerprint})
+    if (manifest := finished_data_set(plan, shards_url)) is not None:
+        return manifest
+    work = Work(recipe, tokenizer, shards_url, plan, tuple(files), identified.versions)
+    with claimed(plan, shards_url, lambda: bool(_finished_parts(work))):
+        _make_exactly(work, parts, engine, make, on_notice)
+        return _publish_manifest(work)
+
+
+def _make_exactly(
+    work: Work, parts: tuple[range, int], engine: Engine, make: Callable[[Work, Engine], None], on_notice: OnNotice
+) -> None:
+    """Have the slices made; if the tokenizer's fast engine was wrong, have them made again with the reference.
+
+    The slices of these parts that the first try finished count as never made.
+    """
+    before = _finished_parts(work)
+    try:
+        make(work, engine)
+    except Disagreement as found:
+        on_notice(f"{found}: what was made in this run is made again with the reference, slowly")
+        mine, workers = parts
+        made = {part: is_last for part, is_last in _finished_parts(work).items() if part not in before}
+        storage.delete(
+            _part_url(work, file, number, is_last)
+            for (file, number), is_last in made.items()
+            if (file + number) % workers in mine
+        )
+        make(work, "reference")
+
+
+def make_slices(
+    work: Work,
     worker: tuple[int, int],
+    encoder: Encoder,
     on_progress: OnProgress,
     on_bad_record: Callable[[BadRecord], None],
-) -> Manifest | None:
-    """`prepare` with this encoder; raises `Disagreement` where that turns out to be wrong."""
-    files = list_corpus(recipe.source)
-    _agree_on_plan(recipe, tokenizer, files, shards_url)
-    store_tokenizer(tokenizer, storage.join(shards_url, TOKENIZER_FOLDER), "data.shards")
-    if storage.exists(storage.join(shards_url, MANIFEST_NAME)):
-        return load_manifest(shards_url)
-    done = _finished_parts(shards_url)
+) -> None:
+    """Make the shards of this worker's slices that are not finished yet.
+
+    Raises:
+        UserError: as `prepare`.
+        Disagreement: the encoder's engine turned out to be wrong.
+    """
+    done = _finished_parts(work)
     index, workers = worker
-    for file in files:
+    for file in work.files:
 
         def mine(number: int, file: CorpusFile = file) -> bool:
             return (file.index + number) % workers == index and (file.index, number) not in done
 
         if not _is_finished(file, done, mine):
-            _prepare_file(file, mine, recipe, tokenizer, encoder, shards_url, on_progress, on_bad_record)
-    return _publish_manifest(recipe, tokenizer, files, shards_url)
+            _prepare_file(work, file, mine, encoder, on_progress, on_bad_record)
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -257,15 +304,14 @@ class _Writer:
 
 
 def _prepare_file(
+    work: Work,
     file: CorpusFile,
     mine: Callable[[int], bool],
-    recipe: Recipe,
-    tokenizer: TextTokenizer,
     encoder: Encoder,
-    shards_url: str,
     on_progress: OnProgress,
     on_bad_record: Callable[[BadRecord], None],
 ) -> None:
+    recipe, tokenizer = work.recipe, work.tokenizer
     dtype = _dtype(tokenizer)
     train, validation, counts, waiting = _Writer(dtype), _Writer(dtype), Counts(), list[Document]()
     waiting_characters = 0
@@ -312,64 +358,51 @@ def _prepare_file(
                 on_bad_record(record)
             case SliceEnd(index=number, is_last=is_last):
                 flush()
-                name = f"{file.index:05d}-{number:05d}"
+                check_unchanged(file, work.versions[file.index])
+                renew(work.plan, work.shards_url)
+                name = f"{file.index:05d}-{number:05d}-{work.plan.label}.bin"
                 part = Part(
                     file=file.index,
                     slice=number,
                     is_last=is_last,
                     counts=counts,
-                    train=train.store(shards_url, f"train/{name}.bin"),
-                    validation=validation.store(shards_url, f"validation/{name}.bin"),
+                    train=train.store(work.shards_url, f"train/{name}"),
+                    validation=validation.store(work.shards_url, f"validation/{name}"),
+                    plan=work.plan.digest,
                 )
-                storage.write_json(_part_url(shards_url, file.index, number, is_last), asdict(part))
+                storage.write_json(_part_url(work, file.index, number, is_last), asdict(part))
 
 
-# ---- What the workers agree on ----
+# ---- Parts, and the data set that they make ----
 
 
 def _dtype(tokenizer: TextTokenizer) -> TokenType:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def _agree_on_plan(recipe: Recipe, tokenizer: TextTokenizer, files: list[CorpusFile], shards_url: str) -> None:
-    """Fixes what decides the content of the data set; refuses a folder where another one is kept.
-
-    `on_bad_record` is no part of it: who stopped at a bad record may go on by leaving it out, and the rest is the same.
-    """
-    plan = {
-        "format_version": FORMAT_VERSION,
-        "data.source": [{"url": file.url, "size": file.size} for file in files],
-        "data.text_field": recipe.text_field,
-        "data.id_field": recipe.id_field,
-        "data.slice_bytes": recipe.slice_bytes,
-        "data.validation_fraction": recipe.validation_fraction,
-        "data.seed": recipe.seed,
-        "tokenizer.source": tokenizer.fingerprint,
-    }
-    url = storage.join(shards_url, _PLAN_NAME)
-    content = json.dumps(plan, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
-    if storage.create_bytes(url, content):
-        return
-    try:
-        found = dict(storage.read_json(url))
-    except (ValueError, TypeError):
-        found = {}
-    different = [name for name in plan if found.get(name) != plan[name]]
-    if different and found.keys() == plan.keys() and not _finished_parts(shards_url):  # planned, but never begun
-        storage.write_bytes(url, content)
-    elif different:
-        expected = f"holds a data set that differs in {', '.join(different)}"
-        raise UserError("data.shards", shards_url, expected, "choose another place for this one, or delete that one")
+def _parts_url(work: Work) -> str:
+    return storage.join(work.shards_url, "parts", work.plan.label)
 
 
-def _part_url(shards_url: str, file: int, number: int, is_last: bool) -> str:
-    return storage.join(shards_url, "parts", f"{file:05d}-{number:05d}{'-last' if is_last else ''}.json")
+def _part_url(work: Work, file: int, number: int, is_last: bool) -> str:
+    return storage.join(_parts_url(work), f"{file:05d}-{number:05d}{'-last' if is_last else ''}.json")
 
 
-def _finished_parts(shards_url: str) -> dict[tuple[int, int], bool]:
-    """(file, slice) of every finished slice, and whether it is its file's last."""
-    found = (_PART_NAME.fullmatch(entry.url) for entry in storage.list_files(storage.join(shards_url, "parts")))
+def _finished_parts(work: Work) -> dict[tuple[int, int], bool]:
+    """(file, slice) of every finished slice of this plan, and whether it is its file's last."""
+    found = (_PART_NAME.fullmatch(entry.url) for entry in storage.list_files(_parts_url(work)))
     return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
+
+
+def _read_part(work: Work, file: int, number: int, is_last: bool) -> Part:
+    url = _part_url(work, file, number, is_last)
+    try:
+        part = storage.read_record(url, Part)
+    except ValueError as error:
+        raise UserError("data.shards", url, f"this part record is damaged: {error}", _MAKE_AGAIN) from None
+    if (part.plan, part.file, part.slice, part.is_last) != (work.plan.digest, file, number, is_last):
+        raise UserError("data.shards", url, "this part record is of another plan or slice", _MAKE_AGAIN)
+    return part
 
 
 def _slices(file: CorpusFile, done: dict[tuple[int, int], bool]) -> int | None:
@@ -382,32 +415,34 @@ def _is_finished(file: CorpusFile, done: dict[tuple[int, int], bool], mine: Call
     return slices is not None and not any(map(mine, range(slices)))
 
 
-def _publish_manifest(
-    recipe: Recipe, tokenizer: TextTokenizer, files: Iterable[CorpusFile], shards_url: str
-) -> Manifest | None:
-    done = _finished_parts(shards_url)
-    wanted: list[str] = []
-    for file in files:
+def _publish_manifest(work: Work) -> Manifest | None:
+    """Write the manifest if every slice is finished, and the tokenizer before it."""
+    recipe, tokenizer, shards_url = work.recipe, work.tokenizer, work.shards_url
+    done = _finished_parts(work)
+    wanted: list[tuple[int, int]] = []
+    for file in work.files:
         slices = _slices(file, done)
         if slices is None or any((file.index, number) not in done for number in range(slices)):
             return None
-        wanted += [_part_url(shards_url, file.index, number, done[file.index, number]) for number in range(slices)]
+        wanted += [(file.index, number) for number in range(slices)]
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(storage.read_json, wanted))
+        parts = list(pool.map(lambda part: _read_part(work, part[0], part[1], done[part]), wanted))
     counts = Counts()
     for part in parts:
-        counts.add(Counts(**part["counts"]))
-    train, validation = (
-        tuple(Shard(**part[split]) for part in parts if part[split]) for split in ("train", "validation")
-    )
+        counts.add(part.counts)
+    train = tuple(part.train for part in parts if part.train is not None)
+    validation = tuple(part.validation for part in parts if part.validation is not None)
     if not train:
-        for folder in ("parts", "validation"):  # so that the same place can be used with other settings
-            storage.delete_tree(storage.join(shards_url, folder))
+        # The same place can be used with other settings: nothing of this plan stays.
+        storage.delete(storage.join(shards_url, shard.name) for shard in validation)
+        storage.delete_tree(_parts_url(work))
+        remove(work.plan, shards_url)
         expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
         raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")
     contents = [tokenizer.fingerprint, *(shard.sha256 for shard in train), "", *(shard.sha256 for shard in validation)]
     manifest = Manifest(
         fingerprint=hashlib.sha256("\n".join(contents).encode()).hexdigest(),
+        plan=work.plan.digest,
         tokenizer_fingerprint=tokenizer.fingerprint,
         tokenizer=TOKENIZER_FOLDER,
         vocab_size=tokenizer.vocab_size,
@@ -420,5 +455,7 @@ def _publish_manifest(
         validation=validation,
         statistics=asdict(counts),
     )
+    renew(work.plan, shards_url)
+    replace_tokenizer(tokenizer, storage.join(shards_url, TOKENIZER_FOLDER))
     storage.create_bytes(storage.join(shards_url, MANIFEST_NAME), manifest_bytes(manifest))
     return load_manifest(shards_url)

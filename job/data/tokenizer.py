@@ -183,6 +183,14 @@ def store_tokenizer(tokenizer: TextTokenizer, destination: str, setting: str = "
             raise UserError(setting, destination, expected, "choose another place, or delete it")
 
 
+def replace_tokenizer(tokenizer: TextTokenizer, destination: str) -> None:
+    """Write the tokenizer's files to a folder or URL, and delete those of another tokenizer there."""
+    kept = {path.name for path in tokenizer.files()}
+    storage.delete(storage.join(destination, name) for name in _FILES if name not in kept)
+    for path in tokenizer.files():
+        storage.write_bytes(storage.join(destination, path.name), path.read_bytes())
+
+
 # ---- Where tokenizers come from ----
 
 _TRAIN_ONE = "make it with `python -m job tokenizer`"

@@ -14,7 +14,7 @@ from job import storage
 from job.data.corpus import BadRecord
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
-from job.data.shards import OnNotice, OnProgress, Recipe, exactly, prepare, prepare_with
+from job.data.shards import OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 
@@ -53,26 +53,23 @@ def prepare_in_processes(
             said.add(line)
             on_notice(line)
 
-    def attempt(engine: Engine) -> Manifest | None:
-        arguments = (recipe, tokenizer, shards_url, store, engine)
-        return _in_processes(
-            arguments, [(part, workers * processes) for part in parts], on_progress, on_bad_record, say_once
-        )
+    def make(work: Work, engine: Engine) -> None:
+        numbered = [(part, workers * processes) for part in parts]
+        _in_processes((work, store, engine), numbered, on_progress, on_bad_record, say_once)
 
-    return exactly(attempt, engine, shards_url, (parts, workers * processes), on_notice)
+    return carry_out(recipe, tokenizer, shards_url, (parts, workers * processes), engine, make, on_notice)
 
 
 def _in_processes(
-    arguments: tuple[Recipe, TextTokenizer, str, storage.StoreOptions, Engine],
+    arguments: tuple[Work, storage.StoreOptions, Engine],
     parts: Sequence[tuple[int, int]],
     on_progress: OnProgress,
     on_bad_record: OnBadRecord,
     on_notice: OnNotice,
-) -> Manifest | None:
-    """The manifest, if one of the processes found all slices done. What one of them raised is raised here."""
+) -> None:
+    """Have each part's slices made by a process of its own. What one of them raises is raised here."""
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, SpawnProcess] = {}
-    manifest: Manifest | None = None
     try:
         for part in parts:
             events, reports = context.Pipe(duplex=False)
@@ -95,15 +92,13 @@ def _in_processes(
                         on_progress(documents, utf8_bytes)
                     case str():
                         on_notice(event)
-                    case UserError() | Disagreement():
+                    case UserError() | Disagreement() | storage.StoreError():
                         raise event
                     case _:
                         del running[events]
                         process.join()
-                        manifest = event or manifest
     finally:
         _end(running)
-    return manifest
 
 
 def _end(running: dict[Connection, SpawnProcess]) -> None:
@@ -121,25 +116,19 @@ def _end(running: dict[Connection, SpawnProcess]) -> None:
 
 
 def _prepare_part(
-    recipe: Recipe,
-    tokenizer: TextTokenizer,
-    shards_url: str,
-    store: storage.StoreOptions,
-    engine: Engine,
-    worker: tuple[int, int],
-    reports: Connection,
+    work: Work, store: storage.StoreOptions, engine: Engine, worker: tuple[int, int], reports: Connection
 ) -> None:
-    """Reports every batch, bad record and notice, and at last the manifest, if there is one, or what went wrong."""
+    """Report every batch, bad record and notice, and at last None, or what went wrong."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # who signals all processes reaches the first one, which ends the others
     # The processes are the parallelism, for either tokenizer.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
     storage.configure(store)
-    outcome: Manifest | UserError | Disagreement | None
+    outcome: UserError | Disagreement | storage.StoreError | None = None
     with suppress(BrokenPipeError):  # the process that started this one is gone
         try:
-            encoder, on_progress = Encoder(tokenizer, engine, reports.send), lambda *done: reports.send(done)
-            outcome = prepare_with(encoder, recipe, tokenizer, shards_url, worker, on_progress, reports.send)
-        except (UserError, Disagreement) as error:
+            encoder, on_progress = Encoder(work.tokenizer, engine, reports.send), lambda *done: reports.send(done)
+            make_slices(work, worker, encoder, on_progress, reports.send)
+        except (UserError, Disagreement, storage.StoreError) as error:
             outcome = error
         reports.send(outcome)

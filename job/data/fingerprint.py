@@ -1,0 +1,140 @@
+"""Fingerprints of corpus files: what identifies their content, without reading all of a large one.
+
+    size, and the sha256 of the whole file below 4 MiB, else of 64 blocks of 64 KiB at fixed places
+
+The first and the last block are among them. Sampling cannot see a change that keeps the size and lies between the
+blocks, such as one word of a large file replaced by another of the same length.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import takewhile
+from urllib.parse import urlsplit
+
+from job import storage
+from job.data import hub
+from job.data.corpus import CorpusFile
+from job.errors import UserError
+
+BLOCK_BYTES = 64 * 1024
+BLOCKS = 64
+_PARALLEL_FILES = 8
+_PARALLEL_BLOCKS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What must be the same for every worker that reads a corpus file."""
+
+    name: str
+    """Path below the folder that all files of the corpus share."""
+    size: int
+    sha256: str | None = None
+    """Of the whole file or of its blocks (`sample`)."""
+    revision: str | None = None
+    """A hub's, if the file comes from one."""
+    hub_hash: str | None = None
+    """The hub's own hash of the content; stands in place of `sha256`."""
+    version: str | None = None
+    """ETag or Last-Modified, from a server that does not send single blocks; stands in place of `sha256`."""
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The files of a corpus, identified."""
+
+    fingerprints: tuple[Fingerprint, ...]
+    """In the order of the files."""
+    versions: tuple[str, ...]
+    """`storage.Ranges.version` of each file when it was identified: another one means that it was replaced since."""
+    read_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        files, size = len(self.fingerprints), sum(one.size for one in self.fingerprints)
+        return (
+            f"{files:,} file{'s' * (files != 1)}, {size / 1e6:,.1f} MB; "
+            f"identified by {self.read_bytes / 1e6:,.1f} MB of them, read in {self.seconds:.1f} s"
+        )
+
+
+def identify(files: Sequence[CorpusFile]) -> Identified:
+    """Read what identifies the files of a corpus, several files and blocks at a time.
+
+    Raises:
+        UserError: a file was replaced meanwhile, or cannot be identified because its server tells too little.
+    """
+    began = time.monotonic()
+    with ThreadPoolExecutor(_PARALLEL_FILES) as many_files, ThreadPoolExecutor(_PARALLEL_BLOCKS) as many_blocks:
+        found = list(many_files.map(lambda file, name: _identify(file, name, many_blocks), files, _names(files)))
+    return Identified(
+        tuple(fingerprint for fingerprint, _, _ in found),
+        tuple(version for _, version, _ in found),
+        sum(read for _, _, read in found),
+        time.monotonic() - began,
+    )
+
+
+def check_unchanged(file: CorpusFile, version: str) -> None:
+    """Raise a UserError if a file was replaced since it had this version, while this worker read it."""
+    try:
+        now = storage.open_ranges(file.path).version
+    except FileNotFoundError:
+        now = "gone"
+    if now != version:
+        raise _changed(file)
+
+
+def blocks(size: int) -> list[tuple[int, int]]:
+    """Start and end of each part of a file of `size` bytes that identifies it."""
+    if size < BLOCKS * BLOCK_BYTES:
+        return [(0, size)] if size else []
+    starts = (number * (size - BLOCK_BYTES) // (BLOCKS - 1) for number in range(BLOCKS))
+    return [(start, start + BLOCK_BYTES) for start in starts]
+
+
+def sample(ranges: storage.Ranges, pool: Executor) -> str:
+    """The hexadecimal sha256 of a file's `blocks`, read through `pool`."""
+    digest = hashlib.sha256()
+    for content in pool.map(lambda ends: ranges.read(*ends), blocks(ranges.size)):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _identify(file: CorpusFile, name: str, pool: Executor) -> tuple[Fingerprint, str, int]:
+    """The fingerprint of a file, its version, and how many bytes were read."""
+    ranges = storage.open_ranges(file.path)
+    revision, hub_hash = hub.identity(file.url, file.path)
+    known = Fingerprint(name=name, size=ranges.size, revision=revision, hub_hash=hub_hash)
+    if hub_hash is not None:
+        return known, ranges.version, 0
+    try:
+        sha256 = sample(ranges, pool)
+    except storage.NoRanges:
+        if not ranges.version:
+            raise
+        return Fingerprint(name=name, size=ranges.size, version=ranges.version), ranges.version, 0
+    except (storage.IntegrityError, FileNotFoundError):
+        raise _changed(file) from None
+    read = sum(end - start for start, end in blocks(ranges.size))
+    return Fingerprint(name=name, size=ranges.size, revision=revision, sha256=sha256), ranges.version, read
+
+
+def _changed(file: CorpusFile) -> UserError:
+    remedy = "start again when nobody writes to it any more; what is finished is kept if its content is still the same"
+    return UserError("data.source", file.url, "was replaced or removed while it was read", remedy)
+
+
+def _names(files: Sequence[CorpusFile]) -> list[str]:
+    """The files' paths below the folder that they share: machines may mount it in different places.
+
+    A query, which may hold a signature, is no part of a name.
+    """
+    paths = [(urlsplit(one.url).path if "://" in one.url else one.url).split("/") for one in files]
+    shared = len(
+        list(takewhile(lambda folders: len(set(folders)) == 1, zip(*(path[:-1] for path in paths), strict=False)))
+    )
+    return ["/".join(path[shared:]) for path in paths]
