@@ -3,14 +3,21 @@
     attempts/00000007.json
 
 A record is made by conditional creation, under the next free number: the fencing token. The highest number has the
-run. Nobody waits for a lease to run out: a start takes the run over, and whoever had it finds a higher number before
-it publishes anything more.
+run. Nobody waits for a lease to run out: a start takes the run over, and the attempt that had it finds a higher number
+before it publishes anything more.
+
+    attempts/gave-up-after-00000007.json
+
+Left by a start that gave up after attempt 7, because too many attempts had made no progress. It judged that before it
+claimed anything, so it has taken the run from nobody. Attempts up to that number are not counted again.
 """
 
+import math
 import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
@@ -20,10 +27,15 @@ from job import storage
 from job.errors import NoProgress, UserError
 
 _NAME = re.compile(r"(\d{8,})\.json")
+_GIVE_UP_NAME = re.compile(r"gave-up-after-(\d{8,})\.json")
 _LAST_WORDS_SECONDS = 15
 _LONGEST_ERROR = 2000
+_STARTED_TOGETHER_SECONDS = 30
+"""An attempt whose successor began so soon may just have lost the run to it: several starts at the same time."""
 
-DONE, STOPPED, FAILED, GAVE_UP = "done", "stopped", "failed", "gave up"
+DONE, STOPPED, FAILED, SUPERSEDED = "done", "stopped", "failed", "superseded"
+GAVE_UP = "gave up"
+"""Of an attempt of an earlier version, which claimed the run before it judged its progress."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,25 @@ class Attempt:
     from_step: int | None = None
     """The step that it went on from; None: it did not get so far."""
     ended: str | None = None
-    """``done``, ``stopped``, ``failed`` or ``gave up``; None: it lives, or ended without a word."""
+    """``done``, ``stopped``, ``failed``, ``superseded`` or ``gave up``; None: it runs, or could not record its end."""
     error: str | None = None
+    """Why it failed, or stopped without having done anything."""
 
     @property
     def who(self) -> str:
         """It, to a person."""
         job = f", job {self.job_id}" if self.job_id else ""
         return f"attempt {self.number} (process {self.pid} on {self.host}{job}, since {self.began})"
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """The record of a start that gave up."""
+
+    after: int
+    """Number of the newest attempt then."""
+    at: str
+    error: str
 
 
 class Attempts:
@@ -67,9 +90,8 @@ class Attempts:
         self._known: dict[int, Attempt] = {}
 
     def numbers(self) -> list[int]:
-        """Of all of them, the lowest first."""
-        names = (entry.url.rpartition("/")[2] for entry in storage.list_files(self._folder))
-        return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
+        """Numbers of all attempts, the lowest first."""
+        return self._numbered(_NAME)
 
     def read(self, number: int) -> Attempt | None:
         """A record; None if it is damaged."""
@@ -97,7 +119,7 @@ class Attempts:
             job_id=job_id,
             host=socket.gethostname(),
             pid=os.getpid(),
-            began=datetime.now(UTC).isoformat(timespec="seconds"),
+            began=_now(),
             resume=resume,
         )
         while not storage.create_bytes(self._url(attempt.number), _content(attempt)):
@@ -110,8 +132,13 @@ class Attempts:
         return attempt
 
     def check_is_ours(self, attempt: Attempt) -> None:
-        """Raises a UserError that says who has the run, if `attempt` has it no more."""
+        """Raise a UserError that names the newer attempt if `attempt` does not have the run any more.
+
+        The attempt then records that it was superseded: it is no attempt without progress.
+        """
         if (numbers := self.numbers()) and numbers[-1] > attempt.number:
+            with suppress(OSError, UserError):
+                self.update(replace(attempt, ended=SUPERSEDED))
             newer = self.read(numbers[-1])
             who = newer.who if newer is not None else f"attempt {numbers[-1]}"
             expected = f"{who} has taken this run over from attempt {attempt.number}"
@@ -120,30 +147,67 @@ class Attempts:
     def limit(self, number: int) -> Callable[[int], bool]:
         """Which steps of the attempt `number` belong to the run: those up to where a later attempt went on.
 
-        A later one may have gone back, or have begun while this one still wrote.
+        A later attempt may have gone back, or have begun while this one still wrote. Where a later one began another
+        run in the same place (``train.resume never``), none does.
         """
-        later = (self.read(one) for one in self.numbers() if one > number)
-        steps = [one.from_step for one in later if one is not None and one.from_step is not None]
+        numbers = self.numbers()
+        own = self.read(number) if number in numbers else None
+        later = [found for one in numbers if one > number and (found := self.read(one)) is not None]
+        if own is not None and any(one.run_id != own.run_id for one in later):
+            return lambda step: False
+        steps = [one.from_step for one in later if one.from_step is not None]
         return lambda step: not steps or step <= min(steps)
 
-    def check_progress(self, attempt: Attempt, limit: int) -> None:
-        """Raises NoProgress if as many as `limit` starts before `attempt` began at the same step and left it there."""
-        starts = 0
-        error = "they ended without a word"
-        for number in reversed([one for one in self.numbers() if one < attempt.number]):
+    def check_progress(self, run_id: str, from_step: int, limit: int) -> None:
+        """Raise NoProgress if `limit` attempts or more went on from `from_step` and left the run there.
+
+        To be called before `claim`. An attempt counts if it recorded a failure, or if it recorded nothing and its
+        successor (the start that asks, for the newest) began more than `_STARTED_TOGETHER_SECONDS` later. The count
+        ends at an attempt from another step or of another run, and where an earlier start has given up.
+
+        Args:
+            run_id: of the run that is to go on.
+            from_step: of the checkpoint from which it would go on; 0 without one.
+            limit: `train.max_attempts_without_progress`.
+        """
+        fruitless, error = 0, "none of them recorded why it ended (killed? out of memory?)"
+        successor_began = _now()
+        given_up = max(self._numbered(_GIVE_UP_NAME), default=0)
+        for number in reversed([one for one in self.numbers() if one > given_up]):
             before = self.read(number)
-            if before is None or before.run_id != attempt.run_id or before.ended in (DONE, GAVE_UP):
+            if before is None or before.run_id != run_id or before.ended in (DONE, GAVE_UP):
                 break
-            if before.from_step not in (None, attempt.from_step):
+            if before.from_step not in (None, from_step):
                 break
-            if starts == 0 and (before.error or before.ended):
-                error = f"the last one: {before.error or before.ended}"
-            starts += 1
-        if starts >= limit:
+            was_alone = _seconds_between(before.began, successor_began) > _STARTED_TOGETHER_SECONDS
+            if before.error is not None or before.ended == FAILED or (before.ended is None and was_alone):
+                if before.error is not None and fruitless == 0:
+                    error = f"the last one: {before.error}"
+                fruitless += 1
+            successor_began = before.began
+        if fruitless >= limit:
             raise NoProgress(
-                f"{self._output}: {starts} starts from step {attempt.from_step} without one new checkpoint "
+                f"{self._output}: {fruitless} attempts from step {from_step} without one new checkpoint "
                 f"(train.max_attempts_without_progress is {limit}); {error}"
             )
+
+    def give_up(self, error: str) -> None:
+        """Record that a start has given up, so that the next one, which a person starts, is not refused as well."""
+        note = GiveUp((self.numbers() or [0])[-1], _now(), error[-_LONGEST_ERROR:])
+        storage.create_bytes(storage.join(self._folder, f"gave-up-after-{note.after:08d}.json"), _content(note))
+
+    def last_give_up(self) -> GiveUp | None:
+        """The record of the start that gave up after the newest attempt; None if none did."""
+        numbers = self.numbers()
+        try:
+            name = f"gave-up-after-{numbers[-1] if numbers else 0:08d}.json"
+            return storage.read_record(storage.join(self._folder, name), GiveUp)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _numbered(self, pattern: re.Pattern[str]) -> list[int]:
+        names = (entry.url.rpartition("/")[2] for entry in storage.list_files(self._folder))
+        return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
 
     def _url(self, number: int) -> str:
         return storage.join(self._folder, f"{number:08d}.json")
@@ -161,5 +225,17 @@ def note_failure(output: str, start: str, error: str) -> None:
         return
 
 
-def _content(attempt: Attempt) -> bytes:
-    return orjson.dumps(asdict(attempt), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _seconds_between(earlier: str, later: str) -> float:
+    """Seconds between two times in ISO 8601; infinite if one of them is not readable."""
+    try:
+        return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
+    except (ValueError, TypeError):
+        return math.inf
+
+
+def _content(record: Attempt | GiveUp) -> bytes:
+    return orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

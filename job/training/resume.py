@@ -8,7 +8,7 @@ from typing import Any
 from job import storage
 from job.data.tokenizer import TextTokenizer, store_tokenizer
 from job.errors import NoProgress, UserError
-from job.training.attempts import GAVE_UP, Attempt, Attempts
+from job.training.attempts import Attempt, Attempts
 from job.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -20,7 +20,7 @@ from job.training.checkpoint import (
     open_checkpoint,
 )
 from job.training.identity import TOKENIZER_FOLDER
-from job.training.run import RunRecord, begin_run, read_run
+from job.training.run import RunRecord, begin_run, new_record, read_run, replace_run
 from job.training.start import Start
 
 AUTO, NEVER = "auto", "never"
@@ -53,8 +53,8 @@ def open_run(
 ) -> OpenedRun:
     """Takes the run at `output` over, or begins it, and brings the checkpoint to go on from to `folder`.
 
-    Whatever is known to be wrong is refused before the run is taken from somebody who may be writing it. The tokenizer
-    is kept with the run, so that a checkpoint is usable without its shards.
+    Everything that is known to be wrong, a lack of progress too, is refused before the run is taken from an attempt
+    that may be training. The tokenizer is kept with the run, so that a checkpoint is usable without its shards.
 
     Args:
         output: the run's prefix.
@@ -72,7 +72,11 @@ def open_run(
         UserError: there is nothing to go on from though there should be, or it does not fit.
         NoProgress: too many starts have come no further.
     """
-    attempts, run = Attempts(output), read_run(output)
+    attempts, recorded = Attempts(output), read_run(output)
+    run, newest = recorded, attempts.newest()
+    if run is not None and newest is not None:
+        # An attempt that begins the run anew has claimed it before it replaces run.json.
+        run = replace(run, id=newest.run_id)
     begun_at = None if run is None else _begun_at(attempts, resume, start)
     starts_over = resume == NEVER and begun_at is None
     origin = None if resume in (AUTO, NEVER) else open_checkpoint(resume)
@@ -85,16 +89,27 @@ def open_run(
         if origin is not None:
             yield origin
 
-    _choose(candidates, output, lambda candidate: check_identity(candidate.state, identity, candidate.url))
-    if (before := attempts.newest()) is not None and before.ended is None:
-        say(f"taking the run over from {before.who}, which has not said that it ended")
+    first = _choose(candidates, output, lambda candidate: check_identity(candidate.state, identity, candidate.url))
+    if run is not None and not starts_over:
+        try:
+            attempts.check_progress(run.id, 0 if first is None else first.state.step, max_attempts)
+        except NoProgress as error:
+            attempts.give_up(str(error))
+            raise
+    if newest is not None and newest.ended is None:
+        say(f"taking the run over from {newest.who}, which has not said that it ended")
     if resume != AUTO and begun_at is not None:
         say(f"train.resume is {resume}, and attempt {begun_at} has begun from there: going on")
 
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
-    if run is None or starts_over:
-        run = begin_run(output, name, config, replace=starts_over)
+    if run is None:
+        run = recorded = begin_run(output, name, config)
+    elif starts_over:
+        run = new_record(output, name, config)
     attempt = attempts.claim(run.id, start.name, start.job_id, resume)
+    if run != recorded:
+        attempts.check_is_ours(attempt)
+        replace_run(output, run)
     metrics = b""
 
     def fetch(candidate: Checkpoint) -> None:
@@ -104,11 +119,6 @@ def open_run(
 
     checkpoint = _choose(candidates, output, fetch, say)
     attempt = attempts.update(replace(attempt, from_step=0 if checkpoint is None else checkpoint.state.step))
-    try:
-        attempts.check_progress(attempt, max_attempts)
-    except NoProgress as error:
-        attempts.update(replace(attempt, ended=GAVE_UP, error=str(error)))
-        raise
     return OpenedRun(run, attempt, checkpoint, metrics)
 
 

@@ -1,4 +1,4 @@
-"""What makes a run one run: its id, fixed before the first step by whoever writes run.json first."""
+"""run.json: the record of a run, created before its first step; its id stays the same through every restart."""
 
 import secrets
 from dataclasses import asdict, dataclass
@@ -42,29 +42,38 @@ def read_run(output: str) -> RunRecord | None:
         raise UserError("run.output", output, expected, "choose another place") from None
 
 
-def begin_run(output: str, name: str | None, config: dict[str, Any], replace: bool) -> RunRecord:
-    """A new run at `output`, or, if somebody else has begun one this moment, that one.
+def begin_run(output: str, name: str | None, config: dict[str, Any]) -> RunRecord:
+    """Create the record of a new run; return the one that is there if another start was quicker.
 
     Args:
         output: the run's prefix.
         name: what to call it; None: the last part of `output`.
         config: all settings, recorded for a reader.
-        replace: put it in the place of the run that is there.
     """
-    url = storage.join(output, _NAME)
-    fresh = RunRecord(
+    fresh = new_record(output, name, config)
+    if storage.create_bytes(storage.join(output, _NAME), _content(fresh)):
+        return fresh
+    found = read_run(output)
+    if found is None:
+        raise UserError("run.output", output, f"its {_NAME} was deleted while the run began", "start it again")
+    return found
+
+
+def new_record(output: str, name: str | None, config: dict[str, Any]) -> RunRecord:
+    """A record with an id of its own; arguments as `begin_run`."""
+    return RunRecord(
         id=new_run_id(),
         name=name or output.rstrip("/").rpartition("/")[2] or f"run-{secrets.token_hex(3)}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         code_version=code_version(),
         config=config,
     )
-    content = orjson.dumps(asdict(fresh), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    if replace:
-        storage.write_bytes(url, content)
-        return fresh
-    if storage.create_bytes(url, content):
-        return fresh
-    found = read_run(output)
-    assert found is not None
-    return found
+
+
+def replace_run(output: str, record: RunRecord) -> None:
+    """Put a record in the place of the one that is there; for the attempt that has the run."""
+    storage.write_bytes(storage.join(output, _NAME), _content(record))
+
+
+def _content(record: RunRecord) -> bytes:
+    return orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

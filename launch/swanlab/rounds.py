@@ -44,8 +44,11 @@ def read_progress(output: str) -> Progress:
     """
     from job.training.checkpoint import list_checkpoints  # with torch behind it
 
-    newest = Attempts(output).newest()
+    attempts = Attempts(output)
+    newest, given_up = attempts.newest(), attempts.last_give_up()
     step = max((name.step for name in list_checkpoints(output)), default=-1)
+    if given_up is not None:
+        return Progress(step, GAVE_UP, given_up.error)
     return Progress(step, newest.ended if newest else None, newest.error if newest else None)
 
 

@@ -100,7 +100,7 @@ class Scene:
         config = self.config
         spec = ModelSpec(**config.model.model_dump())
         identity = identity_of(config, spec, self.data.manifest) | changes
-        run = begin_run(config.run.output, None, {}, replace=False)
+        run = begin_run(config.run.output, None, {})
         store_tokenizer(self.data.tokenizer, f"{config.run.output}/tokenizer")
         attempts = Attempts(config.run.output)
         attempt = attempts.claim(run.id, "a-start", None, "auto")

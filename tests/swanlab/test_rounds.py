@@ -31,7 +31,9 @@ class Rounds:
             return "STOPPED", rounds.BY_HAND  # one task too many: an end, not a loop
         step, ended, error = self._left.pop(0)
         attempts = Attempts(self._output)
-        if ended is not None:
+        if ended == GAVE_UP:
+            attempts.give_up(error or "")
+        elif ended is not None:
             attempt = attempts.claim("the-run", task.cuid, None, "auto")
             attempts.update(replace(attempt, ended=ended, error=error))
         if step is not None:

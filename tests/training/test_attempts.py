@@ -1,16 +1,26 @@
-"""Attempts: the highest number has the run, and too many that come no further are the last."""
+"""Attempts: the highest number has the run, and too many without progress end it."""
 
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from job import storage
 from job.errors import NoProgress, UserError
-from job.training.attempts import DONE, FAILED, GAVE_UP, STOPPED, Attempt, Attempts, note_failure
+from job.training.attempts import (
+    DONE,
+    FAILED,
+    GAVE_UP,
+    STOPPED,
+    SUPERSEDED,
+    Attempt,
+    Attempts,
+    note_failure,
+)
 from job.training.budget import TimeBudget
 from job.training.watch import Watch
 
@@ -76,51 +86,123 @@ def until(seconds: float):  # type: ignore[no-untyped-def]
         time.sleep(0.02)
 
 
-# ---- How many come no further ----
+# ---- How many make no progress ----
 
 
-def test_starts_from_one_step_that_leave_no_checkpoint_are_counted(bucket: str) -> None:
-    attempts = Attempts(bucket)
-    for ended in (None, FAILED, STOPPED):
-        now = claim(bucket, from_step=20)
-        attempts.check_progress(now, limit=3)
-        attempts.update(replace(now, ended=ended, error="the disk is on fire" if ended == FAILED else None))
-    fourth = claim(bucket, from_step=20)
+def ago(seconds: float) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def leave(output: str, *attempts: dict[str, object]) -> Attempts:
+    """Attempts as records, one minute after the other, the last one a minute ago; unless they say otherwise."""
+    for index, known in enumerate(attempts):
+        claim(output, **({"from_step": 20, "began": ago(60 * (len(attempts) - index))} | known))
+    return Attempts(output)
+
+
+def check(attempts: Attempts, limit: int, from_step: int = 20) -> None:
+    attempts.check_progress("a-run", from_step, limit)
+
+
+FAILURE = {"ended": FAILED, "error": "the disk is on fire"}
+SILENT: dict[str, object] = {}
+
+
+def test_failures_and_silent_ends_from_one_step_are_counted(bucket: str) -> None:
+    attempts = leave(bucket, FAILURE, SILENT, FAILURE | {"error": "no room"})
+    check(attempts, limit=4)
     with pytest.raises(NoProgress) as given_up:
-        Attempts(bucket).check_progress(fourth, limit=3)
-    assert "3 starts from step 20 without one new checkpoint (train.max_attempts_without_progress is 3)" in str(
-        given_up.value
-    )
-    Attempts(bucket).check_progress(fourth, limit=4)
+        check(attempts, limit=3)
+    assert (
+        "3 attempts from step 20 without one new checkpoint (train.max_attempts_without_progress is 3); "
+        "the last one: no room"
+    ) in str(given_up.value)
 
 
-def test_the_last_error_is_told(bucket: str) -> None:
-    claim(bucket, from_step=0, ended=FAILED, error="the first error")
-    claim(bucket, from_step=0, ended=FAILED, error="the disk is on fire")
-    with pytest.raises(NoProgress, match="the last one: the disk is on fire"):
-        Attempts(bucket).check_progress(claim(bucket, from_step=0), limit=2)
+def test_ten_that_were_killed_without_a_word_are_enough(bucket: str) -> None:
+    """Pods killed for memory leave no error, and never chose a step; they are started again every minute."""
+    attempts = leave(bucket, *[{"from_step": None}] * 10)
+    with pytest.raises(NoProgress, match="none of them recorded why it ended"):
+        check(attempts, limit=3, from_step=0)
 
 
-def test_starts_that_died_before_they_chose_a_step_count_too(bucket: str) -> None:
-    for _ in range(3):
-        claim(bucket)
-    with pytest.raises(NoProgress, match="they ended without a word"):
-        Attempts(bucket).check_progress(claim(bucket, from_step=0), limit=3)
+def test_starts_at_the_same_time_are_not_counted(bucket: str) -> None:
+    """Each takes the run from the one before within seconds; none of them has failed."""
+    check(leave(bucket, *[{"began": ago(3 - index), "from_step": None} for index in range(4)]), limit=1, from_step=0)
+
+
+def test_the_one_that_just_began_is_not_counted(bucket: str) -> None:
+    attempts = leave(bucket, SILENT, SILENT, {"began": ago(29)})
+    check(attempts, limit=3)
+    with pytest.raises(NoProgress):
+        check(attempts, limit=2)
+
+
+def test_failure_is_counted_however_soon_the_next_one_begins(bucket: str) -> None:
+    attempts = leave(bucket, *[FAILURE | {"began": ago(3 - index)} for index in range(3)])
+    with pytest.raises(NoProgress):
+        check(attempts, limit=3)
+
+
+@pytest.mark.parametrize("ended", [SUPERSEDED, STOPPED])
+def test_superseded_and_stopped_attempts_are_no_attempts_without_progress(bucket: str, ended: str) -> None:
+    """Spot machines may be taken away during the start-up again and again."""
+    attempts = leave(bucket, FAILURE, *[{"ended": ended}] * 5, FAILURE)
+    check(attempts, limit=3)
+    with pytest.raises(NoProgress):
+        check(attempts, limit=2)
+
+
+def test_attempt_that_had_no_time_for_a_step_is_counted(bucket: str) -> None:
+    attempts = leave(bucket, *[{"ended": STOPPED, "error": "no time for a single step"}] * 3)
+    with pytest.raises(NoProgress, match="no time for a single step"):
+        check(attempts, limit=3)
 
 
 @pytest.mark.parametrize(
     "between",
     [
         pytest.param({"from_step": 10}, id="another step"),
-        pytest.param({"from_step": 20, "ended": DONE}, id="one that was done"),
-        pytest.param({"from_step": 20, "ended": GAVE_UP}, id="one that a person has looked at"),
-        pytest.param({"from_step": 20, "run_id": "another-run"}, id="one of another run"),
+        pytest.param({"ended": DONE}, id="done"),
+        pytest.param({"ended": GAVE_UP}, id="gave up, as an earlier version recorded it"),
+        pytest.param({"run_id": "another-run"}, id="another run"),
     ],
 )
 def test_progress_begins_the_count_anew(bucket: str, between: dict[str, object]) -> None:
-    for known in ({"from_step": 20}, {"from_step": 20}, between, {"from_step": 20}, {"from_step": 20}):
-        claim(bucket, **known)
-    Attempts(bucket).check_progress(claim(bucket, from_step=20), limit=3)
+    check(leave(bucket, FAILURE, FAILURE, between, FAILURE, FAILURE), limit=3)
+
+
+def test_a_start_after_one_that_gave_up_is_not_refused_for_the_same_attempts(bucket: str) -> None:
+    attempts = leave(bucket, FAILURE, FAILURE)
+    attempts.give_up("2 attempts failed")
+    attempts.give_up("a second start found the same")
+    assert (given_up := attempts.last_give_up()) is not None and given_up.error == "2 attempts failed"
+    assert attempts.numbers() == [1, 2], "it has claimed nothing"
+    check(attempts, limit=1)
+    claim(bucket, **(FAILURE | {"from_step": 20}))
+    assert attempts.last_give_up() is None
+    with pytest.raises(NoProgress):
+        check(attempts, limit=1)
+
+
+def test_superseded_attempt_records_that_it_was(bucket: str) -> None:
+    older = claim(bucket, from_step=20)
+    claim(bucket)
+    with pytest.raises(UserError):
+        Attempts(bucket).check_is_ours(older)
+    found = Attempts(bucket).read(1)
+    assert found is not None and (found.ended, found.from_step) == (SUPERSEDED, 20)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[" * 100_000, b'{"number": "1"}', b"\xff"])
+def test_damaged_record_still_holds_its_number(bucket: str, content: bytes) -> None:
+    older = claim(bucket)
+    storage.write_bytes(f"{bucket}/attempts/00000002.json", content)
+    assert Attempts(bucket).newest() is None
+    check(Attempts(bucket), limit=1)
+    with pytest.raises(UserError, match="attempt 2 has taken this run over from attempt 1"):
+        Attempts(bucket).check_is_ours(older)
+    assert claim(bucket).number == 3
 
 
 def test_a_failure_is_noted_with_the_start_that_it_ended_and_no_other(bucket: str) -> None:

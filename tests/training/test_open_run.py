@@ -10,9 +10,10 @@ from test_checkpoint import FILES, IDENTITY, METRICS, STATE, parameters
 
 from job import storage
 from job.errors import NoProgress, UserError
-from job.training.attempts import GAVE_UP, Attempts
+from job.training.attempts import FAILED, Attempts
 from job.training.checkpoint import CheckpointFiles, save_checkpoint
 from job.training.resume import OpenedRun, open_run
+from job.training.run import replace_run
 from job.training.start import Start
 
 
@@ -183,15 +184,45 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(opener: Opener) -> None:
     assert stored(opener.output) == before
 
 
+def test_start_that_died_before_it_replaced_the_record_has_begun_anew(opener: Opener) -> None:
+    """``never`` claims the run first: whatever happens then, nobody goes on with the old run's checkpoints."""
+    first = opener.start()
+    opener.save(first, 10)
+    claimed = Attempts(opener.output).claim("a-new-run", "a-start", None, "never")
+    anew = opener.start()
+    assert (anew.record.id, anew.checkpoint, anew.attempt.number) == ("a-new-run", None, claimed.number + 1)
+    assert storage.read_json(f"{opener.output}/run.json")["id"] == "a-new-run"
+    opener.save(anew, 5)
+    assert opener.goes_on_from() == 5
+
+
+def test_record_written_by_a_start_that_lost_the_run_is_put_right(opener: Opener) -> None:
+    """Two starts with ``never`` at the same time: the older one writes run.json after the newer one."""
+    opener.start()
+    late, newer = opener.start("never"), opener.start("never")
+    replace_run(opener.output, late.record)
+    opener.save(newer, 5)
+    opened = opener.start()
+    assert opened.record.id == newer.record.id == storage.read_json(f"{opener.output}/run.json")["id"]
+    assert opened.checkpoint is not None and opened.checkpoint.state.step == 5
+
+
 # ---- No progress ----
 
 
-def test_the_start_after_too_many_gives_up_and_the_one_after_that_tries_again(opener: Opener) -> None:
+def test_start_after_too_many_gives_up_and_the_one_after_that_tries_again(opener: Opener) -> None:
     opener.save(opener.start(), 10)
     for _ in range(3):
-        assert opener.goes_on_from(max_attempts=3) == 10
-    with pytest.raises(NoProgress, match="3 starts from step 10 without one new checkpoint"):
+        failed = opener.start(max_attempts=3).attempt
+        Attempts(opener.output).update(replace(failed, from_step=10, ended=FAILED, error="the disk is on fire"))
+    before = stored(opener.output)
+    with pytest.raises(NoProgress, match=r"3 attempts from step 10 without one new checkpoint.*the disk is on fire"):
         opener.start(max_attempts=3)
-    newest = Attempts(opener.output).newest()
-    assert newest is not None and newest.ended == GAVE_UP
+    changed = stored(opener.output).keys() ^ before.keys()
+    assert changed == {f"{opener.output}/attempts/gave-up-after-00000004.json"}, "it has claimed nothing"
     assert opener.goes_on_from(max_attempts=3) == 10, "a person has looked at it"
+
+
+def test_many_starts_at_once_never_give_up(opener: Opener) -> None:
+    for _ in range(6):
+        opener.start(max_attempts=1)

@@ -1,6 +1,6 @@
 """The run that is at run.output already, if any: would this start go on with it, or be refused?"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import orjson
 
@@ -92,7 +92,7 @@ def _check_progress(findings: Findings, config: Config, attempts: Attempts, newe
         return True
     limit = config.train.max_attempts_without_progress
     try:
-        attempts.check_progress(replace(newest, number=newest.number + 1, from_step=step, ended=None), limit)
+        attempts.check_progress(newest.run_id, step, limit)
     except NoProgress as error:
         findings.wrong("run", str(error), "mend what it says, then raise train.max_attempts_without_progress once")
         return False
