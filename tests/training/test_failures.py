@@ -122,5 +122,5 @@ def test_a_run_that_cannot_come_further_gives_up_with_the_last_error(settings: W
     code, _, err = run("train", path)
     assert [*ends, code] == [EXIT_FAILED, EXIT_FAILED, EXIT_NO_PROGRESS]
     (line,) = err.splitlines()
-    assert "2 starts from step 0 without one new checkpoint" in line
+    assert "2 attempts from step 0 without one new checkpoint" in line
     assert "the last one: rank 0 was killed by SIGKILL" in line
