@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,9 +26,10 @@ from job.data.fingerprint import BLOCK_BYTES, BLOCKS, blocks, identify
 from job.data.manifest import MANIFEST_NAME, load_manifest
 from job.data.shards import Recipe, prepare
 from job.data.tokenizer import TextTokenizer, train_tokenizer
-from job.errors import UserError
+from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
 
-SAMPLE_FILE = Path(__file__).parents[2] / "job" / "demo" / "sample.jsonl"
+REPOSITORY = Path(__file__).parents[2]
+SAMPLE_FILE = REPOSITORY / "job" / "demo" / "sample.jsonl"
 SAMPLE = [json.loads(line) for line in SAMPLE_FILE.read_text(encoding="utf-8").splitlines()]
 KiB = 1024
 
@@ -70,6 +75,31 @@ def while_it_makes_its_first_slice(monkeypatch: pytest.MonkeyPatch, act: Callabl
         make(*arguments)
 
     monkeypatch.setattr(shards, "_prepare_file", interrupted)
+
+
+def test_second_command_is_refused_while_the_first_is_at_work(
+    corpus: str, bucket: str, tokenizer: TextTokenizer
+) -> None:
+    """Two real commands; the first one stands still from the moment it has created the plan."""
+    words = ("--data.source", corpus, "--data.shards", f"{bucket}/shards", "--tokenizer.source", str(tokenizer.folder))
+    command = [sys.executable, "-m", "job", "prepare", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([*command, "--data.slice_bytes", "2KiB"], cwd=REPOSITORY, **pipes)  # type: ignore[call-overload]
+    try:
+        deadline = time.monotonic() + 120
+        while not storage.exists(f"{bucket}/shards/plan.json"):
+            assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        first.send_signal(signal.SIGSTOP)
+        second = subprocess.run([*command, "--data.seed", "1"], cwd=REPOSITORY, capture_output=True, text=True)
+        first.send_signal(signal.SIGCONT)
+        said = first.communicate(timeout=120)
+    finally:
+        first.kill()
+    assert second.returncode == EXIT_REFUSED
+    (line,) = second.stderr.splitlines()
+    assert "data.slice_bytes is 2048 there and 67108864 here; data.seed is 2333 there and 1 here" in line
+    assert first.returncode == EXIT_DONE, said
+    check_whole(f"{bucket}/shards")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Runs that are asked to stop at bad moments, and runs that somebody starts twice."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 
 import pytest
 from fault_proxy import Fault, FaultProxy
@@ -8,7 +10,7 @@ from small_run import ALONE, ENDLESS, STEPS, FinishedRun, Job, WriteSettings, ru
 
 from job import storage
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
-from job.training.attempts import Attempts
+from job.training.attempts import STOPPED, SUPERSEDED, Attempts
 from job.training.checkpoint import list_checkpoints
 from job.training.metrics import read_metrics
 
@@ -132,3 +134,20 @@ def test_the_newer_of_two_takes_the_run_over_and_their_checkpoints_never_mix(
     assert {name.attempt for name in names if name.step > begun.from_step} == {2}
     assert {name.attempt for name in names if name.step <= begun.from_step} == {1}
     assert [row["step"] for row in read_metrics(output)] == list(range(1, names[-1].step + 1))
+
+
+def test_of_many_starts_at_once_one_trains_and_none_gives_up(settings: WriteSettings, output: str) -> None:
+    """As a person who submits a job five times; each of them would be one start too many without progress."""
+    path = settings(train=ALONE | ENDLESS | {"max_attempts_without_progress": 1, "log_every": 100})
+    with ExitStack() as ending, ThreadPoolExecutor(5) as pool:
+        starts = [ending.enter_context(Job("train", path)) for _ in range(5)]
+        ends = {pool.submit(start.end): start for start in starts}
+        for index, end in enumerate(as_completed(ends)):
+            code, out, err = end.result()
+            assert code == (EXIT_REFUSED if index < 4 else EXIT_STOPPED), out + err
+            if index == 3:
+                (left,) = (start for end, start in ends.items() if not end.done())
+                left.process.send_signal(signal.SIGTERM)
+    attempts = Attempts(output)
+    assert [attempts.read(number).ended for number in attempts.numbers()] == [SUPERSEDED] * 4 + [STOPPED]  # type: ignore[union-attr]
+    assert {name.attempt for name in list_checkpoints(output)} == {5}
