@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-recovery chaos test-benchmarks test-gpu test-image test-kubernetes test-slurm test-swanlab lint \
         format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare \
-        bench-data-scale bench-loader bench-checkpoint bench-ranks lock clean
+        bench-identify bench-data-scale bench-loader bench-checkpoint bench-ranks lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -112,6 +112,9 @@ bench-gpu: setup ## correctness, speed of each lever and a trace, on one GPU, in
 
 bench-prepare: setup ## preparing against the tutorial's `map`, and with more processes (six minutes)
 	$(RUN) -m benchmarks.prepare --only compare scale
+
+bench-identify: setup ## what it costs to identify 2 GB of corpus in object storage, beside reading it (two minutes)
+	$(RUN) -m benchmarks.identify
 
 bench-data-scale: setup ## the order of 1,000,000,000 windows, and a manifest of 100,000 shards
 	$(RUN) -m benchmarks.data_scale

@@ -70,3 +70,11 @@ def test_it_runs_to_its_tables(only: list[str], tmp_path: Path) -> None:
             assert row[2] < row[1]  # with the reading it takes longer
         assert (single[0], single[2], double[0]) == (1, 1, 2)
         assert abs(double[2] - double[1] / single[1]) < 0.1
+
+
+def test_identifying_a_corpus_is_measured_against_reading_it() -> None:
+    command = [sys.executable, "-m", "benchmarks.identify", "--gigabytes", "0.02", "--latency", "0.01"]
+    table = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == ["4.2", "4.2"], "64 blocks of 64 KiB"
+    assert all(float(cell) > 0 for row in rows for cell in row[2:4])
