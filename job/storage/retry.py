@@ -235,7 +235,7 @@ def raise_if_refused(answer: Answer, operation: str, url: str, is_explained: boo
     if on_s3 and not is_explained and operation != PROBE and (answer.is_bare or is_ambiguous):
         raise Unexplained(answer)
     if on_s3:
-        _raise_if_mistaken(answer, operation, url, reason)
+        _raise_if_mistaken(answer, operation, url, reason, is_explained)
     if status == 404:
         raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
     # 412 answers If-None-Match, 409 the headers by which others forbid to overwrite.
@@ -248,7 +248,7 @@ def raise_if_refused(answer: Answer, operation: str, url: str, is_explained: boo
     raise Refused(url, None, f"{reason} {answer.message}", "correct the URL") from None
 
 
-def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str) -> None:
+def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str, is_explained: bool) -> None:
     """Raise UserError if the bucket, the clock, the credentials, the region or the service is not the right one."""
     bucket = f"s3://{place(url)['Bucket']}"
     if answer.code == "NoSuchBucket":
@@ -261,7 +261,10 @@ def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str) ->
         if process.options.anonymous:
             remedy = "unset store.anonymous and give credentials: only what is public can be read without"
             raise kind("store.anonymous", True, reason, remedy) from None
-        raise kind("AWS_ACCESS_KEY_ID", None, reason, f"{_GIVE_CREDENTIALS}, of one who may use {bucket}") from None
+        remedy = f"{_GIVE_CREDENTIALS}, of one who may use {bucket}"
+        if is_explained and operation in ("read", "find"):
+            remedy += ", and may list: without that right an absent object is answered like a forbidden one"
+        raise kind("AWS_ACCESS_KEY_ID", None, reason, remedy) from None
     if answer.code in _OTHER_REGION:
         raise UserError("store.region", process.options.region, reason, f"name the region of {bucket}") from None
     if operation == PROBE and answer.is_bare:

@@ -51,13 +51,13 @@ def check_store(findings: Findings, config: Config, is_here: bool) -> bool:
         findings.wrong("endpoint", f"{setting}: {address} is this machine's own, and the run is elsewhere", remedy)
     else:
         findings.right("endpoint", f"{address} ({setting})")
-    findings.right("addressing", _ADDRESSING[storage.addressing()])
     _check_clock(findings, address)
     if has_credentials:
         with findings.guard("store"), storage.limits(_PATIENCE_SECONDS):
             for name in on_s3:
                 storage.exists(storage.join(urls[name], MANIFEST_NAME))
             findings.right("store", f"answers, and has the bucket of {' and '.join(on_s3)}")
+            findings.right("addressing", _ADDRESSING[storage.addressing()])  # as it was found out by then
             return True
     return False
 
