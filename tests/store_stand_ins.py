@@ -37,7 +37,7 @@ class Store:
         host: of the region; buckets are names below it.
         path_style: the code with which path-style addressing is refused; None if it is not.
         if_none_match: what an upload with this header does if the object is there already. ``lies``: it is answered
-            412, and overwrites; ``inverted``: it is refused if the object is absent.
+            412, and replaces the content; ``inverted``: it is refused if the object is absent.
         forbid_overwrite: the vendor's own header.
         taken: the code of the vendor's 409.
         has_chunks: whether uploads may come in the encoding aws-chunked.
@@ -127,6 +127,7 @@ def stand_in(store: Store, server: S3Server, certificate: Path | None = None) ->
         listener.rules = store  # type: ignore[attr-defined]
         listener.real = server  # type: ignore[attr-defined]
         listener.seen = made.requests  # type: ignore[attr-defined]
+        listener.earlier = {}  # type: ignore[attr-defined]
         thread = threading.Thread(target=listener.serve_forever, daemon=True)
         thread.start()
         yield made
@@ -178,7 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
             if name in ("content-md5", "content-type", "range") or name.startswith("x-amz-meta-")
         }
         forbids = self._forbids_overwrite(rules, seen)
-        if forbids and rules.if_none_match != "lies":
+        earlier = self.server.earlier.get(seen.key) if forbids and rules.if_none_match == "lies" else None
+        if earlier is not None:
+            headers |= earlier
+        elif forbids and rules.if_none_match != "lies":
             headers["if-none-match"] = "*"
         query = dict(seen.query)
         if seen.lists and "uploads" not in query:
@@ -186,9 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not rules.has_new_lists and query.pop("list-type", None):
             query.pop("continuation-token", None)
         status, found, content = self._ask(seen, query, headers, body)
-        if forbids and rules.if_none_match == "lies" and seen.key in self.server.__dict__.setdefault("made", set()):
+        if earlier is not None:
             raise _Refusal(412, "PreconditionFailed")
-        self.server.__dict__.setdefault("made", set()).add(seen.key if seen.method == "PUT" else "")
+        if seen.method == "PUT":
+            self.server.earlier[seen.key] = {n: v for n, v in headers.items() if n.startswith("x-amz-meta-")}
         if status == 412 and seen.headers.get(rules.forbid_overwrite or "") == "true":
             raise _Refusal(409, rules.taken, "The object you specified already exists and can not be overwritten.")
         if status == 404 and seen.key and rules.key_prefix is not None:

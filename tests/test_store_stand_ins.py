@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+import math
 import os
 import random
 import subprocess
@@ -211,6 +212,11 @@ def test_a_store_that_is_down_is_not_taken_for_one_without_conditional_writes(bu
             with pytest.raises(StoreError, match="gave up after"):
                 storage.create_bytes(f"{bucket}/object", b"content")
         proxy.chances = {}
+        paths: list[str] = []
+        proxy.inject(SLOW_DOWN, lambda request: paths.append(request.path) or request.path == paths[0], times=math.inf)
+        with pytest.raises(StoreError, match="gave up after"):  # it comes back before another way would be tried
+            storage.create_bytes(f"{bucket}/object", b"content")
+        assert len({path.partition("?")[0] for path in paths}) == 1
         storage.configure(StoreOptions(proxy.endpoint_url, read_timeout_seconds=1, deadline_seconds=30))
         for fault in (SLOW_DOWN, Fault.RESET_ANSWER):
             for method in ("PUT", "HEAD", "GET", "DELETE"):

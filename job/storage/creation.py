@@ -14,7 +14,7 @@ from functools import partial
 from job.errors import UserError
 from job.storage import local, s3
 from job.storage.connection import endpoint, is_remote, place, process
-from job.storage.deadline import StoreError
+from job.storage.deadline import IntegrityError, StoreError
 from job.storage.retry import Refused
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _holds(way: Way, url: str) -> bool:
     probe = _throw_away(url)
     try:
         holds = way.create(probe, b"first") and not way.create(probe, b"second") and _read(probe) == b"first"
-    except (NotImplementedError, FileNotFoundError, Refused):
+    except (NotImplementedError, FileNotFoundError, IntegrityError, Refused):
         holds = False
     except BaseException:
         _remove_at_once(probe)
@@ -114,7 +114,12 @@ def _no_way(url: str) -> UserError:
     where = f"{_where(url)} at {endpoint()[1] or 'Amazon S3'}" if is_remote(url) else _where(url)
     found = f"{where} has no proven way to create a file only if it is absent (tried: {tried})"
     expected = f"{found}, so that two commands which start together would mix their files"
-    remedy = "use a store or folder that has one, or set store.single_writer: true if nobody else writes there"
+    better = (
+        "a store that has one"
+        if is_remote(url)
+        else "another folder, or the bucket as s3://... if one is mounted there"
+    )
+    remedy = f"use {better}, or set store.single_writer: true if nobody else writes there"
     return UserError("store.single_writer", None, expected, remedy)
 
 
