@@ -57,7 +57,12 @@ process = _Process()
 
 def configure(options: StoreOptions) -> None:
     """Set how this process reaches the store; call it again to take up changed credentials."""
-    process.__init__(options)  # type: ignore[misc]
+    process.options = options
+    process.filesystems.clear()
+    process.answered.clear()
+    process.missed.clear()
+    process.buckets.clear()
+    process.path_is_refused = False
 
 
 def is_remote(url: str) -> bool:

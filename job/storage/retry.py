@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import aiohttp
 import botocore.exceptions as boto
@@ -174,9 +174,9 @@ def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_sec
     elif (cause := _cause(error, boto.ClientError)) is not None:
         found = cause.response.get("Error", {})
         status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        raise_if_refused(Answer(status, str(found.get("Code", status)), found.get("Message", "")), operation, url)
+        _raise_if_refused(Answer(status, str(found.get("Code", status)), found.get("Message", "")), operation, url)
     elif (cause := _cause(error, aiohttp.ClientResponseError)) is not None:
-        raise_if_refused(Answer(cause.status, str(cause.status), cause.message), operation, url)
+        _raise_if_refused(Answer(cause.status, str(cause.status), cause.message), operation, url)
     elif isinstance(error, FileNotFoundError) and error.__cause__ is None:
         raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
     elif (cause := _cause(error, _CREDENTIALS_MISSING)) is not None:
@@ -212,30 +212,37 @@ def _may_come_up(cause: Exception, reason: object) -> bool:
     return is_refused or isinstance(cause, boto.ConnectTimeoutError)
 
 
-def raise_if_refused(answer: Answer, operation: str, url: str, is_explained: bool = False) -> None:
-    """Raise what an error of the store means; return if it may pass.
+def _raise_if_refused(answer: Answer, operation: str, url: str) -> None:
+    """Raise what an error of the store means; return if it may pass."""
+    if not answer.is_bare:
+        process.answered.add(service(url))
+    if answer.code in _CODES_THAT_MAY_PASS or answer.status in (408, 425, 429):
+        return
+    if answer.status >= 500 and answer.status != 501:
+        return
+    is_ambiguous = answer.code == "AccessDenied" and operation in ("read", "find")
+    if protocol(url) == "s3" and operation != PROBE and (answer.is_bare or is_ambiguous):
+        raise Unexplained(answer)
+    refuse(answer, operation, url)
+
+
+def refuse(answer: Answer, operation: str, url: str, may_be_absent: bool = False) -> NoReturn:
+    """Raise what an answer that no other try changes means.
 
     Args:
         answer: the store's.
         operation: what was asked.
         url: of what.
-        is_explained: whether the reason was looked for already, so that the answer counts as it stands.
+        may_be_absent: whether a 403 can also mean that there is no such object.
     """
-    status, code = answer.status, answer.code
-    on_s3 = protocol(url) == "s3"
-    if not answer.is_bare:
-        process.answered.add(service(url))
-    if code in _CODES_THAT_MAY_PASS or status in (408, 425, 429) or (status >= 500 and status != 501):
-        return
-    reason = f"the store refused to {operation} {url}: {code}"
-    # Huawei OBS answers NoSuchKey to an upload that has the bucket in its path.
-    if on_s3 and (code in _PATH_STYLE_REFUSED or (code == "NoSuchKey" and operation in ("write", "create"))):
-        raise PathStyleRefused(f"{reason}: it wants the bucket in the host name")
-    is_ambiguous = code == "AccessDenied" and operation in ("read", "find")
-    if on_s3 and not is_explained and operation != PROBE and (answer.is_bare or is_ambiguous):
-        raise Unexplained(answer)
-    if on_s3:
-        _raise_if_mistaken(answer, operation, url, reason, is_explained)
+    status = answer.status
+    reason = f"the store refused to {operation} {url}: {answer.code}"
+    if protocol(url) == "s3":
+        # Huawei OBS answers NoSuchKey to an upload that has the bucket in its path.
+        is_upload_without_key = answer.code == "NoSuchKey" and operation in ("write", "create")
+        if answer.code in _PATH_STYLE_REFUSED or is_upload_without_key:
+            raise PathStyleRefused(f"{reason}: it wants the bucket in the host name")
+        _raise_if_mistaken(answer, operation, url, reason, may_be_absent)
     if status == 404:
         raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
     # 412 answers If-None-Match, 409 the headers by which others forbid to overwrite.
@@ -248,7 +255,7 @@ def raise_if_refused(answer: Answer, operation: str, url: str, is_explained: boo
     raise Refused(url, None, f"{reason} {answer.message}", "correct the URL") from None
 
 
-def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str, is_explained: bool) -> None:
+def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str, may_be_absent: bool) -> None:
     """Raise UserError if the bucket, the clock, the credentials, the region or the service is not the right one."""
     bucket = f"s3://{place(url)['Bucket']}"
     if answer.code == "NoSuchBucket":
@@ -262,7 +269,7 @@ def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str, is
             remedy = "unset store.anonymous and give credentials: only what is public can be read without"
             raise kind("store.anonymous", True, reason, remedy) from None
         remedy = f"{_GIVE_CREDENTIALS}, of one who may use {bucket}"
-        if is_explained and operation in ("read", "find"):
+        if may_be_absent:
             remedy += ", and may list: without that right an absent object is answered like a forbidden one"
         raise kind("AWS_ACCESS_KEY_ID", None, reason, remedy) from None
     if answer.code in _OTHER_REGION:

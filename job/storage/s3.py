@@ -5,6 +5,7 @@ No request asks about a bucket's root, so that a key which may only use its own 
 
 import asyncio
 import base64
+import errno
 import hashlib
 import re
 import secrets
@@ -20,7 +21,7 @@ from job.errors import UserError
 from job.storage import deadline
 from job.storage.connection import addressing, filesystem, place, process
 from job.storage.deadline import IntegrityError, StoreError
-from job.storage.retry import PROBE, AccessDenied, Answer, Unexplained, raise_if_refused, run
+from job.storage.retry import PROBE, AccessDenied, Answer, Unexplained, refuse, run
 
 PART_BYTES = 8 * 2**20
 """Bytes of a larger file that one request carries: this much is held in memory and sent again after a fault."""
@@ -67,12 +68,12 @@ def _explained(operation: str, url: str, function: Callable[[], Coroutine[Any, A
                 is_listed = _is_listed(url)
             if addressing() != style:  # the listing found out how the store wants to be asked
                 continue
-            if answer.status in (403, 404) and is_listed is False:
-                answer = Answer(404, "NoSuchKey", "")
-            elif answer.is_bare and answer.status == 403:
+            looks = operation in ("read", "find")
+            if looks and is_listed is False and answer.status in (403, 404):
+                raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
+            if answer.is_bare and answer.status == 403:
                 answer = Answer(403, "AccessDenied", answer.message)
-            raise_if_refused(answer, operation, url, is_explained=True)
-            raise StoreError(f"{operation} {url}: {answer.code}") from None
+            refuse(answer, operation, url, may_be_absent=looks and is_listed is None)
         process.buckets.add(bucket)
         return result
 
