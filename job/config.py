@@ -114,6 +114,17 @@ class Store(Section):
     connect_timeout_seconds: float = setting(5.0, "Longest wait for a connection", unit="seconds", gt=0)
     read_timeout_seconds: float = setting(30.0, "Longest silence of a server within an answer", unit="seconds", gt=0)
     deadline_seconds: float = setting(300.0, "Longest time for one operation, retries included", unit="seconds", gt=0)
+    addressing: Literal["auto", "virtual", "path"] = setting(
+        "auto",
+        "How requests name a bucket: virtual: bucket.host/key, path: host/bucket/key; auto: virtual for Alibaba OSS, "
+        "Tencent COS, Huawei OBS and Volcengine TOS and where path is refused, else path; Amazon S3: as AWS wants it",
+    )
+    single_writer: bool = setting(
+        False,
+        "Nobody else writes to data.shards and run.output at the same time; needed only for a store without "
+        "conditional writes, where nothing else keeps two prepares or two runs apart",
+    )
+    anonymous: bool = setting(False, "Send requests without credentials: enough to read public buckets")
 
 
 class Data(Section):

@@ -28,7 +28,7 @@ from fault_proxy import SLOW_DOWN, Fault, FaultProxy
 from job import storage
 from job.demo.server import S3Server
 from job.errors import UserError
-from job.storage import Entry, IntegrityError, StoreError, StoreOptions
+from job.storage import Entry, IntegrityError, StoreError, StoreOptions, retry, s3
 
 LARGE = 3 * storage.PART_BYTES + 12_345
 
@@ -383,13 +383,16 @@ def test_exactly_one_creates_a_file_even_if_all_write_the_same(place: str) -> No
 
 
 @pytest.mark.parametrize("lost", [[True], [False, True], [True, True, False]])
+@pytest.mark.parametrize("is_proven", [True, False])
 def test_a_creation_whose_answer_was_lost_is_known_as_ones_own(
-    bucket: str, s3_server: S3Server, lost: list[bool]
+    bucket: str, s3_server: S3Server, lost: list[bool], is_proven: bool
 ) -> None:
     with FaultProxy(s3_server.endpoint_url) as proxy:
+        storage.configure(StoreOptions(proxy.endpoint_url))
+        if is_proven:  # otherwise the faults hit the creation of the throw-away file
+            assert storage.creation_way(f"{bucket}/object") == "If-None-Match: *"
         for is_lost in lost:
             proxy.inject(Fault.RESET_ANSWER if is_lost else SLOW_DOWN, lambda request: request.method == "PUT")
-        storage.configure(StoreOptions(proxy.endpoint_url))
         assert storage.create_bytes(f"{bucket}/object", b"mine")
         assert proxy.injected.total() == len(lost)
         assert not storage.create_bytes(f"{bucket}/object", b"mine")
@@ -402,76 +405,25 @@ def test_an_upload_that_is_gone_counts_only_if_it_was_completed(
     """Some stores forget an upload that is complete, so that a completion tried again meets none."""
     url, old, new = f"{bucket}/object", content(LARGE, seed=1), content(LARGE, seed=2)
     storage.write_bytes(url, old)
-    run = storage._run
+    call = s3.call
 
-    def meet_no_upload(operation: str, url: str, function: Any, *args: Any, **request: Any) -> Any:
-        if args == ("complete_multipart_upload",):
+    def meet_no_upload(operation: str, url: str, method: str, **request: Any) -> Any:
+        if method == "complete_multipart_upload":
             if is_completed:
-                run(operation, url, function, *args, **request)
+                call(operation, url, method, **request)
             place = {name: request[name] for name in ("Bucket", "Key", "UploadId")}
             s3_server.client().abort_multipart_upload(**place)
             raise FileNotFoundError(url)
-        return run(operation, url, function, *args, **request)
+        return call(operation, url, method, **request)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_run", meet_no_upload)
+        patch.setattr(s3, "call", meet_no_upload)
         if is_completed:
             storage.write_bytes(url, new)
         else:
             with pytest.raises(StoreError, match="aborted"):
                 storage.write_bytes(url, new)
     assert storage.read_bytes(url) == (new if is_completed else old)
-
-
-class NegligentStore(BaseHTTPRequestHandler):
-    """A store that ignores If-None-Match, as some do."""
-
-    protocol_version = "HTTP/1.1"
-    objects: dict[str, str] = {}  # noqa: RUF012
-
-    def answer(self, status: int, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.objects[self.path] = self.headers["x-amz-meta-writer"]
-        self.answer(200, ETag='"1"')
-
-    def do_HEAD(self) -> None:
-        self.answer(200, ETag='"1"', x_amz_meta_writer=self.objects[self.path])
-
-    def do_DELETE(self) -> None:
-        del self.objects[self.path]
-        self.answer(204)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class StoreWithoutConditions(NegligentStore):
-    """A store that refuses If-None-Match, as others do."""
-
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        body = b"<Error><Code>NotImplemented</Code></Error>"
-        self.send_response(501)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-def test_a_store_is_known_to_create_conditionally_only_if_it_does(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage.supports_conditional_create(f"{bucket}/prefix")
-    assert storage.list_files(bucket) == []
-    for store in (NegligentStore, StoreWithoutConditions):
-        with http_service(store) as endpoint_url:
-            storage.configure(StoreOptions(endpoint_url=endpoint_url))
-            assert not storage.supports_conditional_create("s3://other/prefix")
-    assert NegligentStore.objects == {}
 
 
 # ── until the deadline (what passes before it is in test_store_faults) ───────────────────────────────────────────────
@@ -551,7 +503,7 @@ OPERATIONS: list[Callable[[str], object]] = [
     storage.exists,
     storage.list_files,
     storage.delete_tree,
-    storage.supports_conditional_create,
+    storage.creation_way,
     lambda url: storage.glob(f"{url}/*"),
     lambda url: storage.write_bytes(url, b"x"),
     lambda url: storage.write_bytes(url, bytes(LARGE)),
@@ -577,7 +529,7 @@ def test_a_mistake_in_the_connection_is_one_line_that_names_the_setting(
 ) -> None:
     is_slow = request.node.callspec.params["fault"] in IN_SECONDS
     if fault == "store.endpoint_url":  # the unresolvable one's is AWS_ENDPOINT_URL: one of the two takes its full time
-        monkeypatch.setattr(storage, "_UNREACHABLE_SECONDS", 0.5)
+        monkeypatch.setattr(retry, "UNREACHABLE_SECONDS", 0.5)
     for operation in OPERATIONS[:1] if is_slow else OPERATIONS:
         started = time.monotonic()
         with pytest.raises(UserError) as caught:
@@ -595,7 +547,7 @@ def test_a_mistake_in_the_connection_is_one_line_that_names_the_setting(
 def test_a_service_that_does_not_answer_at_all_is_told_of_and_waited_for(
     bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "_UNREACHABLE_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "UNREACHABLE_SECONDS", 0.3)
     address = closed_port()
     storage.configure(StoreOptions(endpoint_url=address, deadline_seconds=2))
     for _ in range(2):  # a program that is started in an outage is to be started again, not to be given up

@@ -102,7 +102,7 @@ def preflight(
     # ---- What it would go on from ----
     earlier = run.Earlier()
     if store_answers and (is_here or kind == "slurm" or storage.is_remote(config.run.output)):
-        store.check_output(findings, config.run.output)
+        store.check_output(findings, config.run.output, config.store.single_writer)
         if spec is not None and manifest is not None:
             with TemporaryDirectory(prefix="wikillm-") as scratch:
                 earlier = run.check_run(findings, config, spec, manifest, scratch)

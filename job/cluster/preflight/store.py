@@ -23,6 +23,11 @@ _LARGE_SKEW_SECONDS = 60
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _PATIENCE_SECONDS = 15
 """A run would wait longer for a store that is away; whoever checks sits before the screen."""
+_ADDRESSING = {
+    "auto": "as AWS wants it, by the name of the bucket",
+    "virtual": "virtual: bucket.host/key",
+    "path": "path: host/bucket/key",
+}
 _LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
 
 
@@ -38,7 +43,7 @@ def check_store(findings: Findings, config: Config, is_here: bool) -> bool:
     on_s3 = [name for name, url in urls.items() if url.startswith("s3://")]
     if not on_s3:
         return True
-    has_credentials = _check_credentials(findings, is_here)
+    has_credentials = _check_credentials(findings, is_here, config.store.anonymous)
     setting, address = endpoint(config)
     host = urlsplit(address).hostname or ""
     if not is_here and host.startswith(_LOOPBACK):
@@ -52,6 +57,7 @@ def check_store(findings: Findings, config: Config, is_here: bool) -> bool:
             for name in on_s3:
                 storage.exists(storage.join(urls[name], MANIFEST_NAME))
             findings.right("store", f"answers, and has the bucket of {' and '.join(on_s3)}")
+            findings.right("addressing", _ADDRESSING[storage.addressing()])  # as it was found out by then
             return True
     return False
 
@@ -68,7 +74,10 @@ def endpoint(config: Config) -> tuple[str, str]:
     return "the cloud's own", f"https://s3.{region}.amazonaws.com"
 
 
-def _check_credentials(findings: Findings, is_here: bool) -> bool:
+def _check_credentials(findings: Findings, is_here: bool, is_anonymous: bool) -> bool:
+    if is_anonymous:
+        findings.unsure("credentials", "none are sent (store.anonymous): enough to read what is public, not to write")
+        return True
     remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN if temporary), or AWS_PROFILE"
     try:
         found = botocore.session.Session().get_credentials()
@@ -107,16 +116,27 @@ def _check_clock(findings: Findings, address: str) -> None:
         findings.right("clock", "agrees with the store's to the second" if abs(skew) < 2 else found)
 
 
-def check_output(findings: Findings, output: str) -> None:
-    """Creates a file where the run will live, sees that it cannot be created twice, and removes it."""
+def check_output(findings: Findings, output: str, is_single_writer: bool) -> None:
+    """Check that files can be created where the run will live, and how the store is asked not to overwrite.
+
+    Args:
+        findings: takes the row.
+        output: the run's place.
+        is_single_writer: whether the settings say that nobody else writes there.
+    """
     made = [] if storage.is_remote(output) else _missing_folders(output)
     with findings.guard("output writable"):
-        is_exclusive = storage.supports_conditional_create(output)
-        remedy = "use a store that has If-None-Match (Amazon S3, MinIO, SeaweedFS, Ceph), or a folder"
-        found = f"{output}: a file was created there, " + (
-            "not a second time, and removed" if is_exclusive else "but also a second time: two starts could both win"
-        )
-        findings.judge("output writable", is_exclusive, found, remedy)
+        way = storage.creation_way(storage.join(output, "run.json"))
+        if way is not None:
+            found = f"{output}: a file was created there, not a second time ({way}), and removed"
+            findings.right("output writable", found)
+        else:
+            found = f"{output}: files can be written there, but nothing forbids to create one a second time"
+            remedy = "use a store or folder that does, or set store.single_writer: true if nobody else writes there"
+            if is_single_writer:
+                findings.unsure("output writable", f"{found}; store.single_writer is trusted", "start one at a time")
+            else:
+                findings.wrong("output writable", f"{found}, so that two starts could both win", remedy)
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
