@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from job import console
 from job.cluster import family, outcome, stop, worker
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place
@@ -32,6 +33,7 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         requests: the first asks the workers to stop, and they are waited for; the second kills them.
     """
     if place.world is not None:
+        console.install(worker.PATIENCE_SECONDS)
         os.environ |= worker_environment(place.gpus, place.world.local_world_size, config)
         status = worker.work_alone(command, config, place, requests)
         family.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
