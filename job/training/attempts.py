@@ -26,6 +26,10 @@ _LONGEST_ERROR = 2000
 DONE, STOPPED, FAILED, GAVE_UP = "done", "stopped", "failed", "gave up"
 
 
+class Superseded(UserError):
+    """A newer attempt has the run: this one must not write any more."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of a run."""
@@ -110,12 +114,12 @@ class Attempts:
         return attempt
 
     def check_is_ours(self, attempt: Attempt) -> None:
-        """Raises a UserError that says who has the run, if `attempt` has it no more."""
+        """Raises Superseded, which says who has the run, if `attempt` has it no more."""
         if (numbers := self.numbers()) and numbers[-1] > attempt.number:
             newer = self.read(numbers[-1])
             who = newer.who if newer is not None else f"attempt {numbers[-1]}"
             expected = f"{who} has taken this run over from attempt {attempt.number}"
-            raise UserError("run.output", self._output, expected, "let it, or give each its own run.output")
+            raise Superseded("run.output", self._output, expected, "let it, or give each its own run.output")
 
     def limit(self, number: int) -> Callable[[int], bool]:
         """Which steps of the attempt `number` belong to the run: those up to where a later attempt went on.
