@@ -81,7 +81,12 @@ def choose_mode(setting: Literal["auto", "cloud", "local", "offline", "disabled"
     """
     if setting == "disabled":
         return "disabled", "tracking.mode is disabled"
-    swanlab_settings = _settings()
+    try:
+        swanlab_settings = _settings()
+    except UserError:
+        raise
+    except Exception as error:  # it is not installed as it should be, or its files cannot be read
+        return "disabled", f"SwanLab cannot be used: {one_line(repr(error))}"
     has_key = bool(swanlab_settings.api_key)
     has_dashboard = importlib.util.find_spec("swanboard") is not None
     name, wanted = "tracking.mode", setting
