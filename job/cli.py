@@ -89,6 +89,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     """
     if not argv:
         return Arguments("train", config_path=os.environ.get("JOB_CONFIG", _DEFAULT_CONFIG))
+    for word in argv:
+        if not _is_text(word):
+            expected = f"these bytes are no text in this locale's encoding, {sys.getfilesystemencoding()}"
+            raise UserError("command line", os.fsencode(word), expected, "set LANG to the terminal's, such as C.UTF-8")
     if argv[0] in ("-h", "--help"):
         return Arguments("", wants_help=True)
     arguments = Arguments(argv[0])
@@ -126,6 +130,14 @@ def parse(argv: Sequence[str]) -> Arguments:
     if arguments.words and arguments.command != "generate":
         raise UserError("command line", arguments.words[0], f"`{arguments.command}` takes no words", "see --help")
     return arguments
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # Python keeps bytes that it cannot decode as half a character each
+        return False
+    return True
 
 
 # ---- The commands ----
@@ -205,7 +217,7 @@ def _names() -> set[str]:
 
 
 def _print_help(command: str) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     usage = {"": "COMMAND", "generate": "generate [PROMPT ...]"}.get(command, command)
     console.print(
         f"[bold]python -m job {escape(usage)}[/bold] --config FILE [--section.key value ...]", highlight=False

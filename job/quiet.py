@@ -10,6 +10,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
+    logging.raiseExceptions = False  # a log file that cannot be written would fill the console with tracebacks
     for name in ("DeepSpeed", "deepspeed", "torch", "accelerate", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar

@@ -13,20 +13,25 @@ from rich.table import Table
 _LOG_WIDTH = 400
 
 
+def make_console(width: int | None = None, **options: Any) -> Console:
+    """A console for text that a person may have chosen: brackets and colons in it are no markup.
+
+    Nothing is wrapped at `width` where there is no terminal: a log keeps one event on one line.
+    """
+    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else width, **options)
+
+
 class Report:
     """Says things once for the whole run: on other ranks than the first it is silent."""
 
     def __init__(self, rank: int = 0) -> None:
-        # Nothing is wrapped where there is no terminal: a log keeps one event on one line.
-        terminal = sys.stdout.isatty()
-        width = None if terminal else _LOG_WIDTH
-        self._console = Console(quiet=rank != 0, highlight=False, soft_wrap=not terminal, width=width)
+        self._console = make_console(_LOG_WIDTH, quiet=rank != 0, soft_wrap=not sys.stdout.isatty())
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     def say(self, line: str) -> None:
         """One line."""
-        self._console.print(line, markup=False)
+        self._console.print(line)
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """Names and values."""
@@ -41,10 +46,10 @@ class Report:
         """Begins a progress bar; without a terminal there is none, the lines say it all."""
         if self._console.is_terminal and not self._console.quiet:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[rate]}", markup=False),
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,

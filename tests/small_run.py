@@ -163,6 +163,10 @@ class Job:
                     found[int(one.environ()["RANK"])] = one
         return [one for _, one in sorted(found.items())]
 
+    def family(self) -> list[psutil.Process]:
+        """All processes of the command, itself among them."""
+        return [psutil.Process(self.process.pid), *self.descendants()]
+
     def end(self, seconds: float = _EXIT_SECONDS) -> tuple[int, str, str]:
         """Exit code, standard output and standard error, when it has ended by itself, which it must in time."""
         out, err = self.process.communicate(timeout=seconds)
@@ -186,10 +190,17 @@ def still_alive(processes: list[psutil.Process], seconds: float = 60) -> list[ps
     return alive
 
 
-def run(command: str, settings: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+def run(
+    command: str, settings: Path, *words: str, under: Sequence[str] = (), **environment: str
+) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command."""
-    with Job(command, settings, *words, **environment) as job:
+    with Job(command, settings, *words, under=under, **environment) as job:
         return job.end()
+
+
+def redirected(redirection: str) -> list[str]:
+    """What a command is to be started under for a shell's redirection, such as ``>/dev/full``."""
+    return ["bash", "-c", f'exec "$@" {redirection}', "bash"]
 
 
 def train_until(step: int, settings: Path, number: int = signal.SIGTERM) -> tuple[int, str, str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from job import console
 from job.cluster import family, outcome, stop
 from job.cluster.outcome import Outcome
 from job.cluster.task import Task
@@ -40,4 +41,5 @@ def _run_alone(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    console.install()
     family.leave(main())  # taking torch apart in order takes a second

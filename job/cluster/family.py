@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from job import console
 from job.errors import EXIT_FAILED
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
@@ -27,6 +28,5 @@ def die_with_parent() -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends this process; communication threads may abort one that shuts down in the usual way, after all is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    console.close()
     os._exit(code)

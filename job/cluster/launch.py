@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from job import console
 from job.cluster import family, outcome, stop, worker
+from job.cluster.foreign_environment import without_foreign
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place
 from job.cluster.task import Task
@@ -32,6 +34,10 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         requests: the first asks the workers to stop, and they are waited for; the second kills them.
     """
     if place.world is not None:
+        console.install(worker.PATIENCE_SECONDS)
+        own = without_foreign(os.environ, is_worker=True)
+        for name in os.environ.keys() - own.keys():
+            del os.environ[name]
         os.environ |= worker_environment(place.gpus, place.world.local_world_size, config)
         status = worker.work_alone(command, config, place, requests)
         family.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
@@ -52,7 +58,7 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         folder = Path(scratch)
         killed_by: list[int] = []
         task.write(folder)
-        environment = os.environ | worker_environment(place.gpus, task.processes, config)
+        environment = without_foreign(os.environ) | worker_environment(place.gpus, task.processes, config)
         environment |= {family.FOLDER_VARIABLE: str(folder), family.PARENT_VARIABLE: str(os.getpid())}
         agent = subprocess.Popen(
             [sys.executable, "-m", "job.cluster.agent"],
@@ -99,6 +105,8 @@ def worker_environment(gpus: int, processes: int, config: Config) -> dict[str, s
         wanted |= {"TORCHDYNAMO_DISABLE": "1"}
     if gpus:
         wanted |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # blocks of all sizes share what is free
+        # NCCL's own search for a hang takes a pause for one; ours does not. A week, as milliseconds have 31 bits there.
+        wanted |= {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(7 * 24 * 3600)}
     else:
         wanted |= {
             "DS_ACCELERATOR": "cpu",

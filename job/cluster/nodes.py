@@ -21,13 +21,15 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
 
+from job import awake
 from job.cluster import outcome
 from job.cluster.outcome import Outcome
 from job.cluster.place import Rendezvous
 from job.errors import UserError
 
-ABORT = signal.SIGHUP
-"""What a node's agent sends itself when another node has failed: torchrun ends its workers then."""
+ABORT = signal.SIGVTALRM
+"""What a node's agent sends itself when another node has failed: torchrun ends its workers with it. No person, terminal
+or scheduler sends this signal, and a process that does not handle it ends."""
 _BEAT_SECONDS = 1.0
 _LOST_SECONDS = 30.0
 """A node that has given no sign of life for so long is gone."""
@@ -207,9 +209,9 @@ class Nodes:
             beats = self._store.add(f"beat/{node}", 0)
         known, since = self._beats.get(node, (-1, 0.0))
         if beats != known:
-            self._beats[node] = beats, time.monotonic()
+            self._beats[node] = beats, awake.seconds()
             return False
-        return time.monotonic() - since > self._lost_seconds
+        return awake.seconds() - since > self._lost_seconds
 
     # ---- Parting ----
 
@@ -252,9 +254,9 @@ class Nodes:
         """Node 0 keeps the store until those of the others that are there have read it."""
         with suppress(RuntimeError):
             self._set(f"left/{self.rank}", True)
-            deadline = time.monotonic() + _LOST_AT_THE_END_SECONDS
+            deadline = awake.seconds() + _LOST_AT_THE_END_SECONDS
             there = [node for node in alive if self._has(f"card/{node}")]
-            while self.rank == 0 and time.monotonic() < deadline:
+            while self.rank == 0 and awake.seconds() < deadline:
                 if all(self._has(f"left/{node}") for node in there):
                     return
                 time.sleep(_BEAT_SECONDS / 20)
@@ -278,14 +280,14 @@ class _Wait:
     """Waits for other nodes, with a limit for all of it, and tells a person what for."""
 
     def __init__(self, timeout_seconds: float, stop_requested: Callable[[], bool], say: Callable[[str], None]) -> None:
-        self._began, self._timeout_seconds = time.monotonic(), timeout_seconds
+        self._began, self._timeout_seconds = awake.seconds(), timeout_seconds
         self._stop_requested, self._say = stop_requested, say
         self._next_word_seconds = _FIRST_WORD_SECONDS
 
     def until(self, come: Callable[[], bool], missing: Callable[[], str]) -> None:
         """Returns when they have `come`; `missing` says who has not."""
         while not come():
-            waited = time.monotonic() - self._began
+            waited = awake.seconds() - self._began
             if self._stop_requested():
                 raise NodesStopped
             if waited > self._timeout_seconds:

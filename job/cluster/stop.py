@@ -10,11 +10,21 @@ from types import FrameType
 
 from job.errors import EXIT_STOPPED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _DEMANDS = (signal.SIGTERM, signal.SIGINT)
 """A warning (SIGUSR1 from Slurm before its time limit) may be followed by one of these; two of these are in earnest."""
 _SAME_REQUEST_SECONDS = 1.0
 """Launchers signal several processes, and some of them twice: what comes so close together is one request."""
+
+
+def requests() -> tuple[signal.Signals, ...]:
+    """The signals that ask this process to stop.
+
+    A closed terminal sends SIGHUP. Under ``nohup`` that is ignored from the start on, in all processes of a run, and
+    stays so.
+    """
+    is_deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if not (is_deaf and number == signal.SIGHUP))
 
 
 def hold() -> None:
@@ -22,7 +32,7 @@ def hold() -> None:
 
     A held signal is not lost while a program is still being loaded, which takes a worker seconds.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, requests())
 
 
 def listen(heard: Callable[[int, int], None]) -> None:
@@ -32,10 +42,11 @@ def listen(heard: Callable[[int, int], None]) -> None:
     main thread before others are started.
     """
     hold()
+    numbers = requests()
 
     def serve() -> None:
         while True:
-            received = signal.sigwaitinfo(SIGNALS)
+            received = signal.sigwaitinfo(numbers)
             heard(received.si_signo, received.si_pid)
 
     threading.Thread(target=serve, name="stop-signals", daemon=True).start()
@@ -77,7 +88,7 @@ def raised() -> Iterator[None]:
     def leave_off(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
-    before = {number: signal.signal(number, leave_off) for number in SIGNALS}
+    before = {number: signal.signal(number, leave_off) for number in requests()}
     try:
         yield
     finally:

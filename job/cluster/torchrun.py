@@ -20,7 +20,8 @@ from job.cluster.task import Task
 from job.errors import UserError
 from job.revision import code_version
 
-_HEARD = "SIGHUP,SIGQUIT"
+_HEARD = f"{nodes.ABORT.name},SIGQUIT"
+"""Signals by which torchrun ends its workers at once; requests to stop are not among them."""
 _TAKE_DOWN_SECONDS = 3
 """What a worker gets between SIGTERM and SIGKILL when another one has failed; it leaves at once if it can."""
 _COMPARED = ("torch", "transformers", "deepspeed", "accelerate")

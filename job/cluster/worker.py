@@ -7,7 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
-from job import storage
+from job import console, storage
 from job.cluster import outcome, stop
 from job.cluster.family import FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
@@ -18,6 +18,9 @@ from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError
 from job.quiet import silence_libraries
 from job.training.start import Start
 from job.training.world import World
+
+PATIENCE_SECONDS = 60.0
+"""A log that nobody reads, such as that of a paused terminal, holds up all processes of a run no longer than this."""
 
 
 def work(command: str, config: Config, world: World, start: Start) -> str:
@@ -94,4 +97,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    console.install(PATIENCE_SECONDS)
     leave(main())

@@ -10,7 +10,7 @@ from multiprocessing.context import SpawnProcess
 from time import monotonic
 from typing import cast
 
-from job import storage
+from job import console, storage
 from job.data.corpus import BadRecord
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
@@ -119,7 +119,8 @@ def _prepare_part(
     work: Work, store: storage.StoreOptions, engine: Engine, worker: tuple[int, int], reports: Connection
 ) -> None:
     """Report every batch, bad record and notice, and at last None, or what went wrong."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    console.install()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # who signals all processes reaches the first one, which ends the others
     # The processes are the parallelism, for either tokenizer.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}

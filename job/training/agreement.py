@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from job.errors import NoProgress, UserError
+from job.training.watchdog import NO_LIMIT
 from job.training.world import World
 
 Value = TypeVar("Value")
@@ -55,7 +56,7 @@ class Lockstep:
     """
 
     def __init__(self, world: World, stop_requested: Callable[[], bool], beat: Callable[[], None]) -> None:
-        self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=NO_LIMIT) if world.world_size > 1 else None
         self._stop_requested, self._beat = stop_requested, beat
         self._flags = torch.zeros(3, dtype=torch.uint8)
         self._posted: Any = None

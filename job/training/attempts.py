@@ -38,6 +38,10 @@ GAVE_UP = "gave up"
 """Of an attempt of an earlier version, which claimed the run before it judged its progress."""
 
 
+class Superseded(UserError):
+    """A newer attempt has the run: this one must not write any more."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of a run."""
@@ -132,7 +136,7 @@ class Attempts:
         return attempt
 
     def check_is_ours(self, attempt: Attempt) -> None:
-        """Raise a UserError that names the newer attempt if `attempt` does not have the run any more.
+        """Raise `Superseded`, which names the newer attempt, if `attempt` does not have the run any more.
 
         The attempt then records that it was superseded: it is no attempt without progress.
         """
@@ -142,7 +146,7 @@ class Attempts:
             newer = self.read(numbers[-1])
             who = newer.who if newer is not None else f"attempt {numbers[-1]}"
             expected = f"{who} has taken this run over from attempt {attempt.number}"
-            raise UserError("run.output", self._output, expected, "let it, or give each its own run.output")
+            raise Superseded("run.output", self._output, expected, "let it, or give each its own run.output")
 
     def limit(self, number: int) -> Callable[[int], bool]:
         """Which steps of the attempt `number` belong to the run: those up to where a later attempt went on.

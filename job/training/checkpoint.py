@@ -259,8 +259,7 @@ def delete_old_checkpoints(output: str, keep: int, keep_every: int | None, newes
     names = [name for name, is_complete in folders.items() if is_complete]
     kept = kept_checkpoints([name for name in lineage(Attempts(output), names) if name <= newest], keep, keep_every)
     for name in folders.keys() - kept:
-        storage.delete([storage.join(name.url(output), _MANIFEST)])
-        storage.delete_tree(name.url(output))
+        discard_checkpoint(output, name)
 
     def is_abandoned(file_url: str) -> bool:
         name = _name(file_url)
@@ -268,6 +267,12 @@ def delete_old_checkpoints(output: str, keep: int, keep_every: int | None, newes
 
     storage.abort_uploads(checkpoints_url(output), is_abandoned)
     return sorted(kept)
+
+
+def discard_checkpoint(output: str, name: Name) -> None:
+    """Deletes all that there is of a checkpoint, its manifest first."""
+    storage.delete([storage.join(name.url(output), _MANIFEST)])
+    storage.delete_tree(name.url(output))
 
 
 def _folders(output: str) -> dict[Name, bool]:

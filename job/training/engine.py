@@ -108,13 +108,34 @@ def start_accelerator(strategy: Strategy, log_with: str | None = None) -> Accele
         cpu=not on_gpu and not zero2,
         log_with=log_with,
     )
+    _check_set_up(accelerator, strategy)
+    return accelerator
+
+
+def _check_set_up(accelerator: Accelerator, strategy: Strategy) -> None:
+    """Raises a RuntimeError if anything is not as it was asked for, such as by an environment variable."""
     formed = (accelerator.num_processes, dist.get_world_size() if dist.is_initialized() else 1)
     if formed != (strategy.world_size, strategy.world_size):
         raise RuntimeError(f"{strategy.world_size} processes were asked for, but {formed} came together")
-    kind = str(accelerator.distributed_type.value)
-    if (kind == "DEEPSPEED") != zero2:
+    zero2, kind = strategy.name == "zero2", str(accelerator.distributed_type.value)
+    kinds = {"DEEPSPEED"} if zero2 else {"MULTI_CPU", "MULTI_GPU"} | ({"NO"} if strategy.world_size == 1 else set())
+    if kind not in kinds:
         raise RuntimeError(f"strategy {strategy.name} was asked for, but accelerate set up {kind}")
-    return accelerator
+    wanted: dict[str, Any] = {
+        "gradient_accumulation_steps": strategy.gradient_accumulation_steps,
+        "mixed_precision": "bf16" if strategy.precision == "bf16" else "no",
+    }
+    found = {name: getattr(accelerator, name) for name in wanted}
+    if zero2:
+        decided, formed_of = _deepspeed_config(strategy), accelerator.state.deepspeed_plugin.deepspeed_config
+        for name in ("gradient_accumulation_steps", "gradient_clipping"):
+            wanted[f"DeepSpeed's {name}"], found[f"DeepSpeed's {name}"] = decided[name], formed_of.get(name)
+        for section in ("bf16", "zero_optimization"):
+            wanted |= {f"{section}.{name}": value for name, value in decided[section].items()}
+            found |= {f"{section}.{name}": formed_of[section].get(name) for name in decided[section]}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise RuntimeError(f"{name} {value} was asked for, but accelerate set up {found[name]}")
 
 
 class Engine:

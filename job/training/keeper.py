@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from typing_extensions import override
 
-from job import storage
+from job import awake, storage
 from job.config import Config
+from job.errors import UserError
 from job.report import Report
 from job.training.attempts import DONE, Attempts
 from job.training.budget import TimeBudget
@@ -47,7 +48,7 @@ class Follower:
         return False
 
     def check(self) -> None:
-        """Raises a UserError if the run is not ours any more, or cannot be saved and never will be."""
+        """Raises a UserError if the run is not ours any more."""
 
     def give_up_save(self) -> None:
         """Gives up the save that is on its way, for a last one to have all the time."""
@@ -69,6 +70,7 @@ class Follower:
 
         Raises:
             StoreError: the last save has failed.
+            UserError: the same, and a person can mend it.
         """
 
     def close(self) -> None:
@@ -148,7 +150,7 @@ class Keeper(Follower):
     @override
     def check(self) -> None:
         self._watch.raise_if_lost()
-        self._saver.raise_if_refused()
+        self._saver.raise_if_superseded()
 
     @override
     def give_up_save(self) -> None:
@@ -167,25 +169,27 @@ class Keeper(Follower):
 
     @override
     def finish_save(self, step: int, deadline_seconds: float) -> Callable[[float], bool]:
-        end = time.monotonic() + deadline_seconds
+        end = awake.seconds() + deadline_seconds
 
         def is_finished(seconds: float) -> bool:
-            is_late = time.monotonic() > end
+            is_late = awake.seconds() > end
             if not self._saver.poll(seconds):
                 if is_late:
                     self._saver.cancel()
                 return False
-            if self._saver.saved_step == step or self._saver.is_refused or is_late:
+            if self._saver.saved_step == step or self._saver.is_superseded or is_late:
                 return True
-            self._saver.try_again()
+            self._saver.try_again(seconds)
             return False
 
         return is_finished
 
     @override
     def end(self, status: str, step: int, metrics: bytes) -> None:
-        self._saver.raise_if_refused()
+        self._saver.raise_if_superseded()
         if self._saver.saved_step != step:
+            if isinstance(self._saver.failure, UserError):
+                raise self._saver.failure
             last = "no step is" if self._saver.saved_step is None else f"step {self._saver.saved_step} is"
             raise storage.StoreError(f"step {step} could not be saved in time, {last}: {self._saver.failure}")
         try:
@@ -193,7 +197,7 @@ class Keeper(Follower):
                 if status == DONE:  # an evaluation of the last step may have come after its checkpoint
                     storage.write_bytes(metrics_url(self._output), metrics)
                 self._attempts.update(replace(self._attempt, ended=status))
-        except storage.StoreError as error:
+        except (OSError, UserError) as error:
             logger.warning("that attempt %d is %s is not noted: %s", self._attempt.number, status, error)
 
     @override

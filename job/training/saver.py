@@ -3,17 +3,28 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from job import storage
 from job.errors import UserError, one_line
-from job.training.attempts import Attempt, Attempts
-from job.training.checkpoint import Name, TrainingState, delete_old_checkpoints, save_checkpoint
+from job.training.attempts import Attempt, Attempts, Superseded
+from job.training.checkpoint import (
+    Name,
+    TrainingState,
+    delete_old_checkpoints,
+    discard_checkpoint,
+    save_checkpoint,
+)
 from job.training.metrics import metrics_url
 
 _TRY_AGAIN_SECONDS = 10.0
+"""After the first failure; the wait doubles with each further one, and so does that for the next line of the log."""
+_LONGEST_TRY_AGAIN_SECONDS = 300.0
+_LAST_TRY_AGAIN_SECONDS = 1.0
+"""Between the tries of the last save of all."""
 _PRUNE_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
@@ -22,8 +33,9 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Decides when the run is saved, and uploads what is given to it; in the first process of the run.
 
-    A save that is due while the one before is still on its way waits for it: nothing piles up. One that fails costs a
-    warning, and is tried again with the state of a later step.
+    A save that is due while the one before is still on its way waits for it: nothing piles up. One that fails, for
+    whatever reason, costs a warning, and is tried again with the state of a later step. Only a newer attempt ends the
+    run (`raise_if_superseded`), and whoever begins the last save of all looks at `failure`.
 
     Args:
         output: the run's prefix.
@@ -64,6 +76,9 @@ class Saver:
         self._work: Callable[[], None] = lambda: None
         self._is_overdue = False
         self._not_before = 0.0
+        self._failures = 0
+        """Since the last checkpoint that is in the store."""
+        self._failed_at = 0.0
         self._last_began = time.monotonic()
 
     # ---- When ----
@@ -94,11 +109,19 @@ class Saver:
         """
         self._is_overdue, self._last_began = False, time.monotonic()
         self._work = lambda: self._save(state, snapshot, metrics, stalled_seconds)
-        self.try_again()
-
-    def try_again(self) -> None:
-        """Begins the last upload anew."""
         assert self.poll(0)
+        self._start()
+
+    def try_again(self, seconds: float) -> None:
+        """Begins the last upload anew; if the last failure is recent, only waits, at most so long."""
+        assert self.poll(0)
+        wait_seconds = self._failed_at + _LAST_TRY_AGAIN_SECONDS - time.monotonic()
+        if wait_seconds > 0:
+            time.sleep(min(wait_seconds, seconds))
+        else:
+            self._start()
+
+    def _start(self) -> None:
         self._cancelled.clear()
         self.failure = None
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
@@ -118,19 +141,19 @@ class Saver:
         self._cancelled.set()
 
     @property
-    def is_refused(self) -> bool:
-        """Whether only a person can mend what ended the last upload: no later one will fare better."""
-        return isinstance(self.failure, UserError)
+    def is_superseded(self) -> bool:
+        """Whether a newer attempt has the run: no later save will fare better."""
+        return isinstance(self.failure, Superseded)
 
-    def raise_if_refused(self) -> None:
-        """Raises that UserError."""
-        if isinstance(self.failure, UserError):
+    def raise_if_superseded(self) -> None:
+        """Raises the UserError that says so."""
+        if isinstance(self.failure, Superseded):
             raise self.failure
 
     def _save(
         self, state: TrainingState, snapshot: Mapping[str, Mapping[str, Tensor]], metrics: bytes, stalled_seconds: float
     ) -> None:
-        began, attempts = time.monotonic(), Attempts(self._output)
+        began, attempts, name = time.monotonic(), Attempts(self._output), Name(state.step, state.attempt)
 
         def seconds() -> float:
             return stalled_seconds + time.monotonic() - began
@@ -140,26 +163,43 @@ class Saver:
                 saved = save_checkpoint(
                     self._output, state, snapshot, metrics, lambda: attempts.check_is_ours(self._attempt), seconds
                 )
-                self.saved_step = state.step
-                attempts.check_is_ours(self._attempt)
-                storage.write_bytes(metrics_url(self._output), metrics)
+                self.saved_step, self._failures = state.step, 0
                 self.save_seconds = max(seconds(), self.save_seconds or 0)
                 self._say(
                     f"step {state.step} | saved {saved.url}: training stood still for {stalled_seconds:.2f} s, "
                     f"the upload took {seconds() - stalled_seconds:.1f} s"
                 )
-                self._prune(Name(state.step, state.attempt))
-        except storage.Cancelled as error:
+                attempts.check_is_ours(self._attempt)
+                with _a_failure_is_a_warning("the log is written with the next checkpoint"):
+                    storage.write_bytes(metrics_url(self._output), metrics)
+                with _a_failure_is_a_warning("old checkpoints are deleted another time"):
+                    self._prune(name)
+        except (storage.Cancelled, Superseded) as error:
             self.failure = error
-        except Exception as error:  # told by whoever needs the checkpoint
-            self.failure = error
-            self._is_overdue, self._not_before = True, time.monotonic() + _TRY_AGAIN_SECONDS
-            if not isinstance(error, UserError):
-                self._say(f"step {state.step} | not saved, and tried again later: {one_line(str(error))}")
+        except Exception as error:
+            if self.saved_step != state.step:
+                self._failed(state.step, error)
+                if isinstance(error, UserError):  # the disk may be full of it; after an outage, pruning deletes it
+                    with _a_failure_is_a_warning("the rest of a failed save is deleted another time"):
+                        discard_checkpoint(self._output, name)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        wait_seconds = min(_TRY_AGAIN_SECONDS * 2**self._failures, _LONGEST_TRY_AGAIN_SECONDS)
+        self._failed_at = time.monotonic()
+        self._is_overdue, self._not_before = True, self._failed_at + wait_seconds
+        self._failures += 1
+        self.failure = error
+        self._say(f"step {step} | not saved, and tried again later: {one_line(str(error) or repr(error))}")
 
     def _prune(self, newest: Name) -> None:
-        try:
-            with storage.limits(deadline_seconds=_PRUNE_SECONDS):
-                delete_old_checkpoints(self._output, self._keep, self._keep_every, newest)
-        except storage.StoreError as error:
-            logger.warning("old checkpoints are deleted another time: %s", one_line(str(error)))
+        with storage.limits(deadline_seconds=_PRUNE_SECONDS):
+            delete_old_checkpoints(self._output, self._keep, self._keep_every, newest)
+
+
+@contextmanager
+def _a_failure_is_a_warning(consequence: str) -> Iterator[None]:
+    """Within it, what goes wrong is only said: the checkpoint itself is not touched by it."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        logger.warning("%s: %s", consequence, one_line(str(error)))

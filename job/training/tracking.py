@@ -9,6 +9,9 @@ local    each start is an experiment of its own in the dashboard, named `run`, `
 offline  each start leaves a folder `run-<time>-<id>`. `swanlab sync --id <id> FOLDER`, oldest folder first, makes them
          one experiment; without `--id` each becomes a new one. The dashboard does not show them.
 
+Nothing of it can fail or hold up a run: every call is made by a thread of its own, and what goes wrong there costs one
+warning. Only what a person has set wrongly is refused, before the first step.
+
 A folder of any mode can be synced: a cloud run that lost the network too, then with `--start-step 0`, which fills gaps.
 SwanLab writes the last kilobytes of a folder when the run ends; after a kill, only metrics.jsonl has them.
 """
@@ -16,6 +19,7 @@ SwanLab writes the last kilobytes of a folder when the run ends; after a kill, o
 import atexit
 import colorsys
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -47,9 +51,12 @@ START_SECONDS = 60.0
 FINISH_SECONDS = 15.0
 """Longest wait for what is not uploaded yet at the end: a job that was told to stop has little time."""
 _LOGIN_SECONDS = 5
+_SWANLAB_LOGGER = "swanlab.internal"
 _ID_LENGTH = 21
 """Older servers take ids of this length alone, newer ones any of 1 to 64."""
 
+_LONGEST_QUEUE = 10_000
+"""Calls that wait for SwanLab; it hangs where there are more."""
 _UNTRACKED = "in metrics.jsonl alone"
 
 logger = logging.getLogger(__name__)
@@ -74,7 +81,12 @@ def choose_mode(setting: Literal["auto", "cloud", "local", "offline", "disabled"
     """
     if setting == "disabled":
         return "disabled", "tracking.mode is disabled"
-    swanlab_settings = _settings()
+    try:
+        swanlab_settings = _settings()
+    except UserError:
+        raise
+    except Exception as error:  # it is not installed as it should be, or its files cannot be read
+        return "disabled", f"SwanLab cannot be used: {one_line(repr(error))}"
     has_key = bool(swanlab_settings.api_key)
     has_dashboard = importlib.util.find_spec("swanboard") is not None
     name, wanted = "tracking.mode", setting
@@ -105,20 +117,25 @@ class Tracker:
     def __init__(self, how_to_watch: str, accelerator: "Accelerator | None" = None, thread: "_Thread | None" = None):
         self.how_to_watch = how_to_watch
         self._accelerator, self._thread = accelerator, thread
+        self._has_warned = False
         if accelerator is not None:
+            # SwanLab catches most of its errors itself, and tells only its own log of them.
+            logging.getLogger(_SWANLAB_LOGGER).addFilter(self._hear)
             # Before SwanLab's own, which would wait for the cloud without end and call every run a success.
             atexit.register(self.finish, success=False)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Adds numbers to the charts of their names; a step that a chart has already is kept as it is."""
-        if self._accelerator is not None:
-            self._accelerator.log(dict(values), step=step)
+        self._order(lambda accelerator: accelerator.log(dict(values), step=step))
 
     def log_texts(self, key: str, texts: Mapping[str, str], step: int) -> None:
         """Adds continuations, each under its prompt."""
-        if self._accelerator is not None:
+
+        def log(accelerator: "Accelerator") -> None:
             shown = [_swanlab().Text(continuation, caption=prompt) for prompt, continuation in texts.items()]
-            self._accelerator.log({key: shown}, step=step)
+            accelerator.log({key: shown}, step=step)
+
+        self._order(log)
 
     def finish(self, success: bool) -> None:
         """Ends the run in SwanLab, as finished or as aborted; a restart takes it up again. Once is enough.
@@ -128,14 +145,46 @@ class Tracker:
         if self._accelerator is None or self._thread is None:
             return
         run = self._accelerator.get_tracker("swanlab", unwrap=True)
-        self._accelerator.trackers.clear()
-        self._accelerator = None
+        accelerator, self._accelerator = self._accelerator, None
         atexit.unregister(self.finish)
         end = {"state": "success"} if success else {"state": "aborted", "error": "stopped before the last step"}
+
         try:
             self._thread.do(lambda: run.finish(**end), FINISH_SECONDS)
         except TimeoutError:
-            logger.warning("SwanLab has not taken the whole run in time; for the rest: %s", _sync_command(run))
+            if run.mode == "online" or not self._has_warned:
+                logger.warning("SwanLab has not taken the whole run in time; for the rest: %s", _sync_command(run))
+        except Exception as error:
+            self._warn(repr(error))
+        finally:
+            accelerator.trackers.clear()
+
+    def _order(self, work: "Callable[[Accelerator], None]") -> None:
+        """Has `work` done by the thread, for which nobody waits."""
+        if self._accelerator is None or self._thread is None:
+            return
+        if self._thread.waiting > _LONGEST_QUEUE:
+            self._warn("it takes nothing any more")
+            return
+        accelerator = self._accelerator
+        self._thread.order(lambda: work(accelerator)).add_done_callback(self._see)
+
+    def _see(self, done: "Future[None]") -> None:
+        if (error := done.exception()) is not None:
+            self._warn(repr(error))
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """Takes what SwanLab tells its own log; errors are not handed on, as its disk may be the problem."""
+        if record.levelno < logging.ERROR:
+            return True
+        self._warn(record.getMessage().strip().rpartition("\n")[2])
+        return False
+
+    def _warn(self, problem: str) -> None:
+        """Says what is wrong, the first time."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("SwanLab has a problem, and what it shows may have gaps: %s", one_line(problem))
 
 
 def start_tracker(
@@ -165,9 +214,11 @@ def start_tracker(
         log_dir: folder for what SwanLab keeps on this machine.
         config: the settings to show with the run, without secrets.
 
+    Where it cannot be started for another reason, such as a full disk, a warning says so, and the run is not tracked.
+
     Raises:
-        UserError: SwanLab does not take the project's, the workspace's or the run's name, or `log_dir` cannot be
-            written.
+        UserError: SwanLab does not take the project's, the workspace's or the run's name, or `log_dir` is a folder
+            that may not be written.
     """
     if mode == "disabled" or not accelerator.is_main_process:
         return Tracker(_UNTRACKED)
@@ -197,36 +248,58 @@ def start_tracker(
         accelerator.trackers.clear()
         _swanlab().finish(state="aborted")
 
+    def give_up(problem: str) -> Tracker:
+        logger.warning("this start is not tracked, but for metrics.jsonl: %s", one_line(problem))
+        accelerator.trackers.clear()
+        thread.order(abandon)
+        return Tracker(_UNTRACKED)
+
     _settings(**values)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if mode == "cloud":
-            try:
-                return Tracker(thread.do(lambda: start("cloud"), START_SECONDS).url, accelerator, thread)
-            except TimeoutError:
-                logger.warning("SwanLab's cloud does not answer: this start is not tracked, but for metrics.jsonl")
-                accelerator.trackers.clear()
-                thread.order(abandon)
-                return Tracker(_UNTRACKED)
-            except Exception as error:
-                logger.warning("SwanLab's cloud refuses or is not reached, so offline: %s", one_line(str(error)))
-                mode = "offline"
-        run = thread.do(lambda: start(mode))
     except OSError as error:
-        raise UserError("tracking.log_dir", str(folder), f"cannot be written: {error.strerror or error!r}") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return give_up(f"{folder}: {error.strerror}")
+        raise _unwritable(folder, error.strerror or repr(error)) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unwritable(folder, os.strerror(errno.EACCES))
+    if mode == "cloud":
+        try:
+            return Tracker(thread.do(lambda: start("cloud"), START_SECONDS).url, accelerator, thread)
+        except TimeoutError as error:  # of ours, or of SwanLab's for a folder
+            return give_up(str(error) or "SwanLab's cloud does not answer")
+        except Exception as error:
+            logger.warning("SwanLab's cloud refuses or is not reached, so offline: %s", one_line(str(error)))
+            mode = "offline"
+    try:
+        run = thread.do(lambda: start(mode), START_SECONDS)
+    except UserError:
+        raise
+    except Exception as error:
+        return give_up(f"SwanLab does not start: {error!r}")
     watch = f"swanlab watch {shlex.quote(str(folder))}" if mode == "local" else _sync_command(run)
     return Tracker(watch, accelerator, thread)
 
 
-class _Thread:
-    """The thread that starts and ends the run, one order after the other.
+def _unwritable(folder: Path, why: str) -> UserError:
+    return UserError("tracking.log_dir", str(folder), f"cannot be written: {why}", "name another folder")
 
-    SwanLab takes over Ctrl-C where it is started from the main thread, and waits for the cloud with no deadline.
+
+class _Thread:
+    """The thread that makes all calls of SwanLab, one order after the other.
+
+    SwanLab takes over Ctrl-C where it is started from the main thread, waits for the cloud with no deadline, and for a
+    disk that does not answer.
     """
 
     def __init__(self) -> None:
         self._orders: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         threading.Thread(target=self._serve, name="swanlab", daemon=True).start()
+
+    @property
+    def waiting(self) -> int:
+        """Orders that have not begun."""
+        return self._orders.qsize()
 
     def order(self, work: Callable[[], Result]) -> "Future[Result]":
         """Has `work` done after what was ordered before."""
@@ -255,7 +328,9 @@ def _swanlab() -> Any:
     # Its debug output holds the API key that `swanlab login` has saved.
     os.environ.pop("SWANLAB_DEBUG", None)
     import swanlab
+    from swanlab.sdk.internal.pkg import console
 
+    console.c.quiet = True  # what it has to say is heard by way of its log
     return swanlab
 
 

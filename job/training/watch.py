@@ -5,7 +5,7 @@ import threading
 
 from job import storage
 from job.errors import UserError
-from job.training.attempts import Attempt, Attempts
+from job.training.attempts import Attempt, Attempts, Superseded
 
 _LOOK_SECONDS = 10.0
 """Between two looks; each costs a request or two."""
@@ -49,15 +49,22 @@ class Watch:
         self._closed.set()
 
     def _look_again_and_again(self) -> None:
+        said = False
         while not self._closed.is_set():
             try:
                 with storage.limits(deadline_seconds=self._look_seconds, cancelled=self._closed):
                     self._look()
-            except (storage.StoreError, storage.Cancelled):
-                pass  # an outage: it has not been seen, and will be looked for again
-            except UserError as error:
+            except Superseded as error:
                 self._refusal = error
                 return
+            except (storage.StoreError, storage.Cancelled):
+                pass  # an outage: it has not been seen, and will be looked for again
+            except (OSError, UserError) as error:  # such as credentials that have expired: looked for again as well
+                if not said:
+                    logger.warning("the store cannot be asked for the stop file or a newer attempt: %s", error)
+                said = True
+            else:
+                said = False
             self._closed.wait(self._look_seconds)
 
     def _look(self) -> None:

@@ -6,12 +6,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from job import awake
 from job.training.world import World
 
+NO_LIMIT = timedelta(days=365)
+"""Timeout of collectives: it is the watchdog that ends a run that hangs, and a pause may outlast any timeout."""
 _SIGNS_PER_TIMEOUT = 20
 _LONGEST_INTERVAL_SECONDS = 5.0
 
@@ -22,6 +26,9 @@ class Watchdog:
     A collective waits for all processes, so when one does not come, all stand still. Each has a thread that tells the
     others how many signs its process has given, and that the thread itself lives: a process that was stopped tells
     nothing any more, and one that is stuck in its own affairs has given fewer signs than the others.
+
+    The time in which this process itself was paused is not counted, and after a pause the timeout begins anew. The
+    collectives' own timeouts, which know of no pause, are lifted.
 
     Args:
         world: this process among the others.
@@ -37,7 +44,8 @@ class Watchdog:
             # A store of its own connection: the default one may be busy in the main thread.
             store: Any = dist.distributed_c10d._get_default_store()  # has no public name
             self._store = dist.PrefixStore("signs-of-life", store.clone())
-        self._signs, self._at, self._ticks = 0, time.monotonic(), 0
+            _lift_timeouts()
+        self._signs, self._at, self._pauses, self._ticks = 0, awake.seconds(), awake.pauses(), 0
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -45,7 +53,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """A sign of life."""
-        self._signs, self._at = self._signs + 1, time.monotonic()
+        self._signs, self._at = self._signs + 1, awake.seconds()
 
     def close(self) -> None:
         """Ends it: what follows may take as long as it takes."""
@@ -54,9 +62,16 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(self._interval_seconds):
             self._tell()
-            if time.monotonic() - self._at > self._timeout_seconds:
-                self._on_hang(self._diagnosis())
-                return
+            if self._is_hung():
+                diagnosis = self._diagnosis()
+                if self._is_hung():  # nothing has moved meanwhile
+                    self._on_hang(diagnosis)
+                    return
+
+    def _is_hung(self) -> bool:
+        if (pauses := awake.pauses()) != self._pauses:
+            self._pauses, self._at = pauses, awake.seconds()
+        return awake.seconds() - self._at > self._timeout_seconds
 
     def _tell(self) -> None:
         self._ticks += 1
@@ -88,3 +103,9 @@ class Watchdog:
             return f"no process has come on for {seconds}{where}"
         found = f"ranks {behind} did not come to where the others have waited for them {seconds}"
         return f"{found}{where}" if self._world.rank in behind else found
+
+
+def _lift_timeouts() -> None:
+    """Has the collectives of all process groups wait without a limit."""
+    for group in list(dist.distributed_c10d._world.pg_map):  # neither has a public name
+        dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)

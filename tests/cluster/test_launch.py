@@ -97,6 +97,8 @@ def test_nothing_goes_on_where_the_entrypoint_was_killed(one_process: Path) -> N
         (signal.SIGUSR2, "the launcher", "settings"),
         (signal.SIGUSR1, "one worker", "settings"),
         (signal.SIGTERM, "all, twice", "settings"),
+        (signal.SIGHUP, "the entrypoint", "one_process"),
+        (signal.SIGHUP, "all, twice", "settings"),
         (signal.SIGTERM, "the launcher", "one_process"),
         (signal.SIGTERM, "all, twice", "one_process"),
     ],
@@ -122,6 +124,30 @@ def test_a_signal_to_any_process_is_one_stop_of_all(
     assert out.endswith(f"stopped after step {step}, checkpointed; start it again to go on\n")
     assert step < STEPS
     assert still_alive(processes) == []
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(settings: Path, bucket: str) -> None:
+    with Job("train", settings, under=["nohup"]) as job:
+        job.read_until("step 3/")
+        for process in job.family():
+            process.send_signal(signal.SIGHUP)
+        code, out, err = job.end()
+    assert (code, err) == (EXIT_DONE, ""), out
+    assert saved_steps(f"{bucket}/run") == [STEPS]
+
+
+def test_a_variable_of_another_program_decides_nothing_and_is_named(one_process: Path, bucket: str) -> None:
+    foreign = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "FSDP_VERSION": "2",
+        "PET_MAX_RESTARTS": "3",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch would look for a store that there is not
+    }
+    with Job("train", one_process, **foreign) as job:
+        code, out, err = job.end()
+    assert code == EXIT_DONE, out + err
+    assert err == f"removed from the environment, since the settings alone decide: {', '.join(foreign)}\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of process ids takes root")

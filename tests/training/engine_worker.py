@@ -313,7 +313,8 @@ def refusals(name: str, world: World) -> Iterator[str]:
     """What is said where the world or the strategy that forms is not the one asked for."""
     right = strategy_of(Case("any"), name, world)
     wrong = [(replace(right, world_size=world.world_size + 1), {})]
-    # A user's setting of accelerate's, which makes it leave DeepSpeed out without a word.
+    # Variables of accelerate's, which make it count otherwise, or leave DeepSpeed out, without a word.
+    wrong += [(right, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7"})] if name == "ddp" else []
     wrong += [(right, {"ACCELERATE_USE_CPU": "true"})] if name == "zero2" else []
     for strategy, environment in wrong:
         forget_accelerate()
@@ -323,6 +324,8 @@ def refusals(name: str, world: World) -> Iterator[str]:
             yield "nothing"
         except RuntimeError as error:
             yield str(error)
+        for variable in environment:
+            del os.environ[variable]
 
 
 def forget_accelerate() -> None:

@@ -1,8 +1,12 @@
 """Runs whose world fails: a store that is gone, a process that does not come, a full disk, numbers that blow up."""
 
 import os
+import re
 import signal
 import subprocess
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,11 @@ from fault_proxy import FaultProxy, Refusal
 from small_run import (
     ALONE,
     ENDLESS,
+    STEPS,
     Job,
     WriteSettings,
     checkpoint_urls,
+    redirected,
     run,
     saved_steps,
     stored,
@@ -49,19 +55,64 @@ def test_training_goes_on_through_an_outage_and_saves_when_it_is_over(
     assert [row["step"] for row in read_metrics(output)] == list(range(1, saved_steps(output)[-1] + 1))
 
 
-def test_credentials_that_expire_end_the_run_at_once(settings: WriteSettings, output: str, proxy: FaultProxy) -> None:
-    path = settings(train=ALONE | ENDLESS, checkpoint={"every": 20})
+def test_credentials_that_expire_cost_saves_and_the_last_save_of_all_decides(
+    settings: WriteSettings, output: str, proxy: FaultProxy
+) -> None:
+    path = settings(train=ALONE | ENDLESS, checkpoint={"every": 20, "stop_deadline": "3s"})
+    expired = threading.Event()
+    proxy.inject(
+        Refusal(403, "ExpiredToken"),
+        lambda request: expired.is_set() and request.method == "PUT",
+        times=float("inf"),
+    )
+    not_saved = r"step (\d+) \| not saved, and tried again later: .*ExpiredToken"
     with Job("train", path, AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
         job.read_until("step 20 | saved")
-        proxy.inject(Refusal(403, "ExpiredToken"), lambda request: request.method == "PUT", times=float("inf"))
-        code, _, err = job.end(seconds=60)
+        expired.set()
+        failed = int(job.read_until_matching(not_saved)[1])
+        assert int(job.read_until_matching(r"step (\d+)/")[1]) > failed, "it trains on"
+        expired.clear()
+        saved = int(job.read_until_matching(r"step (\d+) \| saved ")[1])
+        assert saved > failed
+        expired.set()
+        job.read_until_matching(not_saved)
+        job.process.send_signal(signal.SIGTERM)
+        code, _, err = job.end(seconds=90)
     assert code == EXIT_REFUSED
-    (line,) = err.splitlines()
-    assert "ExpiredToken" in line
-    assert saved_steps(output)[0] == 20
+    assert "ExpiredToken" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert saved_steps(output)[-1] >= saved
 
 
-# ---- A process that does not come, a disk that is full, numbers that blow up ----
+# ---- A console that fails ----
+
+
+def test_a_full_log_disk_ends_no_run(settings: WriteSettings, output: str) -> None:
+    path = settings(run={"output": output, "name": "a [/name] :100:"})
+    code, out, err = run("train", path, under=redirected(">/dev/full"), PYTHONIOENCODING="ascii")
+    assert (code, out) == (EXIT_DONE, "")
+    first, last = err.splitlines()
+    assert first == "standard output cannot be written (No space left on device); the command goes on without it"
+    assert int(re.fullmatch(r"standard output has lost (\d+) lines .*: No space left on device", last)[1]) > STEPS  # type: ignore[index]
+    assert saved_steps(output) == [STEPS]
+    for command, redirection in (("generate", ">&-"), ("evaluate", ">/dev/full")):
+        code, out, err = run(command, path, under=redirected(redirection), PYTHONIOENCODING="ascii")
+        assert (code, out) == (EXIT_DONE, "")
+        assert err.startswith("standard output cannot be written (")
+
+
+def test_a_reader_that_goes_away_ends_no_run(settings: WriteSettings, output: str) -> None:
+    with Job("train", settings(train=ALONE), PYTHONIOENCODING="gbk") as job:
+        job.read_until("run run (")
+        assert job.process.stdout is not None
+        job.process.stdout.close()
+        code, _, err = job.end()
+    assert code == EXIT_DONE, err
+    assert err.startswith("standard output cannot be written (Broken pipe); the command goes on without it\n")
+    assert saved_steps(output) == [STEPS]
+
+
+# ---- A process that does not come or was paused, a disk that is full, numbers that blow up ----
 
 
 def test_a_process_that_stands_still_is_named(settings: WriteSettings) -> None:
@@ -73,25 +124,61 @@ def test_a_process_that_stands_still_is_named(settings: WriteSettings) -> None:
     assert err == "ranks [1] give no sign of life any more; the others have waited 4 s (train.hang_timeout) for them\n"
 
 
+@pytest.mark.parametrize("train", [ALONE, {"strategy": "ddp"}, {}], ids=["one process", "DDP", "ZeRO-2"])
+def test_a_pause_of_all_processes_is_no_hang(settings: WriteSettings, output: str, train: dict[str, object]) -> None:
+    with Job("train", settings(train=train | ENDLESS | {"hang_timeout": "3s"})) as job:
+        job.read_until("step 3/")
+        everyone = job.family()
+        for one in everyone:
+            one.suspend()
+        time.sleep(9)  # the pause itself: three times as long as the timeout
+        for one in everyone:
+            one.resume()
+        paused_at = int(job.read_until_matching(r"step (\d+)/")[1])
+        job.read_until(f"step {paused_at + 50}/")  # further than what the pipe may hold from before
+        job.process.send_signal(signal.SIGTERM)
+        code, out, err = job.end()
+    assert (code, err) == (EXIT_STOPPED, ""), out
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own takes root to mount")
-def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(settings: WriteSettings, tmp_path: Path) -> None:
+def test_a_full_disk_costs_saves_until_there_is_room(settings: WriteSettings, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], check=True)
     try:
+        train = ALONE | ENDLESS
         path = settings(
-            run={"output": str(disk / "run")}, train=ALONE, checkpoint={"every": 10}, model={"hidden_size": 32}
+            run={"output": str(disk / "run")}, train=train, checkpoint={"every": 10, "keep": 1, "stop_deadline": "3s"}
         )
-        code, out, err = run("train", path)
+        with Job("train", path) as job:
+            job.read_until("step 10 | saved")
+            fill(disk)
+            failed = int(job.read_until_matching(r"step (\d+) \| not saved, and tried again later: .*no space left")[1])
+            assert int(job.read_until_matching(r"step (\d+)/")[1]) > failed, "it trains on"
+            (disk / "filling").unlink()
+            saved = int(job.read_until_matching(r"step (\d+) \| saved ")[1])
+            assert saved > failed
+            assert list(disk.rglob("*.partial")) == []
+            fill(disk)
+            job.process.send_signal(signal.SIGTERM)
+            code, out, err = job.end(seconds=90)
         assert code == EXIT_REFUSED, out
-        (line,) = err.splitlines()
+        line = err.splitlines()[-1]
         assert line.startswith(f"run.output: '{disk}")
         assert "no space left" in line
-        good = saved_steps(str(disk / "run"))
-        assert good and f"step {good[-1]} | saved" in out
+        assert "Traceback" not in err
+        assert saved_steps(str(disk / "run"))[-1] >= saved
         assert list(disk.rglob("*.partial")) == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leaves no room on a disk."""
+    with suppress(OSError), (disk / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
 
 
 def test_numbers_that_blow_up_step_after_step_end_the_run_and_leave_its_checkpoint(

@@ -18,9 +18,10 @@ import pytest
 import swanlab
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record
 from swanlab.sdk.internal.core_python.store import DataStoreReader
-from tracked_run import begin, end
+from tracked_run import begin, end, fill
 
 from job.errors import UserError
+from job.training import tracking
 from job.training.tracking import choose_mode, new_run_id, start_tracker
 
 KEY = "key0123456789abcdef"
@@ -397,3 +398,80 @@ def test_an_end_does_not_wait_for_a_cloud_that(kind: str, clouds: dict[str, Simp
     (folder,) = folders(run.place)
     assert f"swanlab sync --id {run.run_id} {shlex.quote(str(folder))}" in run.seen.output
     assert any(record.HasField("finish") for record in records(folder))
+
+
+# ---- What goes wrong costs one warning ----
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 200 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("a disk of its own takes root to mount")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("mode", ["offline", "local"])
+@pytest.mark.parametrize("when", ["before the start", "after it"])
+def test_a_full_disk_is_one_warning(disk: Path, tmp_path: Path, mode: str, when: str) -> None:
+    if when == "before the start":
+        fill(disk)
+    log_dir = str(disk / "swanlog")
+    seen = end(begin(tmp_path, {}, mode=mode, run_id=new_run_id(), log_dir=log_dir, fills=when == "after it"))
+    (warning,) = seen.warnings
+    assert "No space left on device" in warning or "is not writable" in warning
+
+
+class Stuck:
+    """An accelerator with a tracker whose calls fail, or never end."""
+
+    is_main_process = True
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.trackers, self.may_end = error, [self], threading.Event()
+        self.mode, self.id, self.dir = "offline", "an-id", Path("swanlog")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.call()
+
+    def get_tracker(self, name: str, unwrap: bool) -> "Stuck":
+        return self
+
+    def finish(self, **_: Any) -> None:
+        self.call()
+
+    def call(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.may_end.wait()
+
+
+@pytest.mark.parametrize("error", [None, OSError("broken"), RuntimeError("broken")])
+def test_a_tracker_that_fails_or_hangs_holds_up_nothing(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.5)
+    accelerator: Any = Stuck(error)
+    tracker = tracking.Tracker("a command", accelerator, tracking._Thread())
+    for step in range(100):
+        tracker.log({"train/loss": 1.0}, step)
+    tracker.log_texts("samples", {"prompt": "text"}, 100)
+    tracker.finish(success=True)
+    (record,) = caplog.records
+    assert ("broken" if error else "has not taken the whole run in time") in record.getMessage()
+    assert accelerator.trackers == []
+    accelerator.may_end.set()
+
+
+def test_a_broken_swanlab_is_no_reason_not_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise ImportError("a library is missing")
+
+    monkeypatch.setattr(tracking, "_swanlab", broken)
+    mode, why = choose_mode("auto")
+    assert mode == "disabled"
+    assert "a library is missing" in why

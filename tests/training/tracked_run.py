@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator
 
+from job.quiet import silence_libraries
 from job.training import tracking
 
 EXIT_SECONDS = 150
@@ -54,10 +56,12 @@ def main(
     first_step: int = 0,
     success: bool | None = True,
     deadlines: Any = None,
+    fills: bool = False,
     **_: Any,
 ) -> None:
     for name, seconds in (deadlines or {}).items():
         setattr(tracking, name, seconds)
+    silence_libraries()
     accelerator = Accelerator(cpu=True, log_with="swanlab")
     signal.signal(signal.SIGINT, on_interrupt)
     hook = sys.excepthook
@@ -72,6 +76,8 @@ def main(
         config={"train": {"learning_rate": 5e-4}},
     )
     kept = signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
+    if fills:
+        fill(Path(log_dir))
     for step in range(first_step, first_step + 10):
         tracker.log({"train/loss": 5 - step / 10, "train/learning_rate": 1e-3}, step=step)
     tracker.log_texts(
@@ -82,6 +88,13 @@ def main(
         accelerator.end_training()
     kept = kept and signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
     print(json.dumps({"how_to_watch": tracker.how_to_watch, "hooks_kept": kept}))
+
+
+def fill(folder: Path) -> None:
+    """Leaves no room on the disk of a folder."""
+    with suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
 
 
 def on_interrupt(*_: Any) -> None:

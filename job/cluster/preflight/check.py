@@ -1,13 +1,10 @@
 """`job check`, from top to bottom: settings → store → data → run → where it goes → does it fit there → the plan."""
 
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from rich.console import Console
 
 from job import storage
 from job.cluster.place import find_place
@@ -22,6 +19,7 @@ from job.data.manifest import Manifest
 from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
 from job.model.counts import flops_per_token, parameter_counts
 from job.model.spec import ModelSpec
+from job.report import make_console
 from job.training.plan import Workload, plan
 
 PLACES = ("slurm", "kubernetes", "swanlab")
@@ -69,12 +67,12 @@ def check(
     if mfu is not None and mfu > 1:
         raise UserError("--mfu", mfu, "expected a share of the card's peak, at most 1")
     found = preflight(config, place, deep=deep, mfu=mfu, config_path=config_path)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    console = make_console(_LOG_WIDTH)
     show(console, f"preflight{f', {place}' if place else ''}", found.findings.rows)
     if found.shape is not None and found.work is not None and found.target is not None:
         show_plan(console, found.config, found.shape, found.work, found.target, found.earlier, mfu, price_per_gpu_hour)
     is_wrong = found.findings.are_wrong
-    console.print(f"\n{'not yet' if is_wrong else 'run it'}: {shlex.join(found.command)}", markup=False, soft_wrap=True)
+    console.print(f"\n{'not yet' if is_wrong else 'run it'}: {shlex.join(found.command)}", soft_wrap=True)
     return EXIT_REFUSED if is_wrong else EXIT_DONE
 
 

@@ -67,7 +67,7 @@ def show_plan(
     price_said = (
         "--price" if price_per_gpu_hour is not None else (f"{PRICES_AS_OF}, an assumption; --price sets another")
     )
-    console.print(f"MFU: {rate}. Price: {price_said}.", markup=False)
+    console.print(f"MFU: {rate}. Price: {price_said}.")
     if config.train.precision != "bf16":
         console.print(
             f"train.precision is {config.train.precision}, these are hours in bf16: expect several times as many."
