@@ -118,7 +118,9 @@ class Keeper(Follower):
         if limits:
             ends_at, self._limit = min(limits)
             self._budget = TimeBudget(ends_at, parameters * _BYTES_PER_PARAMETER)
+        self._from_step = 0 if opened.checkpoint is None else opened.checkpoint.state.step
         self._is_stopping = False
+        self._is_out_of_time = False
         self._stepped_at: float | None = None
 
     @override
@@ -135,6 +137,7 @@ class Keeper(Follower):
         if self._watch.stop_requested:
             return f"{self._stop_file} is there (train.stop_file); while it is, every start stops"
         if self._budget is not None and self._budget.is_over(self._saver.save_seconds):
+            self._is_out_of_time = True
             needed = self._budget.needed_seconds(self._saver.save_seconds)
             return f"{self._limit}, and {needed:.0f} s of it are for the last checkpoint"
         return None
@@ -196,7 +199,10 @@ class Keeper(Follower):
             with storage.limits(deadline_seconds=_LAST_WORDS_SECONDS):
                 if status == DONE:  # an evaluation of the last step may have come after its checkpoint
                     storage.write_bytes(metrics_url(self._output), metrics)
-                self._attempts.update(replace(self._attempt, ended=status))
+                # Started again with the same limit, it would stop here for ever: that is no progress.
+                is_fruitless = self._is_out_of_time and step == self._from_step
+                error = f"there was no time for a single step: {self._limit}" if is_fruitless else None
+                self._attempts.update(replace(self._attempt, ended=status, error=error))
         except (OSError, UserError) as error:
             logger.warning("that attempt %d is %s is not noted: %s", self._attempt.number, status, error)
 

@@ -77,6 +77,9 @@ def test_a_time_that_is_over_stops_before_the_first_step(settings: WriteSettings
     assert (code, err) == (EXIT_STOPPED, ""), out + err
     assert "stopping: train.max_time is 1s, and " in out
     assert saved_steps(output) == [0]
+    attempt = Attempts(output).newest()
+    assert attempt is not None and attempt.ended == STOPPED
+    assert attempt.error == "there was no time for a single step: train.max_time is 1s", "it counts as no progress"
 
 
 def test_a_stop_file_stops_every_start_as_long_as_it_is_there(settings: WriteSettings, output: str) -> None:
