@@ -9,7 +9,7 @@ from pathlib import Path
 
 from job import storage
 from job.cluster import outcome, stop
-from job.cluster.family import FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
+from job.cluster.family import ANY_PORT, FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place, world_from_environment
 from job.cluster.task import Task
@@ -28,9 +28,14 @@ def work(command: str, config: Config, world: World, start: Start) -> str:
     """
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     silence_libraries()
+    from job.cluster import loopback
     from job.training.held_out import evaluate_trained
     from job.training.loop import train
 
+    if os.environ.get("MASTER_PORT") == ANY_PORT:
+        os.environ |= loopback.interface_environment()
+        _store, port = loopback.open_store()  # kept: torch finds it in this process, and opens none of its own
+        os.environ["MASTER_PORT"] = str(port)
     return {"train": train, "evaluate": evaluate_trained}[command](config, world, start)
 
 
