@@ -25,7 +25,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -34,10 +33,10 @@ import botocore.exceptions as boto
 import fsspec
 from botocore.parsers import ResponseParserError
 from fsspec.spec import AbstractBufferedFile
-from pydantic import TypeAdapter, ValidationError
 from s3fs import S3FileSystem
 
 from job.errors import UserError, one_line, without_passwords
+from job.record import Record, parse_record
 
 PART_BYTES = 8 * 2**20
 """What one request carries of a larger file: what is held in memory, and what is tried again."""
@@ -57,7 +56,6 @@ _TOKEN, _MD5 = "writer", "md5"
 an object came as it was sent."""
 
 Result = TypeVar("Result")
-Record = TypeVar("Record")
 
 logger = logging.getLogger(__name__)
 
@@ -241,19 +239,9 @@ def read_record(url: str, kind: type[Record]) -> Record:
         ValueError: it is damaged, nested too deeply, or a field is missing or of another type; one line says where.
     """
     try:
-        record_type: TypeAdapter[Record] = _record_type(cast(Any, kind))
-        return record_type.validate_json(read_bytes(url), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(one_line(f"{f'{place}: ' if place else ''}{first['msg']}")) from None
+        return parse_record(read_bytes(url), kind)
     except IntegrityError as error:
         raise ValueError(str(error)) from None
-
-
-@cache
-def _record_type(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def read_json(url: str) -> Any:

@@ -66,5 +66,7 @@ def begin_run(output: str, name: str | None, config: dict[str, Any], replace: bo
     if storage.create_bytes(url, content):
         return fresh
     found = read_run(output)
-    assert found is not None
+    if found is None:
+        expected = f"its {_NAME} was there a moment ago, and is gone"
+        raise UserError("run.output", output, expected, "let nobody delete the run while it starts, and start it again")
     return found
