@@ -111,12 +111,9 @@ def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_di
         weights = {name: files[name]["param"] for name in files}
         try:
             # Asked before the model is built: a damaged description may be that of a far larger one.
-            found, expected = (
-                sum(map(Tensor.numel, weights.values())),
-                parameter_counts(spec, tokenizer.vocab_size).total,
-            )
-            if numbers != (expected := parameter_counts(spec, tokenizer.vocab_size).total):
-                raise RuntimeError(f"{numbers:,} numbers instead of {expected:,}")
+            numbers, parameters = sum(map(Tensor.numel, weights.values())), parameter_counts(spec, tokenizer.vocab_size)
+            if numbers != parameters.total:
+                raise RuntimeError(f"{numbers:,} numbers instead of {parameters.total:,}")
             model = build_model(
                 spec,
                 vocab_size=tokenizer.vocab_size,
