@@ -16,7 +16,7 @@ from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
 from job.data.shards import OnNotice, OnProgress, Recipe, exactly, prepare, prepare_with
 from job.data.tokenizer import TextTokenizer
-from job.errors import UserError
+from job.errors import UserError, disk_error
 
 OnBadRecord = Callable[[BadRecord], None]
 _SECONDS_TO_END = 10.0  # many times what a batch takes; a store that does not answer may take longer
@@ -142,4 +142,7 @@ def _prepare_part(
             outcome = prepare_with(encoder, recipe, tokenizer, shards_url, worker, on_progress, reports.send)
         except (UserError, Disagreement) as error:
             outcome = error
+        except Exception as error:
+            if (outcome := disk_error(error)) is None:
+                raise
         reports.send(outcome)

@@ -37,7 +37,7 @@ def export_model(
         spec, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, context_length=context_length, seed=0
     )
     load_weights(model, weights)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         folder = Path(scratch)
         model.save_pretrained(folder)
         for path in tokenizer.files():

@@ -98,7 +98,8 @@ class Saver:
 
     def try_again(self) -> None:
         """Begins the last upload anew."""
-        assert self.poll(0)
+        if not self.poll(0):
+            raise RuntimeError("the upload before is still on its way")
         self._cancelled.clear()
         self.failure = None
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
