@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from job.errors import (
     EXIT_INTERRUPTED,
     NoProgress,
     UserError,
+    disk_error,
     without_passwords,
 )
 
@@ -70,6 +72,7 @@ def _run(command: "Command", config: Config, arguments: Arguments) -> int:
 
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     try:
+        _say_where_temporary_files_go()
         run = getattr(importlib.import_module("job.commands"), command.name)
         if command.options:
             return int(run(config, config_path=arguments.config_path, **arguments.options))
@@ -79,6 +82,17 @@ def _run(command: "Command", config: Config, arguments: Arguments) -> int:
     except storage.StoreError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
+    except Exception as error:
+        if (mendable := disk_error(error)) is None:
+            raise
+        raise settings.name_setting(config, mendable) from None
+
+
+def _say_where_temporary_files_go() -> None:
+    """Python takes another folder where TMPDIR is full, read-only or missing, and says nothing."""
+    wanted = os.environ.get("TMPDIR")
+    if wanted and (found := Path(tempfile.gettempdir())) != Path(wanted).absolute():
+        sys.stderr.write(f"TMPDIR: {wanted!r}: cannot be written (full or read-only?); temporary files go to {found}\n")
 
 
 def parse(argv: Sequence[str]) -> Arguments:

@@ -6,10 +6,12 @@ command line. The help texts, ``--print-config`` and the commented files in ``co
 
 import difflib
 import json
+import os
 import re
+import shutil
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -20,10 +22,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from job.errors import UserError, one_line, without_passwords
+from job.errors import SOME_DISK, UserError, one_line, without_passwords
+from job.scratch import VARIABLE
 
 MiB = 2**20
 GiB = 2**30
+_LARGEST_FILE_BYTES = MiB
+_MOST_YAML_VALUES = 100_000
+_DEEPEST_YAML = 20
+_FULL_BYTES = 2**16
+"""A disk with less than this is full: what failed to be written may have been removed since."""
 
 
 class Duration(str):
@@ -389,7 +397,8 @@ def load(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
     """
-    tree = _read_yaml(path) if path is not None else {}
+    tree = _read_settings(path) if path is not None else {}
+    _refuse_unknown_keys(tree)
     for name, text in overrides:
         section, _, key = name.partition(".")
         values = tree.setdefault(section, {})
@@ -488,23 +497,81 @@ class UniqueKeys(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(text: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
+    """Read one YAML document, such as a person writes.
+
+    Raises:
+        ValueError: it is not YAML, or aliases in it stand for more than any file of settings holds.
+    """
+    loader = loader_type(text)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        document = loader.get_single_node()
+        if document is None:
+            return None
+        _check_extent(document)
+        return loader.construct_document(document)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date or number may be one that Python has not
+        raise ValueError(one_line(str(error))) from None
+    finally:
+        loader.dispose()
+
+
+def _check_extent(document: yaml.Node) -> None:
+    """Raises a ValueError if the values of a document are too many: ten aliases of ten aliases are few bytes."""
+    waiting, seen = [(document, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        seen += 1
+        if depth > _DEEPEST_YAML:
+            raise ValueError("it is nested too deeply")
+        if seen > _MOST_YAML_VALUES:
+            raise ValueError(f"it has more than {_MOST_YAML_VALUES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(child, depth + 1) for child in node.value]
+
+
+def read_yaml_file(path: Path, setting: str, remedy: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
+    """Read a YAML file that a person has written.
+
+    Args:
+        path: of the file.
+        setting: what named it, for errors.
+        remedy: what to do if there is none.
+        loader_type: what makes values of YAML.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is not YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE_BYTES + 1)
+        text = content.decode()
     except FileNotFoundError:
-        raise UserError("--config", path, "no such file", "presets are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--config", path, f"cannot be read: {error}") from None
+        raise UserError(setting, str(path), "no such file", remedy) from None
+    except (OSError, ValueError) as error:
+        raise UserError(setting, str(path), f"cannot be read: {error}") from None
+    if len(content) > _LARGEST_FILE_BYTES:
+        raise UserError(setting, str(path), f"is larger than {_LARGEST_FILE_BYTES // MiB} MiB: not a file of settings")
     try:
-        tree = yaml.load(text, Loader=UniqueKeys)
-    except yaml.YAMLError as error:
-        raise UserError("--config", path, f"not valid YAML: {one_line(str(error))}") from None
+        return read_yaml(text, loader_type)
+    except ValueError as error:
+        raise UserError(setting, str(path), f"not valid YAML: {error}") from None
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    tree = read_yaml_file(Path(path), "--config", "presets are in configs/")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -527,17 +594,35 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
 
 
 def name_setting(config: Config, error: UserError) -> UserError:
-    """An error about a URL, told with the setting that the URL comes from; any other error as it is."""
-    values = ((f"{section}.{key}", value) for section, group in config for key, value in group)
-    origins = [
-        (name, value)
-        for name, value in values
-        if isinstance(value, str) and "/" in value and error.setting.startswith(value)
-    ]
+    """An error about a URL or path, told with the setting or variable that it comes from; any other error as it is."""
+    values = [(f"{section}.{key}", value) for section, group in config for key, value in group]
+    places = [(name, value) for name, value in values if isinstance(value, str) and value]
+    places += [(VARIABLE, os.environ[VARIABLE])] if os.environ.get(VARIABLE) else []
+    temporary = os.environ.get("TMPDIR") or "/tmp"
+    if error.setting == SOME_DISK:
+        full = [(name, place) for name, place in (*places, ("TMPDIR", temporary)) if "/" in place and _is_full(place)]
+        name, place = full[-1] if full else (error.setting, None)
+        return UserError(name, place, error.expected, error.remedy)
+    places.append(("TMPDIR", f"{temporary}/wikillm-"))  # as the program names its temporary folders
+    origins = [(name, place) for name, place in places if _is_below(error.setting, place)]
     if not origins:
         return error
     name, _ = max(origins, key=lambda origin: len(origin[1]))
     return UserError(name, error.setting, error.expected, error.remedy)
+
+
+def _is_below(path: str, place: str) -> bool:
+    if "/" in place and path.startswith(place):
+        return True
+    return f"{path}/".startswith(f"{place.removeprefix('file://').rstrip('/')}/")
+
+
+def _is_full(place: str) -> bool:
+    if "://" in place.removeprefix("file://"):
+        return False
+    path = Path(place.removeprefix("file://")).expanduser().absolute()
+    there = next((one for one in (path, *path.parents) if one.exists()), path)
+    return shutil.disk_usage(there).free < _FULL_BYTES
 
 
 def unknown_setting(name: str, value: Any = None) -> UserError:
@@ -559,8 +644,8 @@ def _parse(name: str, text: str) -> Any:
         return None
     if list[str] in members:
         try:
-            return yaml.load(text, Loader=UniqueKeys)
-        except yaml.YAMLError:
+            return read_yaml(text)
+        except ValueError:
             raise UserError(name, text, "expected a list", 'for example \'["一", "二"]\'') from None
     return text
 

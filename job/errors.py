@@ -1,5 +1,7 @@
 """What ends a command: the exit codes, and the one-line error for whatever a person can mend."""
 
+import errno
+import os
 import re
 
 EXIT_DONE = 0
@@ -15,6 +17,9 @@ EXIT_STOPPED = 75
 EXIT_REFUSED = 78
 """Bad configuration, data or credentials: starting it again cannot help."""
 
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_LONGEST_VALUE = 300
+"""Characters of a value that an error shows."""
 _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -39,7 +44,7 @@ class UserError(Exception):
         return UserError, (self.setting, value, self.expected, self.remedy)
 
     def __str__(self) -> str:
-        shown = f"{self.setting}: {self.value!r}" if self.value is not None else self.setting
+        shown = f"{self.setting}: {_shortened(repr(self.value))}" if self.value is not None else self.setting
         line = f"{shown}: {self.expected}" + (f"; {self.remedy}" if self.remedy else "")
         return one_line(without_passwords(line))
 
@@ -50,6 +55,48 @@ class NoProgress(Exception):
     exit_code = EXIT_NO_PROGRESS
 
 
+_NO_ROOM = "make room, or name another place"
+_ANOTHER_PLACE = "name another place"
+SOME_DISK = "a disk of this machine"
+"""The setting of an error of which nothing says where it happened."""
+_DISK_FAULTS = {
+    errno.ENOSPC: ("no space left on the disk", _NO_ROOM),
+    errno.EDQUOT: ("the disk quota is used up", _NO_ROOM),
+    errno.EROFS: ("the file system is read-only", _ANOTHER_PLACE),
+    errno.EACCES: ("permission denied", f"give this user the right to it, or {_ANOTHER_PLACE}"),
+    errno.EPERM: ("not permitted", f"give this user the right to it, or {_ANOTHER_PLACE}"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", _ANOTHER_PLACE),
+    errno.EEXIST: ("there is a file where a folder is needed", _ANOTHER_PLACE),
+    errno.EISDIR: ("there is a folder where a file is needed", _ANOTHER_PLACE),
+    errno.ENAMETOOLONG: ("a name in this path is too long", _ANOTHER_PLACE),
+}
+
+
+def disk_error(error: Exception) -> UserError | None:
+    """Return an error of a disk as one line where a person can mend it: a disk that is full, read-only or forbidden.
+
+    For every other one it is None: that may be a mistake of the program, whose traceback is wanted.
+    """
+    number, found = _system_error(error)
+    if number == errno.ENOENT and "No usable temporary directory" in str(error):
+        return UserError("TMPDIR", os.environ.get("TMPDIR"), "no folder for temporary files can be written", _NO_ROOM)
+    if number not in _DISK_FAULTS:
+        return None
+    expected, remedy = _DISK_FAULTS[number]
+    if found is None:  # as where a file that is open already cannot grow
+        return UserError(SOME_DISK, None, expected, remedy) if number in (errno.ENOSPC, errno.EDQUOT) else None
+    path = found.decode(errors="replace") if isinstance(found, bytes) else str(found)
+    return None if "://" in path else UserError(path, None, expected, remedy)
+
+
+def _system_error(error: Exception) -> tuple[int | None, object]:
+    """The operating system's number of an error, and the path that it is about; None for what is not known."""
+    if isinstance(error, OSError):
+        return error.errno, error.filename if error.filename2 is None else error.filename2
+    told = _RUST_ERROR.search(str(error))  # tokenizers and safetensors raise exceptions of their own kinds
+    return None if told is None else int(told[1]), None
+
+
 def one_line(text: str) -> str:
     """`text` with every run of white space made one blank, so that a log keeps it on one line."""
     return " ".join(text.split())
@@ -58,3 +105,7 @@ def one_line(text: str) -> str:
 def without_passwords(text: str) -> str:
     """`text` with the ``user:password@`` part of every URL in it removed."""
     return _URL_PASSWORD.sub("***@", text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

@@ -134,3 +134,43 @@ def test_the_tutorials_hyperparameters_are_kept_to_the_letter() -> None:
     assert preset.tokenizer.source == "Qwen/Qwen2-0.5B"
     assert preset.data.source == "fjcanyue/wikipedia-zh-cn"
     assert preset.data.shards.startswith("s3://")
+
+
+ALIASES = "a: &a [1]\n" + "\n".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+MERGES = ALIASES.replace("[1]", "{k: 1}").replace(" [*", " {<<: [*").replace("]", "]}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 5000, "nested too deeply"),
+        (b"train: " + b"{a: " * 100, "not valid YAML"),
+        (b"train: " + b"[" * 100 + b"]" * 100, "nested too deeply"),
+        (ALIASES.encode(), "more than 100,000 values"),
+        (MERGES.encode(), "more than 100,000 values"),
+        (b"&a [*a]", "nested too deeply"),
+        (bytes(range(256)), "cannot be read"),
+        ("train: {}".encode("utf-16"), "cannot be read"),
+        (b"#" * 2**21, "larger than 1 MiB"),
+        (b"train: {seed: " + b"9" * 5000 + b"}", "not valid YAML"),
+        (b"train: {seed: 2026-99-99}", "not valid YAML"),
+        (b"? [a]\n: b", "a key is a list"),
+        (b"train: 3", "expected settings under it"),
+        (b"train: [3]", "expected settings under it"),
+        (b"- train", "found list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        settings.load(str(path), [("train.seed", "3")])
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--config: .* cannot be read: .*Is a directory"):
+        settings.load(str(tmp_path))

@@ -33,7 +33,7 @@ def main() -> int:
 def _run_alone(folder: Path) -> int:
     """Runs a world of one, and records if its worker was killed: it could not do it itself."""
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any that is free: nobody else has to find it
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": family.ANY_PORT}
     code = subprocess.call([sys.executable, "-u", "-m", "job.cluster.worker"], env=os.environ | world)
     if code < 0:
         outcome.record(folder, Outcome(0, outcome.KILLED, signal.Signals(-code).name))

@@ -15,6 +15,8 @@ PARENT_VARIABLE = "WIKILLM_PARENT_PID"
 """The process that this one must not outlive."""
 STOP_FILE = "stop"
 """Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
+ANY_PORT = "0"
+"""The MASTER_PORT of a worker that is alone: it opens a port itself, and nobody else has to find it."""
 _PR_SET_PDEATHSIG = 1
 
 

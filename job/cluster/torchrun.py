@@ -4,6 +4,7 @@ On several nodes there is an agent on each; they meet before the workers start, 
 """
 
 import logging
+import os
 import signal
 import socket
 from importlib.metadata import version
@@ -14,8 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from job import config as settings
-from job.cluster import family, nodes, outcome
+from job.cluster import family, loopback, nodes, outcome
 from job.cluster.outcome import Outcome
+from job.cluster.place import Rendezvous
 from job.cluster.task import Task
 from job.errors import UserError
 from job.revision import code_version
@@ -39,20 +41,15 @@ def run_workers(task: Task, folder: Path) -> int:
     logging.disable(logging.CRITICAL)
     signal.signal(nodes.ABORT, _abort)
     if task.rendezvous is None:
-        return _torchrun(folder, ["--standalone", f"--nproc-per-node={task.processes}"])
+        os.environ |= loopback.interface_environment()
+        _store, port = loopback.open_store()  # kept: torchrun finds it in this process, and opens none of its own
+        return _torchrun(folder, _node(0, 1, task.processes, Rendezvous(loopback.ADDRESS, port)))
     group = nodes.Nodes(task.node_rank, task.nodes, task.job_id or "no job", task.rendezvous, _card(task))
     code = 1
     try:
         group.meet(task.config.train.node_timeout.seconds, (folder / family.STOP_FILE).exists, nodes.say)
         group.watch()
-        address, port = task.rendezvous
-        code = _torchrun(
-            folder,
-            [
-                *(f"--nnodes={task.nodes}", f"--node-rank={task.node_rank}", f"--nproc-per-node={task.processes}"),
-                *(f"--master-addr={address}", f"--master-port={port}"),
-            ],
-        )
+        code = _torchrun(folder, _node(task.node_rank, task.nodes, task.processes, task.rendezvous))
     except UserError as error:
         outcome.record(folder, Outcome(task.ranks[0], outcome.REFUSED, str(error)))
     except nodes.NodesMissing as error:
@@ -66,6 +63,14 @@ def run_workers(task: Task, folder: Path) -> int:
     signal.signal(nodes.ABORT, signal.SIG_IGN)
     group.part(folder, failed=code != 0)
     return code
+
+
+def _node(rank: int, count: int, processes: int, rendezvous: Rendezvous) -> list[str]:
+    """torchrun's options for one node of `count`."""
+    return [
+        *(f"--nnodes={count}", f"--node-rank={rank}", f"--nproc-per-node={processes}"),
+        *(f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}"),
+    ]
 
 
 def _torchrun(folder: Path, where: list[str]) -> int:

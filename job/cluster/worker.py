@@ -9,12 +9,12 @@ from pathlib import Path
 
 from job import console, storage
 from job.cluster import outcome, stop
-from job.cluster.family import FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
+from job.cluster.family import ANY_PORT, FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place, world_from_environment
 from job.cluster.task import Task
 from job.config import Config, name_setting
-from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError
+from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError, disk_error
 from job.quiet import silence_libraries
 from job.training.start import Start
 from job.training.world import World
@@ -31,15 +31,21 @@ def work(command: str, config: Config, world: World, start: Start) -> str:
     """
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     silence_libraries()
+    from job.cluster import loopback
     from job.training.held_out import evaluate_trained
     from job.training.loop import train
 
+    if os.environ.get("MASTER_PORT") == ANY_PORT:
+        os.environ |= loopback.interface_environment()
+        _store, port = loopback.open_store()  # kept: torch finds it in this process, and opens none of its own
+        os.environ["MASTER_PORT"] = str(port)
     return {"train": train, "evaluate": evaluate_trained}[command](config, world, start)
 
 
 def work_alone(command: str, config: Config, place: Place, requests: stop.Requests) -> str:
     """`work` in a process that torchrun has started itself: there is nobody but this process to hear a signal."""
-    assert place.world is not None
+    if place.world is None:
+        raise RuntimeError("torchrun has not started this process")
     requested = threading.Event()
     requests.pass_on(requested.set, lambda number: os._exit(stop.exit_code_of(number)))
 
@@ -54,7 +60,8 @@ def work_alone(command: str, config: Config, place: Place, requests: stop.Reques
 def main() -> int:
     """What torchrun starts: the outcome says what the exit code cannot, since torchrun makes a 1 of every failure."""
     folder, world = Path(os.environ[FOLDER_VARIABLE]), world_from_environment()
-    assert world is not None
+    if world is None:
+        raise RuntimeError("no launcher has started this process")
     torchrun, requested = int(os.environ[PARENT_VARIABLE]), threading.Event()
 
     def heard(number: int, sender: int) -> None:
@@ -89,7 +96,10 @@ def main() -> int:
         outcome.record(folder, Outcome(world.rank, outcome.NO_PROGRESS, str(error)))
     except storage.StoreError as error:
         outcome.record(folder, Outcome(world.rank, outcome.CRASHED, str(error)))
-    except Exception:
+    except Exception as error:
+        if (mendable := disk_error(error)) is not None:
+            outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(task.config, mendable))))
+            return EXIT_FAILED
         outcome.record(folder, Outcome(world.rank, outcome.CRASHED, traceback.format_exc()))
     else:
         return EXIT_DONE

@@ -7,23 +7,35 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
 from job import storage
 from job.errors import UserError
+from job.record import parse_record
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 TokenType = Literal["uint16", "uint32"]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+"""Less than any array's limit: what is larger was not counted."""
+
+
+def _checked_path(path: str) -> str:
+    """`path`, which is below the data set's folder: nothing else may be read or, in a cache, written."""
+    if "\\" in path or not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("expected a path below the data set's folder")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_checked_path)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """One file of whole documents, each closed by the end-of-document token."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: RelativePath
     """Path of the file relative to the manifest's folder."""
     tokens: Count
     """Tokens in the file, end-of-document tokens included."""
@@ -46,20 +58,22 @@ class Manifest:
     plan: str | None = None
     """Digest of the plan.json that it was made by; None in a data set of an earlier version."""
     tokenizer_fingerprint: str
-    tokenizer: str = "tokenizer"
+    tokenizer: RelativePath = "tokenizer"
     """Folder of the tokenizer, relative to the manifest's."""
-    vocab_size: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
     dtype: TokenType
     eod_id: Count
     seed: int
-    validation_fraction: float
+    validation_fraction: Annotated[float, Field(ge=0, le=1)]
     split_rule: str
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     statistics: dict[str, Any]
 
 
-_MANIFEST = TypeAdapter(Manifest)
+@dataclass(frozen=True, slots=True)
+class _Version:
+    format_version: int
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -78,25 +92,30 @@ def load_manifest(shards_url: str) -> Manifest:
         content = storage.read_bytes(storage.join(shards_url, MANIFEST_NAME))
     except FileNotFoundError:
         raise UserError("data.shards", shards_url, f"no {MANIFEST_NAME} there: no finished data set", prepare) from None
+    except storage.IntegrityError as error:
+        raise _damaged(shards_url, f"is damaged: {error}") from None
     try:
-        version = orjson.loads(content)["format_version"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        found = f"its {MANIFEST_NAME} is damaged or not of a data set of this program"
-        raise UserError("data.shards", shards_url, found, prepare) from None
+        version = parse_record(content, _Version).format_version
+    except ValueError as error:
+        raise _damaged(shards_url, f"is damaged or not of a data set of this program: {error}") from None
     if version != FORMAT_VERSION:
         found = f"the data set has format version {version!r}, this program reads {FORMAT_VERSION}"
         raise UserError("data.shards", shards_url, found, "use the version of the program that prepared it")
     try:
-        manifest = _MANIFEST.validate_json(content, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        found = f"its {MANIFEST_NAME} is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError("data.shards", shards_url, found, prepare) from None
+        manifest = parse_record(content, Manifest)
+    except ValueError as error:
+        raise _damaged(shards_url, f"is damaged at {error}") from None
     for shard in manifest.train + manifest.validation:
         if shard.size != (size := shard_size(shard.tokens, shard.documents, manifest.dtype)):
-            found = f"its {MANIFEST_NAME} is damaged: {shard.name} has {shard.size} bytes, its tokens need {size}"
-            raise UserError("data.shards", shards_url, found, prepare)
+            raise _damaged(shards_url, f"is damaged: {shard.name} has {shard.size} bytes, its tokens need {size}")
+    if manifest.vocab_size - 1 > np.iinfo(manifest.dtype).max or manifest.eod_id >= manifest.vocab_size:
+        raise _damaged(shards_url, f"is damaged: eod_id, vocab_size and {manifest.dtype} contradict each other")
     return manifest
+
+
+def _damaged(shards_url: str, what: str) -> UserError:
+    remedy = "put the right one back, or prepare the data set anew at another place"
+    return UserError("data.shards", shards_url, f"its {MANIFEST_NAME} {what}", remedy)
 
 
 # ---- The shard file: tokens, zeros up to a multiple of 8 bytes, then where each document ends ----

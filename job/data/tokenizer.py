@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import json
 import re
 import tempfile
 import unicodedata
@@ -20,6 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from job import storage
 from job.data import hub
 from job.errors import UserError, one_line
+from job.record import parse_record
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""
@@ -241,6 +241,22 @@ def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
 
 # ---- What a tokenizer must be ----
 
+_PUT_BACK = "put the right file back, or take another tokenizer"
+_LARGEST_ID = 2**24
+"""Far above those of any tokenizer; a table of so many entries still fits into memory."""
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    content: str
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """What is read of tokenizer_config.json and special_tokens_map.json."""
+
+    eos_token: str | _AddedToken | None = None
+
 
 def _opened(folder: Path, source: str) -> TextTokenizer:
     """The tokenizer in a local folder, after checking that its tokens are bytes and that it can end a document."""
@@ -248,7 +264,11 @@ def _opened(folder: Path, source: str) -> TextTokenizer:
         content = (folder / "tokenizer.json").read_bytes()
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exceptions for a damaged file
-        raise UserError("tokenizer.source", source, f"tokenizer.json cannot be read: {one_line(str(error))}") from None
+        expected = f"tokenizer.json cannot be read: {one_line(str(error))[:200]}"
+        raise UserError("tokenizer.source", source, expected, _PUT_BACK) from None
+    if (largest := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) > _LARGEST_ID:
+        expected = f"tokenizer.json cannot be read: it has a token with the id {largest}"
+        raise UserError("tokenizer.source", source, expected, _PUT_BACK)
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -267,12 +287,12 @@ def _eos_token(folder: Path, source: str) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             try:
-                token = json.loads((folder / name).read_bytes()).get("eos_token")
-                if token:
-                    return str(token["content"] if isinstance(token, dict) else token)
-            except (ValueError, AttributeError, KeyError) as error:
-                expected = f"{name} cannot be read: {one_line(str(error))}"
-                raise UserError("tokenizer.source", source, expected) from None
+                token = parse_record((folder / name).read_bytes(), _SpecialTokens).eos_token
+            except ValueError as error:
+                expected = f"{name} cannot be read: {error}"
+                raise UserError("tokenizer.source", source, expected, _PUT_BACK) from None
+            if token:
+                return token if isinstance(token, str) else token.content
     return None
 
 

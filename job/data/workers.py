@@ -16,7 +16,7 @@ from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
 from job.data.shards import OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
 from job.data.tokenizer import TextTokenizer
-from job.errors import UserError
+from job.errors import UserError, disk_error
 
 OnBadRecord = Callable[[BadRecord], None]
 _SECONDS_TO_END = 10.0  # many times what a batch takes; a store that does not answer may take longer
@@ -132,4 +132,7 @@ def _prepare_part(
             make_slices(work, worker, encoder, on_progress, reports.send)
         except (UserError, Disagreement, storage.StoreError) as error:
             outcome = error
+        except Exception as error:
+            if (outcome := disk_error(error)) is None:
+                raise
         reports.send(outcome)

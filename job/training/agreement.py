@@ -104,7 +104,8 @@ class Lockstep:
 
     def wait(self, poll: Callable[[float], bool]) -> None:
         """Waits until all processes are ready, stopped or not."""
-        assert self._posted is None
+        if self._posted is not None:
+            raise RuntimeError("what was posted before has not been taken")
         while not self.round(poll(_POLL_SECONDS)).ready:
             pass
 

@@ -13,21 +13,23 @@ second number is the attempt that wrote it, so that two which write at one time 
 
 import bisect
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
-from safetensors import safe_open
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from job import storage
-from job.errors import UserError
+from job.errors import UserError, one_line
+from job.record import parse_record
 from job.training.attempts import Attempts
+from job.training.metrics import parse_rows
 from job.training.moments import MOMENTS
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _METRICS = "metrics.jsonl"
 _TENSORS = {"param": "model.safetensors"} | {key: f"{key}.safetensors" for key in MOMENTS}
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Interval = dict[Literal["nats", "targets", "steps", "seconds", "waited_seconds", "stalled_seconds"], float]
+"""What a line of the log is measured from."""
 _NAME = re.compile(r"step-(\d{8,})-a(\d+)")
 
 
@@ -52,11 +57,11 @@ class TrainingState:
     run_id: str
     attempt: int
     """The one that wrote it."""
-    step: int
+    step: Count
     """Optimizer steps done, skipped ones among them."""
-    windows_consumed: int
+    windows_consumed: Count
     """The whole state of the data."""
-    tokens_seen: int
+    tokens_seen: Count
     identity: dict[str, Any]
     """What the run is made of: model, data set, tokenizer, context length, global batch."""
     config: dict[str, Any]
@@ -86,18 +91,57 @@ class Name(NamedTuple):
 
 
 @dataclass(frozen=True)
+class File:
+    """A file of a checkpoint, as its manifest describes it."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that is complete in the store."""
 
     url: str
-    files: dict[str, dict[str, Any]]
+    files: dict[str, File]
     state: TrainingState
     save_seconds: float
     """What it took to upload it."""
 
     def metrics(self) -> bytes:
-        """The run's log up to this step."""
-        return _read(self.url, _METRICS, self.files)
+        """The run's log up to this step.
+
+        Raises:
+            DamagedCheckpoint: it is missing, is not what the manifest says, or is not a log.
+        """
+        content = _read(self.url, _METRICS, self.files)
+        try:
+            parse_rows(content)
+        except ValueError as error:
+            raise _damaged(self.url, f"{_METRICS} is damaged: {error}") from None
+        return content
+
+
+@dataclass(frozen=True)
+class _Version:
+    format_version: int
+
+
+@dataclass(frozen=True)
+class _GuardState:
+    """`Guard.state`."""
+
+    norms: list[float]
+    skipped_steps: Count
+    skipped_in_a_row: Count
+
+
+@dataclass(frozen=True)
+class _Manifest(_Version):
+    """The content of a checkpoint's manifest.json."""
+
+    files: dict[str, File]
+    save_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def checkpoints_url(output: str) -> str:
@@ -168,24 +212,23 @@ def save_checkpoint(
         clock: seconds since the save began.
     """
     url = Name(state.step, state.attempt).url(output)
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, File] = {}
     # An earlier try of this attempt may have left some of it; without its manifest it never was a checkpoint.
     storage.delete([storage.join(url, _MANIFEST)])
     for key, name in _TENSORS.items():
         file = _SafetensorsFile({parameter: tensors[key] for parameter, tensors in snapshot.items()})
-        files[name] = {"size": file.size, "sha256": file.sha256()}
+        files[name] = File(file.size, file.sha256())
         storage.write_from(storage.join(url, name), file.size, file.read)
     described = orjson.dumps({"format_version": FORMAT_VERSION, **asdict(state)}, option=orjson.OPT_INDENT_2)
     for name, content in ((_STATE, described), (_METRICS, metrics)):
-        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[name] = File(len(content), hashlib.sha256(content).hexdigest())
         storage.write_bytes(storage.join(url, name), content)
     for name, expected in files.items():
-        if (found := storage.size(storage.join(url, name))) != expected["size"]:
-            raise storage.StoreError(f"{url}/{name} has {found} bytes in the store, {expected['size']} were sent")
+        if (found := storage.size(storage.join(url, name))) != expected.size:
+            raise storage.StoreError(f"{url}/{name} has {found} bytes in the store, {expected.size} were sent")
     check()
     checkpoint = Checkpoint(url, files, state, clock())
-    manifest = {"format_version": FORMAT_VERSION, "files": files, "save_seconds": checkpoint.save_seconds}
-    storage.write_json(storage.join(url, _MANIFEST), manifest)
+    storage.write_json(storage.join(url, _MANIFEST), asdict(_Manifest(FORMAT_VERSION, files, checkpoint.save_seconds)))
     return checkpoint
 
 
@@ -300,23 +343,31 @@ def open_checkpoint(url: str) -> Checkpoint:
         UserError: there is none, it is damaged, or a newer version wrote it.
     """
     try:
-        manifest = storage.read_json(storage.join(url, _MANIFEST))
-        files, version = manifest["files"], manifest["format_version"]
-        is_whole = all({"size", "sha256"} <= files[name].keys() for name in (*_TENSORS.values(), _STATE, _METRICS))
-        save_seconds = float(manifest["save_seconds"])
+        content = storage.read_bytes(storage.join(url, _MANIFEST))
+        _check_version(parse_record(content, _Version), url)
+        manifest = parse_record(content, _Manifest)
+        if missing := [name for name in (*_TENSORS.values(), _STATE, _METRICS) if name not in manifest.files]:
+            raise ValueError(f"it does not list {missing[0]}")
     except FileNotFoundError:
         raise UserError("train.resume", url, f"no complete checkpoint there (it has no {_MANIFEST})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, storage.IntegrityError):
-        raise _damaged(url, f"{_MANIFEST} is damaged") from None
-    if version != FORMAT_VERSION:
-        expected = f"has format version {version!r}, this program reads {FORMAT_VERSION}"
+    except (ValueError, storage.IntegrityError) as error:
+        raise _damaged(url, f"{_MANIFEST} is damaged: {error}") from None
+    try:
+        content = _read(url, _STATE, manifest.files)
+        _check_version(parse_record(content, _Version), url)
+        state = parse_record(content, TrainingState)
+        if state.guard:
+            parse_record(orjson.dumps(state.guard), _GuardState)
+        parse_record(orjson.dumps(state.interval), _Interval)
+    except ValueError as error:
+        raise _damaged(url, f"{_STATE} is damaged: {error}") from None
+    return Checkpoint(url, manifest.files, state, manifest.save_seconds)
+
+
+def _check_version(found: _Version, url: str) -> None:
+    if found.format_version != FORMAT_VERSION:
+        expected = f"has format version {found.format_version}, this program reads {FORMAT_VERSION}"
         raise UserError("train.resume", url, expected, "use the version of the program that wrote it")
-    if not is_whole:
-        raise _damaged(url, f"{_MANIFEST} is damaged")
-    state = json.loads(_read(url, _STATE, files))
-    if state.pop("format_version", None) != version or set(state) != {one.name for one in fields(TrainingState)}:
-        raise _damaged(url, f"{_STATE} is damaged")
-    return Checkpoint(url, files, TrainingState(**state), save_seconds)
 
 
 def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str] = tuple(_TENSORS)) -> None:
@@ -328,17 +379,31 @@ def download_checkpoint(checkpoint: Checkpoint, folder: Path, only: Iterable[str
         only: ``param`` and the moments, by default all.
 
     Raises:
-        UserError: a file is missing or is not what the manifest says; it is named.
+        UserError: a file is missing, is not what the manifest says, or holds other tensors than the rest; it is named.
     """
+    only = tuple(only)
     for name in (_TENSORS[key] for key in only):
         expected = checkpoint.files[name]
         try:
             storage.download_file(
-                storage.join(checkpoint.url, name), folder / name, size=expected["size"], sha256=expected["sha256"]
+                storage.join(checkpoint.url, name), folder / name, size=expected.size, sha256=expected.sha256
             )
         except (FileNotFoundError, storage.IntegrityError) as error:
             found = "is missing" if isinstance(error, FileNotFoundError) else "is not what its manifest says"
             raise _damaged(checkpoint.url, f"{name} {found}") from None
+    shapes = [_shapes(checkpoint.url, folder / _TENSORS[key]) for key in only]
+    if any(other != shapes[0] for other in shapes):
+        raise _damaged(checkpoint.url, "its files do not hold the same tensors")
+
+
+def _shapes(url: str, path: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of each tensor in a downloaded file of the checkpoint at `url`."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+    except SafetensorError as error:
+        raise _damaged(url, f"{path.name} is damaged: {one_line(str(error))}") from None
 
 
 class CheckpointFiles(Mapping[str, Mapping[str, "Tensor"]]):
@@ -366,7 +431,7 @@ def check_identity(state: TrainingState, identity: Mapping[str, Any], url: str) 
         raise UserError("train.resume", url, f"the checkpoint is of another run: {said}", remedy)
 
 
-def _read(url: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+def _read(url: str, name: str, files: Mapping[str, File]) -> bytes:
     """A small file of the checkpoint at `url`, its sha256 checked."""
     try:
         content = storage.read_bytes(storage.join(url, name))
@@ -374,7 +439,7 @@ def _read(url: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> bytes:
         raise _damaged(url, f"{name} is missing") from None
     except storage.IntegrityError:
         content = b""
-    if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != files[name].sha256:
         raise _damaged(url, f"{name} is not what its manifest says")
     return content
 

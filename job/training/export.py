@@ -9,7 +9,7 @@ from torch import Tensor
 from job import storage
 from job.data.manifest import Manifest
 from job.data.tokenizer import TextTokenizer
-from job.model.architecture import build_model
+from job.model.architecture import build_model, load_weights
 from job.model.spec import ModelSpec
 from job.training.checkpoint import TrainingState
 from job.training.evaluation import Evaluation
@@ -36,11 +36,8 @@ def export_model(
     model = build_model(
         spec, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, context_length=context_length, seed=0
     )
-    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
-    tied = {"lm_head.weight"} if spec.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise RuntimeError(f"the weights do not fit the model: missing {missing}, unexpected {unexpected}")
-    with tempfile.TemporaryDirectory() as scratch:
+    load_weights(model, weights)
+    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         folder = Path(scratch)
         model.save_pretrained(folder)
         for path in tokenizer.files():

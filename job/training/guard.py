@@ -58,7 +58,7 @@ class Guard:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
-        norms = torch.tensor(state["norms"], dtype=torch.float32)
+        norms = torch.tensor(state["norms"][-REMEMBERED_NORMS:], dtype=torch.float32)
         self._norms.fill_(torch.nan)[REMEMBERED_NORMS - len(norms) :] = norms
         self.skipped_steps.fill_(state["skipped_steps"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])

@@ -1,9 +1,19 @@
 """metrics.jsonl: one line a log interval, in the run's prefix, continued through every restart."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from job import storage
+from job.errors import UserError
+from job.record import parse_record
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What every row has beside what was measured."""
+
+    step: int
 
 
 def metrics_url(output: str) -> str:
@@ -41,12 +51,36 @@ class MetricsLog:
 
 
 def read_metrics(output: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; none if it has not been written yet."""
+    """The rows of a run's metrics.jsonl; none if it has not been written yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        content = storage.read_bytes(metrics_url(output))
+        return parse_rows(storage.read_bytes(metrics_url(output)))
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in content.decode().splitlines()]
+    except (ValueError, storage.IntegrityError) as error:
+        expected = f"the run's log is damaged: {error}"
+        raise UserError(
+            "run.output", metrics_url(output), expected, "delete it: the next checkpoint writes it"
+        ) from None
+
+
+def parse_rows(content: bytes) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl with this content.
+
+    Raises:
+        ValueError: a line is not a row; the message says which and why.
+    """
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            parse_record(line, _Row)
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
 
 
 def _line(row: dict[str, Any]) -> bytes:

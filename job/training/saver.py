@@ -109,12 +109,10 @@ class Saver:
         """
         self._is_overdue, self._last_began = False, time.monotonic()
         self._work = lambda: self._save(state, snapshot, metrics, stalled_seconds)
-        assert self.poll(0)
         self._start()
 
     def try_again(self, seconds: float) -> None:
         """Begins the last upload anew; if the last failure is recent, only waits, at most so long."""
-        assert self.poll(0)
         wait_seconds = self._failed_at + _LAST_TRY_AGAIN_SECONDS - time.monotonic()
         if wait_seconds > 0:
             time.sleep(min(wait_seconds, seconds))
@@ -122,6 +120,8 @@ class Saver:
             self._start()
 
     def _start(self) -> None:
+        if not self.poll(0):
+            raise RuntimeError("the upload before is still on its way")
         self._cancelled.clear()
         self.failure = None
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)

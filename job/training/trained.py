@@ -4,15 +4,21 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from safetensors import SafetensorError
+import orjson
+from pydantic import Field
+from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from job import storage
+from job.config import Model
 from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
-from job.model.architecture import build_model
+from job.model.architecture import build_model, load_weights
+from job.model.counts import parameter_counts
 from job.model.spec import ModelSpec
+from job.record import parse_record
 from job.training.checkpoint import (
     Checkpoint,
     CheckpointFiles,
@@ -35,6 +41,15 @@ class TrainedModel:
     context_length: int
     source: str
     """Where it was found: a checkpoint or a folder."""
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What a checkpoint says of its model: a part of `TrainingState.identity`."""
+
+    model: dict[str, Any]
+    tokenizer: str
+    context_length: Annotated[int, Field(ge=2, lt=2**31)]
 
 
 def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
@@ -80,24 +95,37 @@ def _pass_by(error: UserError) -> None:
 
 
 def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_dir: Path) -> TrainedModel:
-    identity = checkpoint.state.identity
+    try:
+        identity = parse_record(orjson.dumps(checkpoint.state.identity), _Identity)
+        spec = ModelSpec(**Model(**identity.model).model_dump())
+    except (ValueError, UserError) as error:
+        expected = f"state.json is damaged: {one_line(str(error))}"
+        raise DamagedCheckpoint("train.resume", checkpoint.url, expected, "name an older checkpoint") from None
     tokenizer = load_tokenizer(storage.join(output, TOKENIZER_FOLDER), cache_dir)
-    if tokenizer.fingerprint != identity["tokenizer"]:
+    if tokenizer.fingerprint != identity.tokenizer:
         expected = f"the tokenizer in {output}/{TOKENIZER_FOLDER} is not the one it was trained with"
         raise UserError(setting, output, expected, "put the right one back")
-    model = build_model(
-        ModelSpec(**identity["model"]),
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
-        context_length=identity["context_length"],
-        seed=0,
-    )
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         download_checkpoint(checkpoint, Path(scratch), only=["param"])
-        weights = CheckpointFiles(Path(scratch), only=["param"])
-        model.load_state_dict({name: weights[name]["param"] for name in weights}, strict=False)
-        model.tie_weights()
-    return TrainedModel(model, tokenizer, identity["context_length"], checkpoint.url)
+        files = CheckpointFiles(Path(scratch), only=["param"])
+        weights = {name: files[name]["param"] for name in files}
+        try:
+            # Asked before the model is built: a damaged description may be that of a far larger one.
+            numbers, parameters = sum(map(Tensor.numel, weights.values())), parameter_counts(spec, tokenizer.vocab_size)
+            if numbers != parameters.total:
+                raise RuntimeError(f"{numbers:,} numbers instead of {parameters.total:,}")
+            model = build_model(
+                spec,
+                vocab_size=tokenizer.vocab_size,
+                eod_id=tokenizer.eod_id,
+                context_length=identity.context_length,
+                seed=0,
+            )
+            load_weights(model, weights)
+        except RuntimeError as error:
+            reason = f"its weights are not those of the model that it describes: {one_line(str(error))[:200]}"
+            raise DamagedCheckpoint("train.resume", checkpoint.url, reason, "name an older checkpoint") from None
+    return TrainedModel(model, tokenizer, identity.context_length, checkpoint.url)
 
 
 def _from_folder(url: str, setting: str, cache_dir: Path) -> TrainedModel:
@@ -110,6 +138,7 @@ def _from_folder(url: str, setting: str, cache_dir: Path) -> TrainedModel:
                 storage.download_file(entry.url, folder / entry.url.rpartition("/")[2], size=entry.size)
         try:
             model = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32")
-        except (OSError, ValueError, SafetensorError) as error:
+            context_length = int(model.config.max_position_embeddings)
+        except Exception as error:  # whatever a damaged folder makes transformers raise
             raise UserError(setting, url, f"not a model: {one_line(str(error))[:200]}") from None
-    return TrainedModel(model, tokenizer, model.config.max_position_embeddings, url)
+    return TrainedModel(model, tokenizer, context_length, url)

@@ -85,14 +85,7 @@ def load_spec(path: Path) -> Spec:
         UserError: it cannot be read, a key is unknown, missing or twice there, a value is not what the service takes,
             or the entry does not exist.
     """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_IdsAsWritten)
-    except FileNotFoundError:
-        raise UserError("--spec", str(path), "no such file", "launch/swanlab.yaml is one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--spec", str(path), f"cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError("--spec", str(path), f"not valid YAML: {one_line(str(error))}") from None
+    tree = settings.read_yaml_file(path, "--spec", "launch/swanlab.yaml is one", _IdsAsWritten)
     if not isinstance(tree, dict):
         raise UserError("--spec", str(path), "expected apiVersion, kind, metadata and spec", "see launch/swanlab.yaml")
     try:

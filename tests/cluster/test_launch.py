@@ -6,11 +6,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from small_run import REPOSITORY, STEPS, DataSet, Job, prepare_sample, saved_steps, still_alive, write_settings
+from small_run import ENDLESS, REPOSITORY, STEPS, DataSet, Job, prepare_sample, saved_steps, still_alive, write_settings
 
 from job.cluster import outcome
 from job.cluster.launch import _ending
+from job.cluster.loopback import interface_environment
 from job.cluster.outcome import CRASHED, DONE, HUNG, KILLED, NO_PROGRESS, REFUSED, STOPPED, Outcome, record
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
@@ -85,6 +87,37 @@ def test_nothing_goes_on_where_the_entrypoint_was_killed(one_process: Path) -> N
         job.process.kill()
         job.process.wait()
         assert still_alive(processes) == []
+
+
+# ---- Ports ----
+
+
+@pytest.mark.recovery
+@pytest.mark.parametrize(
+    "train", [{"processes": 1, "strategy": "ddp"}, {"processes": 2, "strategy": "zero2"}], ids=["one", "two"]
+)
+def test_a_run_on_one_node_listens_on_the_loopback_interface_alone(
+    data_set: DataSet, bucket: str, tmp_path: Path, train: dict[str, object]
+) -> None:
+    settings = write_settings(tmp_path, data_set, f"{bucket}/run", train=ENDLESS | train)
+    with Job("train", settings) as job:
+        job.read_until("step 3/")
+        processes = [psutil.Process(job.process.pid), *job.descendants()]
+        listening = {
+            (place.ip, place.port)
+            for one in processes
+            for place in (found.laddr for found in one.net_connections() if found.status == psutil.CONN_LISTEN)
+        }
+        workers = job.workers()
+        assert len(listening) > len(workers)  # a store, and gloo of each worker
+        assert {address for address, _ in listening} == {"127.0.0.1"}
+        # On another machine the name of the host may stand for an interface that others reach.
+        assert train["processes"] == 1 or {one.environ()["GLOO_SOCKET_IFNAME"] for one in workers} == {"lo"}
+
+
+def test_interfaces_that_the_user_has_set_for_gloo_and_nccl_stay() -> None:
+    assert interface_environment({}) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    assert interface_environment({"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth1"}) == {}
 
 
 # ---- Stops ----

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import orjson
-
 from job import storage
 from job.cluster.preflight.findings import Findings
 from job.config import Config
@@ -14,6 +12,7 @@ from job.model.spec import ModelSpec
 from job.training.attempts import DONE, Attempt, Attempts
 from job.training.checkpoint import Checkpoint, check_identity, good_checkpoints, list_checkpoints, open_checkpoint
 from job.training.identity import TOKENIZER_FOLDER, identity_of
+from job.training.metrics import parse_rows
 from job.training.resume import AUTO, NEVER, none_is_good, without_record
 from job.training.run import read_run
 
@@ -101,8 +100,9 @@ def _check_progress(findings: Findings, config: Config, attempts: Attempts, newe
 
 def _measured(checkpoint: Checkpoint) -> float | None:
     try:
-        rows = [orjson.loads(line) for line in checkpoint.metrics().splitlines()]
-    except (UserError, ValueError):
+        rows = parse_rows(checkpoint.metrics())
+    except UserError:
         return None
-    rates = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
-    return float(rates[-1]) if rates else None
+    rates = [row.get("speed/tokens_per_second") for row in rows]
+    measured = [rate for rate in rates if isinstance(rate, int | float) and rate > 0]
+    return measured[-1] if measured else None

@@ -1,0 +1,45 @@
+"""Where the processes of a single node meet: on the loopback interface, which no other machine reaches.
+
+torch's store of keys and values knows no password, and by itself listens on every interface. It can be given a socket
+to listen on, and then any part of torch that wants to open a store at that port in this process uses it.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+ADDRESS = "127.0.0.1"
+_INTERFACES = ("lo", "lo0")
+"""The loopback interface's name under Linux, and under macOS and BSD."""
+_TIMEOUT = timedelta(minutes=5)
+
+
+def open_store() -> tuple[TCPStore, int]:
+    """Open a store on a free port of the loopback interface; return it, to be kept, and the port."""
+    listening = socket.create_server((ADDRESS, 0))
+    port: int = listening.getsockname()[1]
+    store = TCPStore(
+        ADDRESS,
+        port,
+        None,
+        True,
+        _TIMEOUT,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listening.detach(),
+    )
+    return store, port
+
+
+def interface_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that keep gloo and NCCL on the loopback interface, without those that the user has set."""
+    present = {name for _, name in socket.if_nameindex()}
+    found = next((name for name in _INTERFACES if name in present), None)
+    if found is None:
+        return {}
+    # NCCL takes a name for the beginning of one unless there is a "=" before it.
+    wanted = {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": f"={found}"}
+    return {name: value for name, value in wanted.items() if name not in environment}

@@ -1,0 +1,32 @@
+"""JSON whose fields' types are checked: what was stored may be damaged, cut off, or written by something else."""
+
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from job.errors import one_line
+
+Record = TypeVar("Record")
+
+
+def parse_record(content: bytes | bytearray, kind: type[Record]) -> Record:
+    """Read JSON as an instance of the dataclass `kind`, with every field's type checked.
+
+    Keys that `kind` does not have are ignored: a newer version of the program may have written them.
+
+    Raises:
+        ValueError: it is damaged, nested too deeply, or a field is missing or of another type; one line says where.
+    """
+    try:
+        record_type: TypeAdapter[Record] = _record_type(cast(Any, kind))
+        return record_type.validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(one_line(f"{f'{place}: ' if place else ''}{first['msg']}")) from None
+
+
+@cache
+def _record_type(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
