@@ -20,7 +20,6 @@ from tempfile import gettempdir
 from job.errors import UserError
 
 VARIABLE = "WIKILLM_SCRATCH"
-_REMEDY = f"remove it, or set {VARIABLE} to a folder on a local disk where you can make folders"
 _LIBRARY_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Caches of compiled code. By default Inductor's is /tmp/torchinductor_<user>, where others can put code."""
 _CREDENTIALS = {
@@ -65,7 +64,7 @@ def use_scratch(say: Callable[[str], object], environment: MutableMapping[str, s
         del wanted["TRITON_CACHE_DIR"]
     home = _usable_home(environment)
     readable = _home(environment) if home is None else home
-    if readable is not None and (_is_open_to_all(readable) or not readable.is_dir()):
+    if readable is not None and (_is_open_to_all(readable) or not _is_folder(readable)):
         readable = None
     if home is None:
         for name, child in _CREDENTIALS.items():
@@ -73,7 +72,7 @@ def use_scratch(say: Callable[[str], object], environment: MutableMapping[str, s
                 environment[name] = str(readable / child)
     hub = None if readable is None else readable / ".cache" / "huggingface"
     if not environment.get("HF_HOME") and not environment.get("XDG_CACHE_HOME"):
-        if hub is not None and hub.is_dir():  # models that were fetched before, and the token
+        if hub is not None and _is_folder(hub):  # models that were fetched before, and the token
             if home is None:
                 environment["HF_HOME"] = str(hub)
         elif home is None or not source.startswith("HOME"):
@@ -110,43 +109,48 @@ def private_folder(folder: Path, setting: str) -> Path:
         UserError: it cannot be made, is a symbolic link or no folder, belongs to another user, or all can write to it.
     """
     folder = folder.absolute()
+    name = setting if "." in setting else VARIABLE
+    remedy = f"remove it, or set {name} to a folder on a local disk where you can make folders"
     missing: list[Path] = []
     for one in (folder, *folder.parents):
         if os.path.lexists(one):
             break
         missing.append(one)
     for one in reversed(missing or [folder]):
-        _claim(one, setting)
+        if wrong := _claim(one):
+            raise UserError(setting, str(one), wrong, remedy)
     return folder
 
 
-def _claim(folder: Path, setting: str) -> None:
+def _claim(folder: Path) -> str:
+    """Make a folder, or check it; return what is wrong with it."""
     try:
         with suppress(FileExistsError):
             folder.mkdir(0o700)
     except OSError as error:
-        wrong = f"this folder cannot be made: {error.strerror}"
-        raise UserError(setting, str(folder), wrong, _REMEDY) from None
+        return f"this folder cannot be made: {error.strerror}"
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise UserError(setting, str(folder), _why_not_opened(folder, error), _REMEDY) from None
+        return _why_not_opened(folder, error)
     try:
         found = os.fstat(descriptor)
-        wrong = ""
         if found.st_uid != os.geteuid():
-            wrong = f"this folder belongs to uid {found.st_uid}, not to you (uid {os.geteuid()})"
-        elif found.st_mode & stat.S_IWOTH:
-            wrong = f"everybody can write to this folder (mode {stat.S_IMODE(found.st_mode):04o}, expected 0700)"
-        elif found.st_mode & 0o077:
+            return _belongs_to(found)
+        if found.st_mode & stat.S_IWOTH:
+            return f"everybody can write to this folder (mode {stat.S_IMODE(found.st_mode):04o}, expected 0700)"
+        if found.st_mode & 0o077:
             with suppress(OSError):
                 os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & ~0o077)
             if (found := os.fstat(descriptor)).st_mode & 0o077:
-                wrong = f"the mode of this folder stays {stat.S_IMODE(found.st_mode):04o}, expected 0700"
+                return f"the mode of this folder stays {stat.S_IMODE(found.st_mode):04o}, expected 0700"
     finally:
         os.close(descriptor)
-    if wrong:
-        raise UserError(setting, str(folder), wrong, _REMEDY)
+    return ""
+
+
+def _belongs_to(found: os.stat_result) -> str:
+    return f"this folder belongs to uid {found.st_uid}, not to you (uid {os.geteuid()})"
 
 
 def _why_not_opened(folder: Path, error: OSError) -> str:
@@ -159,7 +163,7 @@ def _why_not_opened(folder: Path, error: OSError) -> str:
     if not stat.S_ISDIR(found.st_mode):
         return f"this is no folder but a file of uid {found.st_uid}"
     if found.st_uid != os.geteuid():
-        return f"this folder belongs to uid {found.st_uid}, not to you (uid {os.geteuid()})"
+        return _belongs_to(found)
     return f"this folder cannot be opened: {error.strerror}"
 
 
@@ -181,13 +185,19 @@ def _home(environment: Mapping[str, str]) -> Path | None:
 def _usable_home(environment: Mapping[str, str]) -> Path | None:
     """Return the home folder if files can be kept there and not everybody can put files there."""
     home = _home(environment)
-    if home is None or not home.is_dir() or not os.access(home, os.W_OK | os.X_OK) or _is_open_to_all(home):
+    if home is None or not _is_folder(home) or not os.access(home, os.W_OK | os.X_OK) or _is_open_to_all(home):
         return None
     return home
 
 
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # it is in a folder of another user
+        return path.is_dir()
+    return False
+
+
 def _is_open_to_all(folder: Path) -> bool:
-    return folder.is_dir() and bool(folder.stat().st_mode & stat.S_IWOTH)
+    return _is_folder(folder) and bool(folder.stat().st_mode & stat.S_IWOTH)
 
 
 def _is_trusted_file(path: Path) -> bool:

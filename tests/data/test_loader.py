@@ -250,7 +250,9 @@ def test_a_long_wait_is_said_once_with_the_shard_and_again_after_a_while(
     with loader_of(data, tmp_path, order, prefetch_steps=1) as loader:
         assert [lines_after(seconds) for seconds in (0.1, 0.4, 0.4, 0.6)] == [0, 1, 1, 2]
         assert all(message.startswith("waiting for a batch for ") for message in caplog.messages)
-XX        held_back(first).set()
+        reason = f"{data.url}/{first} is not verified yet (verifying shards 0.0/0.0 GB)"
+        assert all(reason in message for message in caplog.messages)
+        held_back(first).set()
         next(loader)
         time.sleep(0.4)  # the consumer's own work is no waiting
         assert [lines_after(seconds) for seconds in (0.1, 0.4)] == [2, 3], "the next batch's wait is a new one"
