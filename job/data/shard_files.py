@@ -20,6 +20,15 @@ _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR,
 """What a person has to mend in the cache's folder."""
 
 
+def copy_name(shard: Shard) -> str:
+    """Return the name of a shard's copy in the cache's folder."""
+    return f"{_name(shard)}.shard"
+
+
+def _name(shard: Shard) -> str:
+    return f"{shard.sha256[:16]}-{Path(shard.name).name}"
+
+
 class ShardFiles:
     """The files of a split's shards, named by their index. A file may be used when its sha256 was compared.
 
@@ -34,10 +43,10 @@ class ShardFiles:
         self._shards, self._folder, self._room = shards, folder, room
         self.are_copies = storage.is_remote(shards_url)
         self.urls = [storage.join(shards_url, shard.name) for shard in shards]
-        self.names = [f"{shard.sha256[:16]}-{Path(shard.name).name}" for shard in shards]
+        self.names = [_name(shard) for shard in shards]
         """Of their copies, locks and notes in the folder."""
         if self.are_copies:
-            self.paths = [folder / f"{name}.shard" for name in self.names]
+            self.paths = [folder / copy_name(shard) for shard in shards]
             self._notes = [folder / f"{name}.verified" for name in self.names]
         else:
             self.paths = [Path(url.removeprefix("file://")).expanduser().absolute() for url in self.urls]
