@@ -62,14 +62,10 @@ ENV PATH=/opt/venv/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
     USER=wikillm \
     LOGNAME=wikillm
-# All that is written at run time goes to one volume (and /tmp).
+# All that is written at run time goes to one volume (and /tmp). All users can write to it, so `python -m job` makes a
+# folder for its user alone in it, and has HOME and the libraries' caches point there (job/scratch.py).
 ENV HOME=/scratch \
-    WIKILLM_SCRATCH=/scratch \
-    XDG_CACHE_HOME=/scratch/.cache \
-    HF_HOME=/scratch/.cache/huggingface \
-    MPLCONFIGDIR=/scratch/.cache/matplotlib \
-    TRITON_CACHE_DIR=/scratch/.cache/triton \
-    TORCHINDUCTOR_CACHE_DIR=/scratch/.cache/inductor
+    WIKILLM_SCRATCH=/scratch
 WORKDIR /app
 COPY LICENSE ./
 COPY configs configs

@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-recovery chaos test-benchmarks test-gpu test-image test-kubernetes test-slurm test-swanlab lint \
         format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare \
-        bench-identify bench-data-scale bench-loader bench-checkpoint bench-ranks lock clean
+        bench-identify bench-data-scale bench-loader bench-verify bench-checkpoint bench-ranks lock clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -121,6 +121,9 @@ bench-data-scale: setup ## the order of 1,000,000,000 windows, and a manifest of
 
 bench-loader: setup ## whether two ranks wait for a store 100 ms and 50 MB/s away, and how fast batches are cut
 	$(RUN) -m benchmarks.loader --cache-buffers 2 1
+
+bench-verify: setup ## how long 16 GB of shards on this machine take to be verified, and what a note spares (16 GB of disk)
+	$(RUN) -m benchmarks.verify
 
 bench-checkpoint: setup ## a checkpoint of 123 M parameters: standstill, upload, memory, restart (7 GB, and 5 GB in /tmp)
 	$(RUN) -m benchmarks.checkpoint

@@ -26,6 +26,7 @@ from job.errors import (
     disk_error,
     without_passwords,
 )
+from job.scratch import use_scratch
 
 _DEFAULT_CONFIG = "job.yaml"
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(command: "Command", config: Config, arguments: Arguments) -> int:
     if command.is_stopped_with_care:
         stop.hold()  # before any thread is there that would not
+    use_scratch(lambda line: sys.stderr.write(f"{line}\n"))  # before a library asks where its cache is
     from job import storage  # with the libraries behind it, which --help can do without
 
     storage.configure(storage.StoreOptions(**config.store.model_dump()))

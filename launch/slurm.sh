@@ -32,7 +32,7 @@ RUNTIME=${RUNTIME:-none} # EDIT: pyxis, apptainer, charliecloud, or none for the
 IMAGE=${IMAGE:-registry.example.com/wikillm:latest} # EDIT, or make set-image
 MOUNTS=${MOUNTS:-} # EDIT: what a config names beside it: /data,/lustre/me:/me (has to exist in Charliecloud's image)
 PYTHON=${PYTHON:-$PWD/.venv/bin/python} # EDIT: of RUNTIME=none
-SCRATCH=${SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/wikillm-$UID} # EDIT: on a disk of the node, for shards in use
+SCRATCH=${SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}} # EDIT: on a disk of the node; wikillm-$UID in it is used
 CREDENTIALS=${CREDENTIALS:-$HOME/.config/wikillm/credentials} # EDIT: lines NAME=value, for your eyes only
 MAX_RESTARTS=${MAX_RESTARTS:-200} # of one job, whatever their cause
 MAX_CRASHES=${MAX_CRASHES:-3}     # in a row that are started again
@@ -72,7 +72,8 @@ step=(srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL --ki
 # ---- In what to run it: the same paths in every container; secrets stay in the environment, which no `ps` shows ----
 inside=(env PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/app HOME=/scratch WIKILLM_SCRATCH=/scratch)
 inside+=(python -m job "$command" --config "/app/configs/${config##*/}" "$@")
-mounts=$(realpath "$(dirname "$config")"):/app/configs,$SCRATCH:/scratch${MOUNTS:+,$MOUNTS}
+private=$SCRATCH && [[ ${SCRATCH##*/} == "wikillm-$UID" ]] || private=${SCRATCH%/}/wikillm-$UID
+mounts=$(realpath "$(dirname "$config")"):/app/configs,$private:/scratch${MOUNTS:+,$MOUNTS}
 case $RUNTIME in
     none)
         [[ -x $PYTHON ]] || refuse "RUNTIME=none needs $PYTHON: make setup, or set PYTHON"
@@ -99,7 +100,16 @@ esac
 # ---- Run it ----
 log=$(readlink --canonicalize /dev/stderr) && [[ -f $log ]] || log=/dev/null # it is what one start knows of another
 before=$(stat --format %s "$log")
-[[ $RUNTIME == none ]] || srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 mkdir --parents "$SCRATCH"
+# What is in the scratch folder is executed, and others can guess its name. RUNTIME=none leaves this to job/scratch.py.
+# shellcheck disable=SC2016
+make_private='umask 077; mkdir --parents -- "$0"; found=$(stat --format "%F, uid %u, mode %a" -- "$0")
+    [[ $found == "directory, uid $UID, mode "*[0145] ]] && chmod 700 -- "$0" && exit
+    echo "slurm.sh: SCRATCH: $0: found ${found:-nothing}, expected a folder of yours alone: remove it or set SCRATCH"
+    exit 78'
+if [[ $RUNTIME != none ]]; then
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "$make_private" "$private"
+    (($? != 78)) || exit 78
+fi
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${SLURM_JOB_NODELIST}: $command $config $*"
 "${step[@]}" & # behind a command in the foreground, a trap waits until that has ended
 srun=$!

@@ -18,7 +18,6 @@ from job.cluster.place import Place
 from job.cluster.task import Task
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
-from job.scratch import scratch_folder
 from job.training.attempts import note_failure
 
 
@@ -99,9 +98,8 @@ def worker_environment(gpus: int, processes: int, config: Config) -> dict[str, s
     wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
     # torch's C++ side tells of every lost connection with a stack of its own; what it means is said by ours.
     wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if config.train.compiles(gpus > 0):  # once, and not at each start
-        wanted |= {"TORCHINDUCTOR_CACHE_DIR": str(scratch_folder()[0] / "compiled")}
-    else:  # DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer
+    if not config.train.compiles(gpus > 0):
+        # DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer.
         wanted |= {"TORCHDYNAMO_DISABLE": "1"}
     if gpus:
         wanted |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # blocks of all sizes share what is free

@@ -1,49 +1,60 @@
-"""Shards on the node's disk: fetched ahead of use, once per node, verified, and dropped when others need the room.
+"""Shards on the node's disk: fetched ahead of use, verified before first use, once per node, dropped to make room.
 
 All processes of a node share one folder and nothing else. It holds
 
-    <shard>.shard             a whole and verified shard; its name begins with its sha256
+    <shard>.shard             a whole shard; its name begins with its sha256
     <shard>.<bytes>.partial   one that is being fetched, and so much room reserved for it
-    <shard>.<mtime>.verified  says that a shard which is a local file, and used where it lies, had the right sha256
-    <shard>.lock              locked by who fetches or verifies it
-    room.lock                 locked by who counts and makes room
+    <shard>.verified          the note that this file was verified (see `job.data.verified`)
+    <shard>.<place>.verified  the same for a shard that is a local file, used where it is; <place> stands for its path
+    <shard>.lock              locked by the process that fetches or verifies it
+    room.lock, room.count     locked by the process that counts and makes room; the bytes in use (see `job.data.room`)
     <owner>.plan              the shards that a process uses now (1) or next (2), locked by it: others spare them
 
 The locks are `flock`s, which the kernel takes from a process that dies, so there is nothing to clean up after one.
 """
 
-import errno
-import fcntl
-import hashlib
 import logging
-import os
-import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from job import storage
 from job.data.manifest import Shard
+from job.data.room import NEXT, NOW, Room, locked
+from job.data.shard_files import ShardFiles
 from job.errors import UserError, one_line
 
 _PARALLEL_FETCHES = 4
+"""Threads that fetch and verify; reading and hashing do not hold Python's lock."""
 _LOOK_AGAIN_SECONDS = 0.05
 """Nothing tells a process that another one has released a lock."""
 _RETRY_SECONDS = 1.0
 _WARN_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 5.0
-_CHUNK_BYTES = 2**20
-_NOW, _NEXT, _NEVER = 1, 2, 3
+_MOST_VERIFICATIONS = 4
+"""How often one `open` has a file verified that is then another one."""
 
 logger = logging.getLogger(__name__)
 
 
 class CacheClosed(Exception):
     """The cache was closed while somebody waited for a shard."""
+
+
+class Verifying(NamedTuple):
+    """How far the files are that were found on this machine and have to be verified."""
+
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+    """Since this began."""
+
+    def __str__(self) -> str:
+        return f"verifying shards {self.done_bytes / 1e9:.1f}/{self.total_bytes / 1e9:.1f} GB"
 
 
 class ShardCache:
@@ -59,36 +70,29 @@ class ShardCache:
     def __init__(self, shards_url: str, shards: Sequence[Shard], cache_dir: str | Path, cache_bytes: int) -> None:
         self._shards, self._cache_bytes = shards, cache_bytes
         self._folder = Path(cache_dir).expanduser()
-        self._urls = [storage.join(shards_url, shard.name) for shard in shards]
-        self._names = [f"{shard.sha256[:16]}-{Path(shard.name).name}" for shard in shards]
-        self._is_remote = storage.is_remote(shards_url)
-        if self._is_remote:
-            self._paths = [self._folder / f"{name}.shard" for name in self._names]
-        else:
-            self._paths = [Path(url.removeprefix("file://")).expanduser() for url in self._urls]
         self.downloads = 0
         """Shards that this process has copied from the store, repetitions included."""
 
         # Shared with the threads, and guarded by this condition.
         self._changed = threading.Condition()
         self._closed = False
-        self._plan: dict[int, int] = {}  # shards to hold, each _NOW or _NEXT
-        self._missing: dict[int, None] = {}  # those of them to fetch, in this order
+        self._plan: dict[int, int] = {}  # shards to hold, each NOW or NEXT
+        self._missing: dict[int, None] = {}  # those of them to fetch or to verify, in this order
         self._demanded: dict[int, None] = {}  # somebody waits for them
         self._fetching: dict[int, bool] = {}  # whether somebody waited for it when that was begun
         self._not_before: dict[int, float] = {}  # when to try again what another process has locked, or what failed
         self._failed: dict[int, Exception] = {}  # whoever waited is to be told
         self._quiet_until = 0.0
+        self._unverified: dict[int, int] = {}  # files that are here and have to be verified: bytes read of each
+        self._verified_bytes, self._verifying_since = 0, 0.0  # since there was nothing to verify
 
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._plan_path = self._folder / f"{secrets.token_hex(8)}.plan"
-            with _locked(self._folder / "room.lock"):
-                self._plan_file = self._plan_path.open("w", encoding="utf-8")
-                fcntl.flock(self._plan_file, fcntl.LOCK_EX)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._room = Room(self._folder, cache_bytes, counts=storage.is_remote(shards_url))
         except OSError as error:
             wrong = f"cannot be written: {error.strerror}"
             raise UserError("data.cache_dir", str(cache_dir), wrong, "name a folder on a local disk") from None
+        self._files = ShardFiles(shards_url, shards, self._folder, self._room)
         self._threads = [
             threading.Thread(target=self._fetch_ahead, name=f"fetch-shards-{number}", daemon=True)
             for number in range(_PARALLEL_FETCHES)
@@ -104,53 +108,56 @@ class ShardCache:
         """
         current = list(dict.fromkeys(current))
         room = self._cache_bytes - sum(self._shards[index].size for index in current)
-        if room < 0 and self._is_remote:
+        if room < 0 and self._files.are_copies:
             needed = self._cache_bytes - room
             wrong = f"{len(current)} shards are shuffled together and take {needed} bytes"
             raise UserError("data.cache_bytes", self._cache_bytes, wrong, f"set it to {needed} or more")
-        plan = dict.fromkeys(current, _NOW)
+        plan = dict.fromkeys(current, NOW)
         for index in ahead:
             if index not in plan:
                 room -= self._shards[index].size
-                if room < 0 and self._is_remote:
+                if room < 0 and self._files.are_copies:
                     break
-                plan[index] = _NEXT
-        with _locked(self._folder / "room.lock"):
-            self._plan_file.seek(0)
-            self._plan_file.truncate()
-            self._plan_file.writelines(f"{when} {self._names[index]}\n" for index, when in plan.items())
-            self._plan_file.flush()
+                plan[index] = NEXT
+        self._room.plan({self._files.names[index]: when for index, when in plan.items()})
+        absent = {index for index in plan if not self._files.is_here(index)}
+        unverified = [index for index in absent if self._files.is_on_disk(index)]
         with self._changed:
             self._plan = plan
-            absent = (index for index in plan if index in self._demanded or not self._is_here(index))
-            self._missing = {index: None for index in absent if not self._is_refused(index)}
+            missing = [index for index in plan if index in self._demanded or index in absent]
+            self._missing = {index: None for index in missing if not self._is_refused(index)}
+            kept = self._missing.keys() | self._fetching.keys()
+            self._unverified = {index: count for index, count in self._unverified.items() if index in kept}
+            self._expect(unverified)
             self._changed.notify_all()
 
     def demand(self, shards: Iterable[int]) -> None:
         """Has these shards of the plan brought here before all others; what the store failed to give is tried again."""
-        absent = [index for index in shards if not self._is_here(index)]
+        absent = [index for index in shards if not self._files.is_here(index)]
+        unverified = [index for index in absent if self._files.is_on_disk(index)]
         with self._changed:
             wanted = [index for index in absent if not self._is_refused(index)]
             for index in wanted:
                 self._failed.pop(index, None)
             self._demanded |= dict.fromkeys(wanted)
             self._missing |= dict.fromkeys(index for index in wanted if index in self._plan)
+            self._expect(unverified)
             self._changed.notify_all()
 
     def open(self, index: int) -> BinaryIO:
-        """Opens a shard's file, unbuffered, when it is here; it stays readable even if it is dropped meanwhile.
+        """Opens a shard's file, unbuffered, when it is here and verified; it stays readable if it is dropped meanwhile.
 
         Raises:
-            UserError: the shard is not in the store, or was damaged twice.
+            UserError: the shard is not in the store, or it is damaged.
             StoreError: the store failed until the deadline of an operation that began while the shard was waited for.
             CacheClosed: `close` was called.
         """
-        while True:
-            if self._is_here(index):
-                try:
-                    return self._paths[index].open("rb", buffering=0)
-                except FileNotFoundError:
-                    pass  # another process has dropped it this moment
+        verifications = 0
+        while verifications < _MOST_VERIFICATIONS:
+            with suppress(OSError):  # not there, or not to be read: the threads find out
+                if (file := self._files.open_verified(index)) is not None:
+                    return file
+                verifications += 1
             self.demand([index])
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or index in self._failed or index not in self._demanded)
@@ -158,12 +165,30 @@ class ShardCache:
                     raise CacheClosed
                 if index in self._failed:
                     raise self._failed[index]
+        wrong = f"this file was verified {verifications - 1} times and was another one each time it was opened"
+        raise UserError(
+            "data.shards", str(self._files.paths[index]), wrong, "copy it to a disk where nothing changes it"
+        )
+
+    def is_unchanged(self, index: int, file: BinaryIO) -> bool:
+        """Return True if what was just read from an open shard was verified: nobody has written to it since."""
+        return self._files.is_unchanged(index, file)
 
     @property
     def awaited(self) -> list[str]:
         """URLs of the shards that somebody waits for now."""
         with self._changed:
-            return [self._urls[index] for index in self._demanded]
+            return [self._files.urls[index] for index in self._demanded]
+
+    @property
+    def verifying(self) -> Verifying | None:
+        """How far the verification of files on this machine is; None if there are none to verify."""
+        with self._changed:
+            if not self._unverified:
+                return None
+            total_bytes = self._verified_bytes + sum(self._shards[index].size for index in self._unverified)
+            done_bytes = self._verified_bytes + sum(self._unverified.values())
+            return Verifying(done_bytes, total_bytes, time.monotonic() - self._verifying_since)
 
     def close(self) -> None:
         """Ends the threads and wakes all who wait; the files stay for the next one."""
@@ -173,20 +198,19 @@ class ShardCache:
         deadline = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
-        self._plan_path.unlink(missing_ok=True)
-        self._plan_file.close()
-
-    def _is_here(self, index: int) -> bool:
-        """Whether the shard's file is on this machine, and verified."""
-        path = self._paths[index]
-        return path.exists() and (self._is_remote or self._verified_note(index).exists())
+        with suppress(OSError):  # the folder was deleted
+            self._room.close()
 
     def _is_refused(self, index: int) -> bool:
         """Whether the shard is not to be had until a person has mended something."""
         return isinstance(self._failed.get(index), UserError)
 
-    def _verified_note(self, index: int) -> Path:
-        return self._folder / f"{self._names[index]}.{self._paths[index].stat().st_mtime_ns}.verified"
+    def _expect(self, unverified: Iterable[int]) -> None:
+        """Counts these files among those to verify, under the lock."""
+        new = [index for index in unverified if index in self._missing and index not in self._unverified]
+        if new and not self._unverified:
+            self._verified_bytes, self._verifying_since = 0, time.monotonic()
+        self._unverified |= dict.fromkeys(new, 0)
 
     # ---- The threads ----
 
@@ -198,10 +222,17 @@ class ShardCache:
                 is_here = self._fetch(index)
             except CacheClosed:
                 return
+            except storage.StoreError as raised:
+                error = raised
+            except OSError as raised:
+                error = self._files.explained(raised)
             except Exception as raised:  # whoever waits for the shard gets it
                 error = raised
             with self._changed:
                 was_demanded = self._fetching.pop(index)
+                if index in self._unverified and (is_here or error is not None):
+                    del self._unverified[index]
+                    self._verified_bytes += self._shards[index].size
                 if is_here:
                     self._missing.pop(index, None)
                     self._demanded.pop(index, None)
@@ -214,14 +245,14 @@ class ShardCache:
                         self._demanded.pop(index, None)
                         self._failed[index] = error
                     if not isinstance(error, UserError):
-                        self._warn(error)
+                        self._warn("shards cannot be fetched now", error)
                 self._changed.notify_all()
 
-    def _warn(self, error: Exception) -> None:
-        """Says, once in a while, that the store fails: a run goes on without it as long as it has shards."""
+    def _warn(self, what: str, error: Exception) -> None:
+        """Says what fails, once in a while: a run goes on without it as long as it has shards."""
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _WARN_AGAIN_SECONDS
-            logger.warning("shards cannot be fetched now: %s", one_line(str(error)))
+            logger.warning("%s: %s", what, one_line(str(error)))
 
     def _next_missing(self) -> int | None:
         """Waits for something to fetch; None when the cache is closed."""
@@ -238,130 +269,66 @@ class ShardCache:
         return None
 
     def _fetch(self, index: int) -> bool:
-        """Brings a shard here, or verifies it in place; False where another process is in the way."""
-        with _locked(self._folder / f"{self._names[index]}.lock", wait=False) as is_ours:
+        """Verifies the shard's file, or brings it here; False where another process is in the way."""
+        with locked(self._folder / f"{self._files.names[index]}.lock", wait=False) as is_ours:
             if not is_ours:
                 return False
-            if self._is_here(index):
-                return True
-            if not self._is_remote:
-                self._verify(index, None)
-                self._verified_note(index).touch()
-                return True
-            partial = self._folder / f"{self._names[index]}.{self._shards[index].size}.partial"
-            partial.unlink(missing_ok=True)
-            try:
-                if not self._reserve(index, partial):
-                    return False
-                self._verify(index, partial)
-                with _locked(self._folder / "room.lock"):
-                    partial.rename(self._paths[index])
-            finally:
-                partial.unlink(missing_ok=True)
+            return self._files.is_here(index) or self._verify(index) or self._download(index)
+
+    def _verify(self, index: int) -> bool:
+        """Compares the sha256 of the file that is here; a damaged one is deleted if it can be fetched.
+
+        Raises:
+            UserError: a shard that is used where it is cannot be read, or is damaged.
+        """
+        path = self._files.paths[index]
+        try:
+            wrong = self._files.find_wrong(index, lambda count: self._count_read(index, count))
+        except FileNotFoundError:
+            if self._files.are_copies:
+                return False
+            raise self._files.missing(index) from None
+        if wrong and not self._files.are_copies:
+            raise UserError("data.shards", str(path), wrong, "delete it and run `python -m job prepare` again")
+        if wrong:
+            logger.warning("%s: %s; it is fetched again", path, wrong)
+            self._room.drop(path)
+            with self._changed:
+                self._unverified.pop(index, None)
+        return not wrong
+
+    def _count_read(self, index: int, count: int) -> None:
+        """Counts bytes that were read for verification."""
+        with self._changed:
+            if self._closed:
+                raise CacheClosed
+            if index in self._unverified:
+                self._unverified[index] += count
+
+    def _download(self, index: int) -> bool:
+        """Fetches a shard; False where there is no room for it."""
+        with self._changed:
+            is_urgent = self._is_urgent(index)
+        partial = self._room.reserve(self._files.names[index], self._shards[index].size, is_urgent)
+        if partial is None:
+            with self._changed:
+                if not self._is_urgent(index):  # until the plan changes, or somebody waits for it
+                    self._missing.pop(index, None)
+            return False
+        try:
+            self._files.copy(index, partial, lambda count: self._go_on(), self._count_download)
+        finally:
+            self._room.drop(partial)
         return True
 
-    def _verify(self, index: int, copy_to: Path | None) -> None:
-        """Reads a shard, or copies it, and compares its checksum; a copy that came damaged is fetched once more."""
-        shard, url = self._shards[index], self._urls[index]
-        for _ in range(1 if copy_to is None else 2):
-            try:
-                found = self._read_whole(url, copy_to)
-            except FileNotFoundError:
-                wrong = "the manifest names this shard and it is not there"
-                raise UserError("data.shards", url, wrong, "run `python -m job prepare` again") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                wrong = "the disk is full before it holds data.cache_bytes"
-                raise UserError("data.cache_dir", str(self._folder), wrong, "lower data.cache_bytes") from None
-            if found == shard.sha256:
-                return
-        wrong = f"this shard is damaged: its sha256 is {found}, the manifest says {shard.sha256}"
-        raise UserError("data.shards", url, wrong, "delete the folder and run `python -m job prepare` again")
+    def _go_on(self) -> None:
+        if self._closed:
+            raise CacheClosed
 
-    def _read_whole(self, url: str, copy_to: Path | None) -> str:
-        digest = hashlib.sha256()
-        with storage.open_read(url) as source, (copy_to or Path(os.devnull)).open("wb") as target:
-            while chunk := source.read(_CHUNK_BYTES):
-                if self._closed:
-                    raise CacheClosed
-                digest.update(chunk)
-                target.write(chunk)
-            target.flush()
-            if copy_to is not None:
-                os.fsync(target.fileno())
-                with self._changed:
-                    self.downloads += 1
-        return digest.hexdigest()
-
-    # ---- The room on the disk ----
-
-    def _reserve(self, index: int, partial: Path) -> bool:
-        """Takes room by creating `partial`, and makes it by dropping shards that no process plans to use, oldest first.
-
-        Where we need the shard now, what others plan to use next is dropped too, if need be when it has come, and then
-        what they use now: two jobs with one cache that is too small for both go on, if slowly.
-        """
+    def _count_download(self) -> None:
         with self._changed:
-            ours = {self._names[one] for one in self._plan}
-            is_urgent = self._is_urgent(index)
-        with _locked(self._folder / "room.lock"):
-            used_bytes = self._shards[index].size
-            planned: dict[str, int] = {}
-            droppable, coming = [], []
-            for path in list(self._folder.iterdir()):
-                name, _, kind = path.name.rpartition(".")
-                if kind == "shard":
-                    status = path.stat()
-                    used_bytes += status.st_size
-                    if name not in ours:
-                        droppable.append((status.st_mtime_ns, name, status.st_size))
-                elif kind == "partial":
-                    shard, _, reserved = name.rpartition(".")
-                    with _locked(self._folder / f"{shard}.lock", wait=False) as is_abandoned:
-                        if is_abandoned:
-                            path.unlink(missing_ok=True)
-                        else:
-                            used_bytes += int(reserved)
-                            coming.append(shard)
-                elif kind == "plan" and path != self._plan_path:
-                    with _locked(path, wait=False) as is_abandoned:
-                        if is_abandoned:
-                            path.unlink(missing_ok=True)
-                        else:
-                            for line in path.read_text(encoding="utf-8").splitlines():
-                                when, shard = line.split(" ", 1)
-                                planned[shard] = min(int(when), planned.get(shard, _NEXT))
-            for _, name, size in sorted(droppable, key=lambda one: (-planned.get(one[1], _NEVER), one)):
-                if used_bytes <= self._cache_bytes or (name in planned and not is_urgent):
-                    break
-                if planned.get(name) == _NOW and any(planned.get(shard) == _NEXT for shard in coming):
-                    break
-                (self._folder / f"{name}.shard").unlink()
-                used_bytes -= size
-            if used_bytes <= self._cache_bytes:
-                partial.touch()
-                return True
-        with self._changed:
-            if not self._is_urgent(index):  # until the plan changes, or somebody waits for it
-                self._missing.pop(index, None)
-        return False
+            self.downloads += 1
 
     def _is_urgent(self, index: int) -> bool:
         """Whether the shard is needed now; to be asked under the lock, since that may change at any moment."""
-        return self._plan.get(index) == _NOW or index in self._demanded
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds the exclusive lock of a file, made if need be; yields False where it is not free and we do not `wait`."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            is_ours = True
-        except BlockingIOError:
-            is_ours = False
-        yield is_ours
-    finally:
-        os.close(descriptor)
+        return self._plan.get(index) == NOW or index in self._demanded

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import BinaryIO, Self, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ _LOOK_SECONDS = 1.0
 _LONG_WAIT_SECONDS = 30.0
 """What the consumer waits for one batch before it is told why; it is told again every `_SAY_AGAIN_SECONDS`."""
 _SAY_AGAIN_SECONDS = 300.0
+_VERIFYING_SECONDS = 5.0
+"""How long shards are verified before that is shown, and how often it is shown."""
+_MOST_READS = 3
+"""How often windows are read from a file that somebody writes to at the same time."""
 
 Made = TypeVar("Made")
 
@@ -79,13 +83,16 @@ class _Loader(Iterator[Made]):
         workers: int,
         jobs: Iterator[Callable[[], Made]],
         ahead: int,
+        say: Callable[[str], None],
         pin_memory: bool = False,
     ) -> None:
+        self._say, self._shown_at = say, 0.0
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, in all."""
         self._waited_seconds, self._said_seconds = 0.0, 0.0  # for the next batch; when that was last said
         self._store_seconds = 0.0  # of those that the consumer has waited, for shards
-        self._shards, self._context_length, self._eod_id = shards, context_length, manifest.eod_id
+        self._shards_url, self._shards = shards_url, shards
+        self._context_length, self._eod_id = context_length, manifest.eod_id
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._pin_memory = pin_memory
         self._cache = ShardCache(shards_url, shards, cache_dir, cache_bytes)
@@ -120,6 +127,8 @@ class _Loader(Iterator[Made]):
         if not is_ready and self._waited_seconds - self._said_seconds >= pause_seconds:
             self._said_seconds = self._waited_seconds
             logger.warning("waiting for a batch for %.0f s: %s", self._waited_seconds, self._reason())
+        if not is_ready:
+            self._show_verification()
         return is_ready
 
     def advice(self) -> str:
@@ -159,11 +168,19 @@ class _Loader(Iterator[Made]):
             asked_for = threading.Event()
             self._begun.append((self._threads.submit(self._do, job, asked_for), asked_for))
 
+    def _show_verification(self) -> None:
+        verifying, now = self._cache.verifying, time.monotonic()
+        if verifying is not None and min(verifying.seconds, now - self._shown_at) >= _VERIFYING_SECONDS:
+            self._shown_at = now
+            self._say(str(verifying))
+
     def _reason(self) -> str:
         awaited = self._cache.awaited
         if not awaited:
             return "its shards are here, its windows are being cut"
         others = f" and {len(awaited) - 1} other shards are" if awaited[1:] else " is"
+        if (verifying := self._cache.verifying) is not None:
+            return f"{awaited[0]}{others} not verified yet ({verifying})"
         return f"{awaited[0]}{others} not on this machine yet"
 
     # ---- The threads ----
@@ -189,15 +206,29 @@ class _Loader(Iterator[Made]):
 
     def _cut(self, shard: int, windows: Integers, rows: Integers, pair: Tensor) -> None:
         """Writes these `windows` of a shard into these `rows` of a pair; waits until the shard is here."""
+        for _ in range(_MOST_READS):
+            with self._cache.open(shard) as file:
+                is_whole = self._read(file, shard, windows, rows, pair)
+                if is_whole and self._cache.is_unchanged(shard, file):
+                    return
+        url = storage.join(self._shards_url, self._shards[shard].name)
+        wrong = "somebody writes to this shard while it is used"
+        raise UserError("data.shards", url, wrong, "prepare each data set in a folder of its own")
+
+    def _read(self, file: BinaryIO, shard: int, windows: Integers, rows: Integers, pair: Tensor) -> bool:
+        """Does that with an open file; False where it is shorter than it was."""
         length, token_bytes = self._context_length, self._dtype.itemsize
         inputs, labels = pair.numpy()
-        with self._cache.open(shard) as file:
-            for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
-                first = window * length
-                count = min(length + 1, self._shards[shard].tokens - first)
-                tokens = np.frombuffer(os.pread(file.fileno(), count * token_bytes, first * token_bytes), self._dtype)
-                inputs[row, : count - 1] = tokens[:-1]
-                labels[row, : count - 1] = tokens[1:]
+        for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
+            first = window * length
+            count = min(length + 1, self._shards[shard].tokens - first)
+            content = os.pread(file.fileno(), count * token_bytes, first * token_bytes)
+            if len(content) < count * token_bytes:
+                return False
+            tokens = np.frombuffer(content, self._dtype)
+            inputs[row, : count - 1] = tokens[:-1]
+            labels[row, : count - 1] = tokens[1:]
+        return True
 
 
 class BatchLoader(_Loader[Batch]):
@@ -216,6 +247,7 @@ class BatchLoader(_Loader[Batch]):
         cache_dir: folder on the node's disk that its processes share; see `ShardCache`.
         prefetch_steps: batches that are ready, or in work, ahead of the one in use; at least 1.
         workers: threads that cut batches.
+        say: shown how far the verification of shards is, if training waits for it longer than some seconds.
         pin_memory: page-lock each batch, so that a GPU can take it while it computes; needs CUDA.
 
     Raises:
@@ -239,6 +271,7 @@ class BatchLoader(_Loader[Batch]):
         cache_bytes: int,
         prefetch_steps: int,
         workers: int,
+        say: Callable[[str], None] = logger.info,
         pin_memory: bool = False,
     ) -> None:
         most = order.largest_buffer_bytes
@@ -263,6 +296,7 @@ class BatchLoader(_Loader[Batch]):
             workers,
             self._jobs(),
             prefetch_steps,
+            say,
             pin_memory,
         )
 
@@ -333,6 +367,7 @@ class EvaluationLoader(_Loader[EvaluationBatch]):
         world_size: int,
         cache_dir: str | Path,
         cache_bytes: int,
+        say: Callable[[str], None] = logger.info,
     ) -> None:
         self._order, self._batch_size, self._rank, self._world_size = order, batch_size, rank, world_size
         self.rounds = -(-order.windows // (batch_size * world_size))
@@ -346,6 +381,7 @@ class EvaluationLoader(_Loader[EvaluationBatch]):
             workers=1,  # the cache follows the batch that is being read
             jobs=(partial(self._batch, number) for number in range(self.rounds)),
             ahead=1,
+            say=say,
         )
 
     def _windows(self, number: int) -> range:

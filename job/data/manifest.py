@@ -1,5 +1,7 @@
 """What a prepared data set is: its shard files, byte by byte, and the manifest that makes them one data set."""
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,11 +166,17 @@ def open_shard(
     """Tokens (`[tokens]`) and document ends (`[documents]`) of the shard file at `path`, mapped into memory read-only.
 
     Raises:
-        UserError: the file does not have the size the manifest says.
+        UserError: the file does not have the size or the sha256 that the manifest says.
     """
-    if (found := Path(path).stat().st_size) != shard.size:
-        raise UserError("data.shards", str(path), f"{found} bytes where the manifest says {shard.size}", "delete it")
-    content = np.memmap(path, np.uint8, mode="r") if shard.size else np.empty(0, np.uint8)
+    with Path(path).open("rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != shard.size:
+            wrong = f"{found} bytes where the manifest says {shard.size}"
+            raise UserError("data.shards", str(path), wrong, "delete it and prepare again")
+        content = np.memmap(file, np.uint8, mode="r") if shard.size else np.empty(0, np.uint8)
+    if (sha256 := hashlib.sha256(content.data).hexdigest()) != shard.sha256:
+        wrong = f"its sha256 is {sha256}, the manifest says {shard.sha256}"
+        raise UserError("data.shards", str(path), wrong, "delete it and prepare again")
     stored = np.dtype(dtype).newbyteorder("<")
     tokens = content[: shard.tokens * stored.itemsize].view(stored)
     ends = content[_ends_offset(shard.tokens, dtype) :].view("<u8")

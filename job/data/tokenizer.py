@@ -20,6 +20,7 @@ from job import storage
 from job.data import hub
 from job.errors import UserError, one_line
 from job.record import parse_record
+from job.scratch import private_folder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""
@@ -207,11 +208,14 @@ def _from_url(url: str, cache_dir: Path) -> Path:
 
 
 def _kept(contents: Mapping[str, bytes], cache_dir: Path) -> Path:
-    """A folder of these files, named after what they are, so that a changed one is not mistaken for the former."""
+    """A folder of these files, named after what they are, so that a changed one is not mistaken for the former.
+
+    They are written anew each time, into a folder where no other user can change them.
+    """
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):
         digest.update(f"{name} {len(content)} ".encode() + content)
-    folder = cache_dir / f"tokenizer-{digest.hexdigest()[:16]}"
+    folder = private_folder(cache_dir / "tokenizers", "data.cache_dir") / digest.hexdigest()[:16]
     for name, content in contents.items():
         storage.write_bytes(str(folder / name), content)
     return folder

@@ -72,6 +72,7 @@ class HeldOut:
             world_size=self._world.world_size,
             cache_dir=cache_folder(self._config.data.cache_dir),
             cache_bytes=int(self._config.data.cache_bytes),
+            say=Report(self._world.rank).say,
         ) as loader:
             batches = ((batch.input_ids, batch.labels) for batch in loader)
             sizes = self._tokenizer.token_sizes

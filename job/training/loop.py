@@ -250,6 +250,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             cache_bytes=int(config.data.cache_bytes),
             prefetch_steps=config.data.prefetch_steps,
             workers=config.data.loader_workers,
+            say=report.say,
             pin_memory=engine.device.type == "cuda",
         )
     )
@@ -410,7 +411,7 @@ def check_tokenizer(tokenizer: TextTokenizer, manifest: Manifest, shards_url: st
 def scratch_dir(config: Config) -> Path:
     """Where checkpoints are put together; made if it is not there."""
     folder = loading_folder(config.checkpoint.scratch_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Where a process is, by the variables that launchers really set (Slurm's are from a 22.05 with two nodes)."""
 
+import os
 import time
 from pathlib import Path
 
@@ -158,18 +159,18 @@ def test_the_time_that_a_place_leaves() -> None:
 @pytest.mark.parametrize(
     ("environment", "scratch"),
     [
-        ({}, "/home/someone/.cache/wikillm"),
+        ({}, "{home}/.cache/wikillm"),
         ({"XDG_CACHE_HOME": "/var/cache"}, "/var/cache/wikillm"),
-        ({"WIKILLM_SCRATCH": "/scratch"}, "/scratch"),
-        (SLURM_STEP | {"SLURM_TMPDIR": "/local/42"}, "/local/42"),
-        (SLURM_STEP | {"SLURM_TMPDIR": "/local/42", "WIKILLM_SCRATCH": "/nvme"}, "/nvme"),
+        ({"WIKILLM_SCRATCH": "/scratch"}, "/scratch/wikillm-{uid}"),
+        ({"WIKILLM_SCRATCH": f"/scratch/wikillm-{os.getuid()}"}, "/scratch/wikillm-{uid}"),
+        (SLURM_STEP | {"SLURM_TMPDIR": "/local/42"}, "/local/42/wikillm-{uid}"),
+        (SLURM_STEP | {"SLURM_TMPDIR": "/local/42", "WIKILLM_SCRATCH": "/nvme"}, "/nvme/wikillm-{uid}"),
+        ({"HOME": "/nonexistent", "TMPDIR": "/local"}, "/local/wikillm-{uid}"),
     ],
 )
-def test_the_scratch_folder_is_on_a_disk_of_the_node(
-    environment: dict[str, str], scratch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert at(**environment).scratch == Path(scratch)
+def test_the_scratch_folder_is_on_a_disk_of_the_node(environment: dict[str, str], scratch: str, tmp_path: Path) -> None:
+    expected = Path(scratch.format(home=tmp_path, uid=os.getuid()))
+    assert at(**{"HOME": str(tmp_path)} | environment).scratch == expected
 
 
 def test_a_shared_home_is_no_scratch_folder_under_slurm() -> None:

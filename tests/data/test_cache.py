@@ -14,9 +14,10 @@ import pytest
 from toy_data import LENGTH, DataSet, loader_of, order_of, rows, write_data_set
 
 from job import storage
-from job.data.cache import ShardCache, _locked
+from job.data.cache import ShardCache
 from job.data.loader import EvaluationLoader
 from job.data.order import EvaluationOrder
+from job.data.room import locked
 from job.errors import UserError
 
 ROOMY = 10**9
@@ -33,7 +34,7 @@ def stored(data: DataSet, index: int) -> bytes:
 
 def bytes_on_disk(cache_dir: Path) -> int:
     """What shards and room reserved for shards take."""
-    with _locked(cache_dir / "room.lock"):
+    with locked(cache_dir / "room.lock"):
         held = sum(path.stat().st_size for path in cache_dir.glob("*.shard"))
         return held + sum(int(path.name.split(".")[-2]) for path in cache_dir.glob("*.partial"))
 
@@ -63,7 +64,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> Fetches:
 
 READER = """
 import sys
-from job.data.cache import ShardCache, _locked
+from job.data.cache import ShardCache
 from job.data.manifest import load_manifest
 url, cache_dir = sys.argv[1:]
 manifest = load_manifest(url)
@@ -161,7 +162,7 @@ def test_waiting_for_another_process_takes_no_processor_time(
 
     monkeypatch.setattr(ShardCache, "_fetch", counted)
     cache = ShardCache(data.url, data.manifest.train, tmp_path, ROOMY)
-    with _locked(tmp_path / f"{data.manifest.train[0].sha256[:16]}-train-00000.bin.lock"):
+    with locked(tmp_path / f"{data.manifest.train[0].sha256[:16]}-train-00000.bin.lock"):
         cache.use([0])
         cache.demand([0])
         with cache._changed:
@@ -237,26 +238,6 @@ def test_another_data_sets_shard_is_not_taken_for_ours(bucket: str, tmp_path: Pa
         assert content(cache, 0) == stored(data, 0)
         assert cache.downloads == 1
         cache.close()
-
-
-def test_local_shards_are_used_where_they_lie_and_verified_once(tmp_path: Path, fetches: Fetches) -> None:
-    data = write_data_set(str(tmp_path / "data"), [500, 500])
-
-    def pass_over() -> int:
-        fetches.names.clear()
-        cache = ShardCache(data.url, data.manifest.train, tmp_path / "cache", 1)
-        cache.use([0, 1])
-        assert content(cache, 0)[:2000] == stored_locally[0][:2000]
-        content(cache, 1)
-        cache.close()
-        assert cache.downloads == 0
-        return len(fetches.names)
-
-    stored_locally = [Path(data.url, shard.name).read_bytes() for shard in data.manifest.train]
-    assert [pass_over(), pass_over()] == [2, 0]
-    Path(data.url, "train-00001.bin").write_bytes(stored_locally[1])
-    assert pass_over() == 1
-    assert not list((tmp_path / "cache").glob("*.shard"))
 
 
 # ---- Room ----
@@ -373,10 +354,10 @@ def test_what_another_process_uses_is_spared_while_what_it_needs_next_is_on_its_
             assert may_come.wait(30)
 
     @contextmanager
-    def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    def watched(path: Path, wait: bool = True) -> Iterator[bool]:
         if path.name == "room.lock" and threading.current_thread() in other._threads:
             looks.release()
-        with _locked(path, wait) as is_ours:
+        with locked(path, wait) as is_ours:
             yield is_ours
 
     one, other = (ShardCache(data.url, data.manifest.train, tmp_path, limit) for _ in range(2))
@@ -384,7 +365,7 @@ def test_what_another_process_uses_is_spared_while_what_it_needs_next_is_on_its_
         one.use([0, 1])
         held = [content(one, 0), content(one, 1)]
         fetches.before = hold_up
-        monkeypatch.setattr("job.data.cache._locked", locked)
+        monkeypatch.setattr("job.data.room.locked", watched)
         one.use([0, 1], ahead=[2])
         assert is_coming.wait(30)
         other.use([3])
@@ -409,18 +390,18 @@ def test_a_shard_asked_for_while_room_is_looked_for_ahead_of_use_comes(
     looks, may_look = threading.Event(), threading.Event()
 
     @contextmanager
-    def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    def watched(path: Path, wait: bool = True) -> Iterator[bool]:
         if path.name == "room.lock" and threading.current_thread() in one._threads:
             looks.set()
             may_look.wait()
-        with _locked(path, wait) as is_ours:
+        with locked(path, wait) as is_ours:
             yield is_ours
 
     one, other = (ShardCache(data.url, data.manifest.train, tmp_path, room_bytes) for _ in range(2))
     try:
         other.use([0])
         content(other, 0)
-        monkeypatch.setattr("job.data.cache._locked", locked)
+        monkeypatch.setattr("job.data.room.locked", watched)
         one.use([], [1])  # for which there is no room, as long as nobody waits for it
         assert looks.wait(30)
         one.demand([1])

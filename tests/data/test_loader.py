@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from toy_data import LENGTH, DataSet, loader_of, order_of, rows, write_data_set
 from job import storage
 from job.data.loader import IGNORED_LABEL, BatchLoader, EvaluationLoader
 from job.data.order import EvaluationOrder
+from job.data.shard_files import ShardFiles
 from job.errors import UserError
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -133,14 +134,14 @@ HeldBack = Callable[[str], threading.Event]
 
 @pytest.fixture
 def held_back(monkeypatch: pytest.MonkeyPatch) -> HeldBack:
-    """A shard is read only once its event is set."""
-    come, open_read = functools.cache(lambda name: threading.Event()), storage.open_read
+    """A shard is verified only once its event is set."""
+    come, find_wrong = functools.cache(lambda name: threading.Event()), ShardFiles.find_wrong
 
-    def wait_and_open(url: str) -> BinaryIO:
-        come(url.rpartition("/")[2]).wait(30)
-        return open_read(url)
+    def wait_and_verify(files: ShardFiles, index: int, on_bytes: Callable[[int], None]) -> str:
+        come(files.paths[index].name).wait(30)
+        return find_wrong(files, index, on_bytes)
 
-    monkeypatch.setattr(storage, "open_read", wait_and_open)
+    monkeypatch.setattr(ShardFiles, "find_wrong", wait_and_verify)
     return come
 
 
@@ -249,7 +250,8 @@ def test_a_long_wait_is_said_once_with_the_shard_and_again_after_a_while(
     with loader_of(data, tmp_path, order, prefetch_steps=1) as loader:
         assert [lines_after(seconds) for seconds in (0.1, 0.4, 0.4, 0.6)] == [0, 1, 1, 2]
         assert all(message.startswith("waiting for a batch for ") for message in caplog.messages)
-        assert all(f"{data.url}/{first} is not on this machine yet" in message for message in caplog.messages)
+        reason = f"{data.url}/{first} is not verified yet (verifying shards 0.0/0.0 GB)"
+        assert all(reason in message for message in caplog.messages)
         held_back(first).set()
         next(loader)
         time.sleep(0.4)  # the consumer's own work is no waiting
@@ -284,36 +286,24 @@ def our_threads() -> list[str]:
     return [name for name in names if name.startswith(("cut-batches", "fetch-shards"))]
 
 
-class Endless:
-    """A file that gives a byte now and then, as a stalled network does, and counts that it was read."""
-
-    def __init__(self) -> None:
-        self.was_read = threading.Event()
-        self._pause = threading.Event()
-
-    def __enter__(self) -> "Endless":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def read(self, _: int) -> bytes:
-        self.was_read.set()
-        self._pause.wait(0.01)
-        return b"x"
-
-
 @pytest.fixture
-def stalled(monkeypatch: pytest.MonkeyPatch) -> Endless:
-    endless = Endless()
-    monkeypatch.setattr(storage, "open_read", lambda url: endless)
-    return endless
+def stalled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a shard is read; a disk that stalls gives a byte of it now and then."""
+    was_read, pause = threading.Event(), threading.Event()
+
+    def hash_slowly(descriptor: int, on_bytes: Callable[[int], None]) -> None:
+        while not pause.wait(0.01):
+            on_bytes(1)
+            was_read.set()
+
+    monkeypatch.setattr("job.data.shard_files.hash_file", hash_slowly)
+    return was_read
 
 
-def test_closing_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, stalled: Endless) -> None:
+def test_closing_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, stalled: threading.Event) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 50, 50])
     loader = loader_of(data, tmp_path, workers=3)
-    assert stalled.was_read.wait(10)
+    assert stalled.wait(10)
     assert not loader.poll(0.1)
     assert any("cut" in name for name in our_threads()) and any("fetch" in name for name in our_threads())
     began = time.monotonic()

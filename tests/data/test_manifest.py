@@ -1,5 +1,6 @@
 """The data set on disk: what is written is what is read, and what is not whole is not a data set."""
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_a_shard_gives_back_its_tokens_and_where_its_documents_end(
         utf8_bytes=0,
         characters=0,
         size=len(content),
-        sha256="0" * 64,
+        sha256=hashlib.sha256(content).hexdigest(),
     )
     read_tokens, read_ends = open_shard(path, shard, dtype)
     assert read_tokens.tolist() == tokens.tolist() and read_ends.tolist() == ends.tolist()
@@ -87,6 +88,14 @@ def test_a_shard_file_of_another_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"data\.shards.*400 bytes where the manifest says 408"):
+        open_shard(path, data.manifest.train[0], "uint32")
+
+
+def test_shard_file_with_other_bytes_is_refused(tmp_path: Path) -> None:
+    data = write_data_set(str(tmp_path), [100])
+    path = tmp_path / "train-00000.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"data\.shards.*train-00000\.bin.*its sha256 is"):
         open_shard(path, data.manifest.train[0], "uint32")
 
 

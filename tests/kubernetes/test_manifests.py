@@ -1,5 +1,6 @@
 """What has to hold of the manifests that a schema cannot know, and the schemas."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -202,7 +203,7 @@ def test_the_entrypoint_finds_out_which_node_of_how_many_it_is(folder: str, mani
         meets = None if folder == "single" else Rendezvous(found[0].address, 29500)
         assert place.rendezvous == meets
         assert place.job_id == ("uid-of-the-jobset" if folder == "jobset" else "uid-of-the-job")
-        assert place.scratch == Path("/scratch")
+        assert place.scratch == Path("/scratch", f"wikillm-{os.getuid()}")
 
 
 def test_the_pods_have_no_variable_that_nothing_reads(manifests: list[Manifest]) -> None:

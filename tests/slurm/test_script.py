@@ -270,6 +270,7 @@ def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
         (tmp_path / name).write_text(FAKES[name].replace("{srun}", srun))
         (tmp_path / name).chmod(0o755)
     scratch = tmp_path / "scratch"
+    private = scratch / f"wikillm-{os.getuid()}"
     job = cluster.submit(
         *("--gpus-per-node=0", f"--output={tmp_path}/log", f"--chdir={REPOSITORY}"),
         *(SCRIPT, "configs/demo.yaml", "--a.b", "c d"),
@@ -278,11 +279,11 @@ def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
     )
     assert cluster.await_end(job)["ExitCode"] == "0:0", (tmp_path / "log").read_text()
     lines = (tmp_path / "log").read_text().splitlines()[1:]
-    mounts = f"{REPOSITORY}/configs:/app/configs,{scratch}:/scratch,/data,/x:/y"
+    mounts = f"{REPOSITORY}/configs:/app/configs,{private}:/scratch,/data,/x:/y"
     wanted = [one.replace("MOUNTS", mounts) for one in expected]
     assert lines[-len(INSIDE) :] == list(INSIDE)
     assert [line for line in lines if line in wanted] == wanted
-    assert scratch.is_dir()
+    assert private.stat().st_mode & 0o777 == 0o700
 
 
 # ---- Again, or not ----

@@ -11,8 +11,10 @@ from job.config import Config
 from job.data import hub
 from job.data.corpus import list_corpus
 from job.data.manifest import Manifest, Shard, load_manifest
+from job.data.shard_files import copy_name
 from job.data.tokenizer import load_tokenizer
 from job.errors import UserError
+from job.scratch import cache_folder
 
 _CHUNK_BYTES = 2**20
 _PARALLEL_READS = 4
@@ -25,7 +27,8 @@ def check_data(findings: Findings, config: Config, deep: bool) -> Manifest | Non
     Args:
         findings: takes the rows.
         config: all settings.
-        deep: read every shard and compare its sha256.
+        deep: read every shard, where it is stored and in the cache of this machine, and compare its sha256; notes that
+            it was verified before are ignored.
     """
     manifest = None
     with findings.guard("data set"):
@@ -40,6 +43,9 @@ def check_data(findings: Findings, config: Config, deep: bool) -> Manifest | Non
         return None
     with findings.guard("shards"):
         _check_shards(findings, config.data.shards, manifest, deep)
+    if deep and storage.is_remote(config.data.shards):
+        with findings.guard("copies of shards"):
+            _check_copies(findings, cache_folder(config.data.cache_dir), manifest)
     with findings.guard("tokenizer"):
         _check_tokenizer(findings, config, manifest)
     if not any(shard.tokens > 1 for shard in manifest.validation):
@@ -86,6 +92,19 @@ def _sizes(shards_url: str, shards: tuple[Shard, ...]) -> dict[str, int]:
             return dict(found for found in pool.map(size, shards) if found is not None)
     root = shards_url if storage.is_remote(shards_url) else str(Path(shards_url.removeprefix("file://")).expanduser())
     return {entry.url.removeprefix(root.rstrip("/") + "/"): entry.size for entry in storage.list_files(shards_url)}
+
+
+def _check_copies(findings: Findings, folder: Path, manifest: Manifest) -> None:
+    shards = manifest.train + manifest.validation
+    copies = {copy_name(shard): shard for shard in shards if (folder / copy_name(shard)).exists()}
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        right = pool.map(lambda name: storage.sha256_file(folder / name) == copies[name].sha256, copies)
+        damaged = [name for name, is_right in zip(copies, right, strict=True) if not is_right]
+    if damaged:
+        found = f"{len(damaged)} of {len(copies)} files in {folder} are damaged: {_some(damaged)}"
+        findings.unsure("copies of shards", found, "`train` fetches them again; if it happens again, look at the disk")
+    elif copies:
+        findings.right("copies of shards", f"{len(copies)} files in {folder}, every sha256 is right")
 
 
 def _with_another_sha256(shards_url: str, shards: tuple[Shard, ...]) -> list[str]:
