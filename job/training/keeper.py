@@ -48,7 +48,10 @@ class Follower:
         return False
 
     def check(self) -> None:
-        """Raises a UserError if the run is not ours any more."""
+        """Raise `Superseded` if a newer attempt is known to have the run."""
+
+    def check_is_ours(self) -> None:
+        """Ask the store, and raise `Superseded` if a newer attempt has the run: before something is overwritten."""
 
     def give_up_save(self) -> None:
         """Gives up the save that is on its way, for a last one to have all the time."""
@@ -154,6 +157,10 @@ class Keeper(Follower):
     def check(self) -> None:
         self._watch.raise_if_lost()
         self._saver.raise_if_superseded()
+
+    @override
+    def check_is_ours(self) -> None:
+        self._attempts.check_is_ours(self._attempt)
 
     @override
     def give_up_save(self) -> None:

@@ -374,6 +374,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     if status == DONE:
         weights = {name: tensors["param"] for name, tensors in engine.full_state() if world.rank == 0}
         if world.rank == 0:
+            keeper.check_is_ours()
             card = model_card(run.name, parameters.total, manifest, evaluation, state, config.data.source)
             export_model(storage.join(output, "final"), spec, weights, tokenizer, config.train.context_length, card)
     keeper.end(status, step, metrics.content())

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 
 import pytest
-from fault_proxy import Fault, FaultProxy
+from fault_proxy import SLOW_DOWN, Fault, FaultProxy
 from small_run import ALONE, ENDLESS, STEPS, FinishedRun, Job, WriteSettings, run, saved_steps
 
 from job import storage
@@ -137,6 +137,26 @@ def test_the_newer_of_two_takes_the_run_over_and_their_checkpoints_never_mix(
     assert {name.attempt for name in names if name.step > begun.from_step} == {2}
     assert {name.attempt for name in names if name.step <= begun.from_step} == {1}
     assert [row["step"] for row in read_metrics(output)] == list(range(1, names[-1].step + 1))
+
+
+def test_superseded_attempt_never_writes_the_final_model(
+    settings: WriteSettings, output: str, proxy: FaultProxy
+) -> None:
+    """A newer attempt claims the run after the older one has saved its last step, and before it exports the model."""
+    claimed: list[bool] = []
+    proxy.inject(
+        SLOW_DOWN,
+        lambda request: not claimed and request.method == "PUT" and "/logs/metrics.jsonl" in request.path,
+        times=float("inf"),
+    )
+    with Job("train", settings(train=ALONE), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
+        proxy.wait_for(lambda request: request.fault is SLOW_DOWN, 120)
+        Attempts(output).claim("a-run", "a-start", None, "auto")
+        claimed.append(True)
+        code, out, err = job.end()
+    assert code == EXIT_REFUSED, out + err
+    assert "attempt 2 (process" in err
+    assert storage.list_files(f"{output}/final") == []
 
 
 def test_of_many_starts_at_once_one_trains_and_none_gives_up(settings: WriteSettings, output: str) -> None:
