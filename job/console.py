@@ -20,28 +20,35 @@ from typing import Any, TextIO
 
 from typing_extensions import override
 
+from job import awake
+
 _NAMES = {1: "standard output", 2: "standard error"}
 _ATOMIC_BYTES = 4096
 """Linux takes so many bytes at once where `select` says that it takes any."""
+_POLL_MILLISECONDS = 200
 _ENCODING = "utf-8"
 """Of a stream that was closed before the start, which has none."""
 
 
-def install(patience_seconds: float | None = None) -> None:
-    """Replaces both streams of this process; call it before a library keeps one of them.
-
-    Args:
-        patience_seconds: what nobody reads for so long is left out, so that a paused terminal does not hold up a run;
-            None: wait for the reader, for as long as it takes.
-    """
+def install() -> None:
+    """Replaces both streams of this process; call it before a library keeps one of them."""
     _keep_numbers()
-    raw = {number: _RawStream(number, patience_seconds) for number in _NAMES}
+    raw = {number: _RawStream(number) for number in _NAMES}
     raw[1].report = lambda line: _write_line(sys.stderr, line)
     raw[2].report = lambda line: _write_line(sys.stdout, line)
     sys.stdout = sys.__stdout__ = _text_stream(raw[1], sys.stdout)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _text_stream(raw[2], sys.stderr)  # type: ignore[misc]
     _installed[:] = raw.values()
     atexit.register(close)
+
+
+def wait_at_most(seconds: float) -> None:
+    """From now on, leaves out what nobody reads for so long.
+
+    Without it a paused terminal, or a pipe that is not read, is waited for as long as it takes.
+    """
+    for raw in _installed:
+        raw.patience_seconds = seconds
 
 
 def close() -> None:
@@ -58,9 +65,11 @@ _installed: list["_RawStream"] = []
 class _RawStream(io.RawIOBase):
     """Writes to a file descriptor, and counts what that does not take."""
 
-    def __init__(self, number: int, patience_seconds: float | None) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
-        self._number, self._patience_seconds = number, patience_seconds
+        self._number = number
+        self.patience_seconds: float | None = None
+        """Longest wait for a reader; None: no limit."""
         self.is_closed = False
         """Whether the number belongs to nobody or to another file."""
         self._lost_bytes, self._lost_lines, self._reason = 0, 0, ""
@@ -88,9 +97,9 @@ class _RawStream(io.RawIOBase):
             if self.is_closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             while left:
-                if self._patience_seconds is not None:
+                if self.patience_seconds is not None:
                     self._wait()
-                piece = left if self._patience_seconds is None else left[:_ATOMIC_BYTES]
+                piece = left if self.patience_seconds is None else left[:_ATOMIC_BYTES]
                 try:
                     left = left[os.write(self._number, piece) :]
                 except BlockingIOError:  # another program has made the terminal or pipe that it shares non-blocking
@@ -103,12 +112,15 @@ class _RawStream(io.RawIOBase):
         """Waits until the stream takes something; only once for a reader who does not read."""
         poll = select.poll()
         poll.register(self._number, select.POLLOUT)
-        if self._patience_seconds is None:
+        if self.patience_seconds is None:
             poll.poll()
             return
-        self._is_stuck = not poll.poll(0 if self._is_stuck else self._patience_seconds * 1000)
-        if self._is_stuck:
-            raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {self._patience_seconds:g} s")
+        end = awake.seconds() + (0 if self._is_stuck else self.patience_seconds)
+        while not poll.poll(0 if self._is_stuck else _POLL_MILLISECONDS):
+            if awake.seconds() >= end:
+                self._is_stuck = True
+                raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {self.patience_seconds:g} s")
+        self._is_stuck = False
 
     def _lose(self, data: bytes, error: OSError) -> None:
         is_first = not self._reason

@@ -15,9 +15,9 @@ from job.report import Report
 CLOSED = "it is closed"
 
 
-def start(program: str, redirection: str = "", patience: str = "", **environment: str) -> "subprocess.Popen[bytes]":
+def start(program: str, redirection: str = "", **environment: str) -> "subprocess.Popen[bytes]":
     """Runs Python code behind `install`, with the redirection of a shell."""
-    installed = f"from job import console; console.install({patience})\n{program}"
+    installed = f"from job import console; console.install()\n{program}"
     return subprocess.Popen(
         ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, installed],
         cwd=REPOSITORY,
@@ -108,11 +108,12 @@ def test_a_pipe_that_somebody_made_non_blocking_is_waited_for() -> None:
 
 def test_a_reader_who_does_not_read_is_waited_for_only_so_long() -> None:
     program = (
-        "import sys, time\nbegan = time.monotonic()\nfor i in range(1000): print('x' * 999, flush=True)\n"
+        "import sys, time\nconsole.wait_at_most(0.5)\nbegan = time.monotonic()\n"
+        "for i in range(1000): print('x' * 999, flush=True)\n"
         "seconds = time.monotonic() - began\nsys.stderr.write(f'{seconds}\\n')\nsys.stderr.flush()\n"
         "while console._installed[0]._is_stuck: print('y', flush=True); time.sleep(0.01)"
     )
-    process = start(program, patience="0.5")
+    process = start(program)
     assert process.stdout is not None and process.stderr is not None
     first, seconds = process.stderr.readline().decode(), float(process.stderr.readline())
     assert first == "standard output cannot be written (nobody has read it for 0.5 s); the command goes on without it\n"

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from job import console
 from job.cluster import family, outcome, stop, worker
 from job.cluster.foreign_environment import without_foreign
 from job.cluster.outcome import Outcome
@@ -33,7 +32,6 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         requests: the first asks the workers to stop, and they are waited for; the second kills them.
     """
     if place.world is not None:
-        console.install(worker.PATIENCE_SECONDS)
         own = without_foreign(os.environ, is_worker=True)
         for name in os.environ.keys() - own.keys():
             del os.environ[name]

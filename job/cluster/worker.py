@@ -19,9 +19,6 @@ from job.quiet import silence_libraries
 from job.training.start import Start
 from job.training.world import World
 
-PATIENCE_SECONDS = 60.0
-"""A log that nobody reads, such as that of a paused terminal, holds up all processes of a run no longer than this."""
-
 
 def work(command: str, config: Config, world: World, start: Start) -> str:
     """Runs `command` (``train`` or ``evaluate``) in this process and its part of the run; returns how it ended.
@@ -29,6 +26,7 @@ def work(command: str, config: Config, world: World, start: Start) -> str:
     Raises:
         UserError, NoProgress, StoreError: as the command.
     """
+    console.wait_at_most(config.train.hang_timeout.seconds / 2)  # what nobody reads would hold up all processes
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     silence_libraries()
     from job.cluster import loopback
@@ -107,5 +105,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.install(PATIENCE_SECONDS)
+    console.install()
     leave(main())

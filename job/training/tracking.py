@@ -150,7 +150,7 @@ class Tracker:
         end = {"state": "success"} if success else {"state": "aborted", "error": "stopped before the last step"}
 
         try:
-            self._thread.do(lambda: run.finish(**end), FINISH_SECONDS)
+            self._thread.do(lambda: _end(run, **end), FINISH_SECONDS)
         except TimeoutError:
             if run.mode == "online" or not self._has_warned:
                 logger.warning("SwanLab has not taken the whole run in time; for the rest: %s", _sync_command(run))
@@ -246,7 +246,8 @@ def start_tracker(
 
     def abandon() -> None:
         accelerator.trackers.clear()
-        _swanlab().finish(state="aborted")
+        if _swanlab().has_run():
+            _end(_swanlab().get_run(), state="aborted")
 
     def give_up(problem: str) -> Tracker:
         logger.warning("this start is not tracked, but for metrics.jsonl: %s", one_line(problem))
@@ -353,6 +354,12 @@ def _settings(**values: Any) -> Any:
         name = _OURS.get(place, "_".join(("swanlab", *place)).upper())
         value = first["input"] if place in _OURS else None
         raise UserError(name, value, f"not taken by SwanLab: {first['msg']}", "change it") from None
+
+
+def _end(run: Any, **how: Any) -> None:
+    """Ends SwanLab's run, which SwanLab does not try again when the process ends."""
+    atexit.unregister(run._handle_atexit)  # has no public name
+    run.finish(**how)
 
 
 def _sync_command(run: Any) -> str:

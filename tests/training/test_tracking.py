@@ -404,24 +404,29 @@ def test_an_end_does_not_wait_for_a_cloud_that(kind: str, clouds: dict[str, Simp
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 200 KiB."""
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A small disk."""
     if os.geteuid() != 0:
         pytest.skip("a disk of its own takes root to mount")
     folder = tmp_path / "disk"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}", "none", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("mode", ["offline", "local"])
-@pytest.mark.parametrize("when", ["before the start", "after it"])
+@pytest.mark.parametrize(
+    ("disk", "when"),
+    [("4m", "before the start"), ("200k", "after it"), ("4m", "after it")],  # 200 KiB are full in the middle of a start
+    indirect=["disk"],
+)
 def test_a_full_disk_is_one_warning(disk: Path, tmp_path: Path, mode: str, when: str) -> None:
     if when == "before the start":
         fill(disk)
     log_dir = str(disk / "swanlog")
     seen = end(begin(tmp_path, {}, mode=mode, run_id=new_run_id(), log_dir=log_dir, fills=when == "after it"))
+    assert len(seen.warnings) == 1, seen.output
     (warning,) = seen.warnings
     assert "No space left on device" in warning or "is not writable" in warning
 
@@ -443,6 +448,9 @@ class Stuck:
 
     def finish(self, **_: Any) -> None:
         self.call()
+
+    def _handle_atexit(self) -> None:
+        """SwanLab's own."""
 
     def call(self) -> None:
         if self.error is not None:
