@@ -11,7 +11,7 @@ import re
 import shutil
 import textwrap
 import types
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -22,14 +22,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from job.errors import SOME_DISK, UserError, one_line, without_passwords
+from job.errors import SOME_DISK, UserError, without_passwords
 from job.scratch import VARIABLE
+from job.yaml_file import read_yaml, read_yaml_file
 
 MiB = 2**20
 GiB = 2**30
-_LARGEST_FILE_BYTES = MiB
-_MOST_YAML_VALUES = 100_000
-_DEEPEST_YAML = 20
 _FULL_BYTES = 2**16
 """A disk with less than this is full: what failed to be written may have been removed since."""
 
@@ -487,87 +485,6 @@ def _shown(value: Any) -> str:
         plain = yaml.safe_dump(str(value), allow_unicode=True, width=10**6).removesuffix("...\n").strip()
         return plain if "\n" not in plain else json.dumps(value, ensure_ascii=False)
     return json.dumps(value, ensure_ascii=False)
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which would let the second of two equal keys win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping as a dict, unless a key stands in it twice."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
-    """Read one YAML document, such as a person writes.
-
-    Raises:
-        ValueError: it is not YAML, or aliases in it stand for more than any file of settings holds.
-    """
-    loader = loader_type(text)
-    try:
-        document = loader.get_single_node()
-        if document is None:
-            return None
-        _check_extent(document)
-        return loader.construct_document(document)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date or number may be one that Python has not
-        raise ValueError(one_line(str(error))) from None
-    finally:
-        loader.dispose()
-
-
-def _check_extent(document: yaml.Node) -> None:
-    """Raises a ValueError if the values of a document are too many: ten aliases of ten aliases are few bytes."""
-    waiting, seen = [(document, 0)], 0
-    while waiting:
-        node, depth = waiting.pop()
-        seen += 1
-        if depth > _DEEPEST_YAML:
-            raise ValueError("it is nested too deeply")
-        if seen > _MOST_YAML_VALUES:
-            raise ValueError(f"it has more than {_MOST_YAML_VALUES:,} values")
-        if isinstance(node, yaml.MappingNode):
-            waiting += [(child, depth + 1) for pair in node.value for child in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += [(child, depth + 1) for child in node.value]
-
-
-def read_yaml_file(path: Path, setting: str, remedy: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
-    """Read a YAML file that a person has written.
-
-    Args:
-        path: of the file.
-        setting: what named it, for errors.
-        remedy: what to do if there is none.
-        loader_type: what makes values of YAML.
-
-    Raises:
-        UserError: it is missing, cannot be read, or is not YAML.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE_BYTES + 1)
-        text = content.decode()
-    except FileNotFoundError:
-        raise UserError(setting, str(path), "no such file", remedy) from None
-    except (OSError, ValueError) as error:
-        raise UserError(setting, str(path), f"cannot be read: {error}") from None
-    if len(content) > _LARGEST_FILE_BYTES:
-        raise UserError(setting, str(path), f"is larger than {_LARGEST_FILE_BYTES // MiB} MiB: not a file of settings")
-    try:
-        return read_yaml(text, loader_type)
-    except ValueError as error:
-        raise UserError(setting, str(path), f"not valid YAML: {error}") from None
 
 
 def _read_settings(path: str) -> dict[str, Any]:

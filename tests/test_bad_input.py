@@ -173,6 +173,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "a worker beyond the last": (PREPARE, options(data__worker="3/3"), "data.worker"),
     "a worker that is no fraction": (PREPARE, options(data__worker="one of two"), "data.worker"),
     "a config file that is not there": (TRAIN, options(config="nowhere.yaml"), "--config"),
+    "a config file that is a folder": (TRAIN, options(config="configs"), "--config"),
     # corpus
     "no such file": (PREPARE, options(data__source="nowhere.jsonl"), "data.source"),
     "a folder without a corpus": (PREPARE, options(data__source="configs"), "data.source"),
@@ -211,6 +212,12 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "no shards yet": (TRAIN, remove("shards"), "data.shards"),
     "shards of another recipe": (PREPARE, another_recipe, "data.shards"),
     "a manifest that is damaged": (TRAIN, rewrite("shards/manifest.json", lambda m: m[:-40]), "data.shards"),
+    "a manifest of a million brackets": (TRAIN, rewrite("shards/manifest.json", lambda m: b"[" * 10**6), "data.shards"),
+    "a manifest with a shard elsewhere": (
+        TRAIN,
+        rewrite("shards/manifest.json", lambda m: m.replace(b'"train/00000', b'"../../00000')),
+        "data.shards",
+    ),
     "a manifest of a later version": (
         TRAIN,
         rewrite("shards/manifest.json", lambda m: m.replace(b'"format_version": 1', b'"format_version": 2')),

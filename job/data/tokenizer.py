@@ -5,11 +5,12 @@ import hashlib
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -262,17 +263,43 @@ class _SpecialTokens:
     eos_token: str | _AddedToken | None = None
 
 
+@dataclass(frozen=True)
+class _TokenizerModel:
+    """What a byte-level model does not have, and with which the library ends the process where a file is damaged."""
+
+    continuing_subword_prefix: Literal[""] | None = None
+    end_of_word_suffix: Literal[""] | None = None
+
+
+@dataclass(frozen=True)
+class _TokenizerFile:
+    model: _TokenizerModel
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Makes a ValueError of a panic in the library, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
+
+
 def _opened(folder: Path, source: str) -> TextTokenizer:
     """The tokenizer in a local folder, after checking that its tokens are bytes and that it can end a document."""
     try:
         content = (folder / "tokenizer.json").read_bytes()
-        backend = tokenizers.Tokenizer.from_buffer(content)
+        parse_record(content, _TokenizerFile)
+        with _no_panic():
+            backend = tokenizers.Tokenizer.from_buffer(content)
+            largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest > _LARGEST_ID:
+            raise ValueError(f"it has a token with the id {largest}")
     except Exception as error:  # the library raises bare Exceptions for a damaged file
         expected = f"tokenizer.json cannot be read: {one_line(str(error))[:200]}"
         raise UserError("tokenizer.source", source, expected, _PUT_BACK) from None
-    if (largest := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) > _LARGEST_ID:
-        expected = f"tokenizer.json cannot be read: it has a token with the id {largest}"
-        raise UserError("tokenizer.source", source, expected, _PUT_BACK)
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -304,14 +331,16 @@ def _spells_every_byte(backend: tokenizers.Tokenizer) -> bool:
     """Whether the tokens of a text with every byte that UTF-8 can have are, put together, that text."""
     code_points = [*range(0x800), *range(0x800, 0xD800, 0x7F), *range(0xE000, 0x110000, 0x1FFF)]
     text = "".join(map(chr, code_points))
-    if backend.normalizer is not None:
-        text = str(backend.normalizer.normalize_str(text))
     try:
-        encoded = backend.encode(text, add_special_tokens=False)
+        with _no_panic():
+            if backend.normalizer is not None:
+                text = str(backend.normalizer.normalize_str(text))
+            encoded = backend.encode(text, add_special_tokens=False)
+            decoded = backend.decode(encoded.ids, skip_special_tokens=False)
     except Exception:  # a character that is not in its vocabulary, and no token for unknown ones
         return False
     spelled = b"".join(map(_bytes_of, encoded.tokens))
-    return spelled == text.encode() and backend.decode(encoded.ids, skip_special_tokens=False) == text
+    return spelled == text.encode() and decoded == text
 
 
 def _byte_alphabet() -> dict[int, int]:

@@ -13,6 +13,7 @@ second number is the attempt that wrote it, so that two which write at one time 
 
 import bisect
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -357,8 +358,8 @@ def open_checkpoint(url: str) -> Checkpoint:
         _check_version(parse_record(content, _Version), url)
         state = parse_record(content, TrainingState)
         if state.guard:
-            parse_record(orjson.dumps(state.guard), _GuardState)
-        parse_record(orjson.dumps(state.interval), _Interval)
+            parse_record(json.dumps(state.guard).encode(), _GuardState)
+        parse_record(json.dumps(state.interval).encode(), _Interval)
     except ValueError as error:
         raise _damaged(url, f"{_STATE} is damaged: {error}") from None
     return Checkpoint(url, manifest.files, state, manifest.save_seconds)

@@ -1,15 +1,17 @@
 """A trained model read back: from a run's prefix, from a checkpoint, or from a Hugging Face folder."""
 
+import json
 import logging
+import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import orjson
 from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from job import storage
 from job.config import Model
@@ -96,7 +98,7 @@ def _pass_by(error: UserError) -> None:
 
 def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_dir: Path) -> TrainedModel:
     try:
-        identity = parse_record(orjson.dumps(checkpoint.state.identity), _Identity)
+        identity = parse_record(json.dumps(checkpoint.state.identity).encode(), _Identity)
         spec = ModelSpec(**Model(**identity.model).model_dump())
     except (ValueError, UserError) as error:
         expected = f"state.json is damaged: {one_line(str(error))}"
@@ -137,8 +139,26 @@ def _from_folder(url: str, setting: str, cache_dir: Path) -> TrainedModel:
             for entry in storage.list_files(url):
                 storage.download_file(entry.url, folder / entry.url.rpartition("/")[2], size=entry.size)
         try:
-            model = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32")
+            _check_size(folder)
+            loaded: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
+            model, found = loaded
             context_length = int(model.config.max_position_embeddings)
+            # Left to itself, transformers makes up what is missing at random, and warns.
+            if wrong := [*found["missing_keys"], *found["mismatched_keys"]]:
+                raise ValueError(f"its weights are not those of config.json: {wrong[0]} is missing or of another shape")
         except Exception as error:  # whatever a damaged folder makes transformers raise
             raise UserError(setting, url, f"not a model: {one_line(str(error))[:200]}") from None
     return TrainedModel(model, tokenizer, context_length, url)
+
+
+def _check_size(folder: Path) -> None:
+    """Raises a ValueError where config.json describes a larger model than the files hold: it would be built first."""
+    config = Qwen2Config.from_pretrained(folder)
+    sizes = {one.name: getattr(config, one.name) for one in fields(ModelSpec) if one.name != "rope_theta"}
+    spec = ModelSpec(**Model(**sizes).model_dump())
+    stored = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if stored and (described := parameter_counts(spec, config.vocab_size).total) > stored:
+        raise ValueError(f"config.json describes {described:,} parameters, and the files hold {stored:,}")

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, StringConstraints, ValidationError
 
-from job import config as settings
 from job.errors import UserError, one_line
+from job.yaml_file import UniqueKeys, read_yaml_file
 
 PYTHON = "3.11"
 """Of the four that the service has (3.8 to 3.11), the one that requirements.lock is for."""
@@ -67,7 +67,7 @@ class Spec(_Group):
     spec: Work
 
 
-class _IdsAsWritten(settings.UniqueKeys):
+class _IdsAsWritten(UniqueKeys):
     """Takes an id for the text that it is: of those that the service gives out, YAML reads some as numbers."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -85,7 +85,7 @@ def load_spec(path: Path) -> Spec:
         UserError: it cannot be read, a key is unknown, missing or twice there, a value is not what the service takes,
             or the entry does not exist.
     """
-    tree = settings.read_yaml_file(path, "--spec", "launch/swanlab.yaml is one", _IdsAsWritten)
+    tree = read_yaml_file(path, "--spec", "launch/swanlab.yaml is one", _IdsAsWritten)
     if not isinstance(tree, dict):
         raise UserError("--spec", str(path), "expected apiVersion, kind, metadata and spec", "see launch/swanlab.yaml")
     try:
