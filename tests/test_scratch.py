@@ -152,7 +152,7 @@ def test_folder_that_cannot_be_made_is_one_line(base: Path) -> None:
 def test_command_does_not_run_with_another_users_scratch_folder(base: Path, home: Path) -> None:
     another_users(base / f"wikillm-{UID}")
     variables = {"WIKILLM_SCRATCH": str(base), "HOME": str(home), "PATH": os.environ["PATH"]}
-    command = [sys.executable, "-m", "job", "demo"]
+    command = [sys.executable, "-m", "job", "tokenizer"]
     found = subprocess.run(command, env=variables, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (78, "")
     assert found.stderr.startswith("WIKILLM_SCRATCH: ") and found.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """Shards on this machine are verified before first use: once a node, and again when they have changed."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cache import ROOMY, Fetches, content, fetches, stored  # noqa: F401 - a fixture
+from test_cache import ROOMY, content, stored
 from toy_data import LENGTH, DataSet, loader_of, rows, write_data_set
 
 from job import config as settings
@@ -17,7 +18,7 @@ from job import storage
 from job.cluster.preflight.data import check_data
 from job.cluster.preflight.findings import Finding, Findings
 from job.data.cache import ShardCache
-from job.data.loader import EvaluationLoader
+from job.data.loader import BatchLoader, EvaluationLoader
 from job.data.order import EvaluationOrder
 from job.data.verified import hash_file, signature, write_note
 from job.errors import UserError
@@ -214,15 +215,22 @@ def test_shard_that_is_bad_in_the_cache_and_in_the_store_is_refused_by_name(cach
     assert not path.exists()
 
 
-def test_shard_in_the_store_that_is_too_long_takes_no_more_room_than_was_reserved(
-    bucket: str,
-    tmp_path: Path,
-    fetches: Fetches,  # noqa: F811
+def test_shard_in_the_store_that_is_too_long_is_not_copied_to_its_end(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_data_set(bucket, [100])
     storage.write_bytes(storage.join(data.url, "train-00000.bin"), bytes(10 * 2**20))
+    open_read, counts = storage.open_read, list[int]()
+
+    class Counted(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            counts.append(len(content := super().read(size)))
+            return content
+
+    monkeypatch.setattr(storage, "open_read", lambda url: Counted(open_read(url).detach()))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"train-00000\.bin': this shard is damaged"):
         use(data, tmp_path)
+    assert sum(counts) == 2 * 2**20, "the first piece of each of two copies"
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -254,7 +262,9 @@ def test_damaged_local_shard_is_refused_by_name(
     assert sorted(verifications.names) == ["train-00000.bin", "train-00001.bin"]
     path = tmp_path / "data" / "train-00000.bin"
     damage(path)
-    with pytest.raises(UserError, match=rf"^data\.shards: '{path}': this shard is damaged: it") as caught:
+    same_size = path.stat().st_size == data.manifest.train[0].size
+    wrong = "its sha256 is" if same_size else f"it has {path.stat().st_size} bytes, the manifest says"
+    with pytest.raises(UserError, match=rf"^data\.shards: '{path}': this shard is damaged: {wrong}") as caught:
         use(data, tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
@@ -292,6 +302,23 @@ def test_local_shard_that_is_changed_in_training_never_gives_other_tokens(
             if len(got) == 5:
                 damage(tmp_path / "data" / "train-00000.bin")
     assert rows(got) == expected[: len(got)] and len(got) < len(expected)
+
+
+def test_bytes_that_change_between_opening_and_reading_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data_set(str(tmp_path / "data"), [50])
+    path = tmp_path / "data" / "train-00000.bin"
+    read, contents = BatchLoader._read, [bytes(path.stat().st_size), path.read_bytes()]
+
+    def changed(*arguments: Any) -> bool:
+        if contents:  # zeros are read at first, and then they are gone
+            path.write_bytes(contents.pop(0))
+        return read(*arguments)
+
+    monkeypatch.setattr(BatchLoader, "_read", changed)
+    with loader_of(data, tmp_path / "cache", prefetch_steps=1) as loader, pytest.raises(UserError, match="damaged"):
+        next(loader)
 
 
 def checked_deeply(data: DataSet, cache_dir: Path) -> dict[str, Finding]:
@@ -357,7 +384,11 @@ def test_processes_of_a_node_verify_each_file_once_between_them(bucket: str, tmp
     processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    found = [process.communicate("go\n", timeout=120)[0].split() for process in processes]
+    for process in processes:  # both, before either is waited for
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = [process.communicate(timeout=120)[0].split() for process in processes]
     assert sum(int(read) for read, _ in found) == 12
     assert [downloads for _, downloads in found] == ["0", "0"]
 
