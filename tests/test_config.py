@@ -153,7 +153,7 @@ MERGES = ALIASES.replace("[1]", "{k: 1}").replace(" [*", " {<<: [*").replace("]"
         (b"&a [*a]", "nested too deeply"),
         (bytes(range(256)), "cannot be read"),
         ("train: {}".encode("utf-16"), "cannot be read"),
-        (b"#" * 2**21, "larger than 1,048,576 bytes"),
+        (b"#" * 2**21, "larger than 1 MiB"),
         (b"train: {seed: " + b"9" * 5000 + b"}", "not valid YAML"),
         (b"train: {seed: 2026-99-99}", "not valid YAML"),
         (b"? [a]\n: b", "a key is a list"),

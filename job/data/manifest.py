@@ -116,7 +116,7 @@ def load_manifest(shards_url: str) -> Manifest:
 
 
 def _damaged(shards_url: str, what: str) -> UserError:
-    remedy = "put the right one back, or prepare the data set anew at another place"
+    remedy = "put the right one back, or delete it: `python -m job prepare` makes it again of what is done"
     return UserError("data.shards", shards_url, f"its {MANIFEST_NAME} {what}", remedy)
 
 

@@ -91,7 +91,7 @@ def killed(s3_server: S3Server, data_set: DataSet, undisturbed: str, folder: Pat
 def test_weights_and_moments_are_to_the_bit_those_of_an_undisturbed_run(killed: str, undisturbed: str) -> None:
     ends = [open_checkpoint(checkpoint_urls(output)[-1]) for output in (killed, undisturbed)]
     assert [end.state.step for end in ends] == [STEPS, STEPS]
-    sums = [{name: file["sha256"] for name, file in end.files.items() if "safetensors" in name} for end in ends]
+    sums = [{name: file.sha256 for name, file in end.files.items() if "safetensors" in name} for end in ends]
     assert len(sums[0]) == 3
     assert sums[0] == sums[1]
 
@@ -147,7 +147,7 @@ def test_nothing_half_is_left_in_the_store(killed: str, s3_server: S3Server) -> 
     assert folders == set(checkpoint_urls(killed))
     for url in folders:
         files = open_checkpoint(url).files
-        expected = {f"{url}/{name}": file["size"] for name, file in files.items()}
+        expected = {f"{url}/{name}": file.size for name, file in files.items()}
         found = {one: size for one, size in sizes.items() if one.startswith(f"{url}/")}
         assert found.pop(f"{url}/manifest.json") > 0
         assert found == expected

@@ -74,7 +74,7 @@ def started(*settings: Path, **more: str) -> Iterator[list[Job]]:
 
 def sums(output: str) -> dict[str, str]:
     last = open_checkpoint(checkpoint_urls(output)[-1])
-    return {name: file["sha256"] for name, file in last.files.items() if "safetensors" in name}
+    return {name: file.sha256 for name, file in last.files.items() if "safetensors" in name}
 
 
 # ---- All is well ----

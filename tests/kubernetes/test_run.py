@@ -110,7 +110,7 @@ def same_end(output: str, undisturbed: str) -> None:
     """Weights, moments and the loss of every step are to the bit those of the other run."""
     ends = [open_checkpoint(checkpoint_urls(one)[-1]) for one in (output, undisturbed)]
     assert [end.state.step for end in ends] == [STEPS, STEPS]
-    sums = [{name: file["sha256"] for name, file in end.files.items() if "safetensors" in name} for end in ends]
+    sums = [{name: file.sha256 for name, file in end.files.items() if "safetensors" in name} for end in ends]
     assert len(sums[0]) == 3
     assert sums[0] == sums[1]
     losses = [[row["train/loss"] for row in read_metrics(one)] for one in (output, undisturbed)]

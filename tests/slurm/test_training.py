@@ -54,7 +54,7 @@ class Run:
         """Check sums of the last checkpoint's parameters and moments."""
         last = open_checkpoint(checkpoint_urls(self.output)[-1])
         assert last.state.step == STEPS
-        return {name: file["sha256"] for name, file in last.files.items() if "safetensors" in name}
+        return {name: file.sha256 for name, file in last.files.items() if "safetensors" in name}
 
     def submit(self, *options: str, words: tuple[str, ...] = ()) -> str:
         """The id of a job that trains it: `options` are for sbatch, `words` for the entrypoint."""

@@ -33,7 +33,7 @@ MEASURED = ["train/loss", "train/gradient_norm", "train/learning_rate", "train/t
 def tensor_files(checkpoint: str) -> dict[str, str]:
     """sha256 of weights and moments."""
     files = open_checkpoint(checkpoint).files
-    return {name: files[name]["sha256"] for name in files if name.endswith(".safetensors")}
+    return {name: files[name].sha256 for name in files if name.endswith(".safetensors")}
 
 
 def measured(output: str) -> dict[int, list[float]]:
