@@ -64,6 +64,23 @@ def test_a_pause_is_not_counted() -> None:
     assert float(seconds) < time.monotonic() - began - 3
 
 
+def test_after_a_pause_the_timeout_begins_anew() -> None:
+    program = (
+        "import sys\nfrom job.training.watchdog import Watchdog\nfrom job.training.world import World\n"
+        "watchdog = Watchdog(World(0, 0, 1, 1), 6.0, lambda line: print('hung', flush=True))\n"
+        "print('begun', flush=True)\nsys.stdin.readline()\nwatchdog.beat()\nwatchdog.close()\nprint('done')"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(9)  # the pause itself
+        process.send_signal(signal.SIGCONT)
+        time.sleep(2)  # a step that takes its time after it
+        assert process.communicate("go on\n", timeout=60)[0] == "done\n"
+
+
 def test_time_awake_is_counted() -> None:
     began, awake_began = time.monotonic(), awake.seconds()
     time.sleep(1.5)
