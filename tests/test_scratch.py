@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -23,8 +25,8 @@ def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
     folder.chmod(0o1777)
-    for above in (tmp_path, *tmp_path.parents[:2]):  # pytest's own are closed to others
-        above.chmod(0o755)
+    for above in takewhile(lambda one: one != Path(gettempdir()), (tmp_path, *tmp_path.parents)):
+        above.chmod(0o755)  # pytest's own are closed to others
     return folder
 
 

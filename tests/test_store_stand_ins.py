@@ -381,14 +381,14 @@ def test_a_data_set_and_a_run_are_begun_only_behind_a_fence_that_holds(
 
     def begin_all() -> None:
         assert prepare(recipe, tokenizer, f"{bucket}/shards") is not None
-        run = begin_run(f"{bucket}/run", None, {}, replace=False)
+        run = begin_run(f"{bucket}/run", None, {})
         attempts = Attempts(f"{bucket}/run")
         assert [attempts.claim(run.id, "start", None, "auto").number for _ in range(2)] == [1, 2]
 
     if request.node.callspec.id.startswith("no"):
         for begin in (
             lambda: prepare(recipe, tokenizer, f"{bucket}/shards"),
-            lambda: begin_run(f"{bucket}/run", None, {}, replace=False),
+            lambda: begin_run(f"{bucket}/run", None, {}),
             lambda: Attempts(f"{bucket}/run").claim("id", "start", None, "auto"),
         ):
             with pytest.raises(UserError, match=r"store.single_writer: .* has no proven way"):
