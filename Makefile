@@ -33,8 +33,8 @@ test: setup ## the tests, against a real S3 server and real processes; the longe
 chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
 	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos
 
-test-recovery: setup ## runs that are stopped, fail, hang, lose their store or one of their nodes (six minutes)
-	$(RUN) -m pytest -n 2 --dist loadfile -m recovery tests/cluster tests/training
+test-recovery: setup ## runs that are stopped, fail, hang, lose their store or one of their nodes (ten minutes)
+	$(RUN) -m pytest -n 2 --dist loadfile -m recovery tests
 
 test-benchmarks: setup ## that each measurement comes to its table, with tiny sizes, and that its arithmetic is right
 	$(RUN) -m pytest -m benchmarks tests/benchmarks
@@ -110,7 +110,7 @@ bench-memory: setup ## peak memory of the chunked loss against the plain one (ne
 bench-gpu: setup ## correctness, speed of each lever and a trace, on one GPU, in 8 minutes (needs no data and no network)
 	$(RUN) -m benchmarks.gpu --json gpu.json --trace gpu-trace
 
-bench-prepare: setup ## preparing against the tutorial's `map`, and with more processes (six minutes)
+bench-prepare: setup ## preparing against the tutorial's `map`, and with more processes (ten minutes)
 	$(RUN) -m benchmarks.prepare --only compare scale
 
 bench-identify: setup ## what it costs to identify 2 GB of corpus in object storage, beside reading it (two minutes)
