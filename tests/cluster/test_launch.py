@@ -159,6 +159,7 @@ def test_a_signal_to_any_process_is_one_stop_of_all(
     assert still_alive(processes) == []
 
 
+@pytest.mark.recovery
 def test_under_nohup_a_closed_terminal_stops_nothing(settings: Path, bucket: str) -> None:
     with Job("train", settings, under=["nohup"]) as job:
         job.read_until("step 3/")

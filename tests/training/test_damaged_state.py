@@ -227,6 +227,7 @@ def test_a_stored_file_of_any_content_is_one_line_or_passed_by(place: Path, name
             assert said or command in (resume, load, look) or name in OPTIONAL, (kind, command)
 
 
+@pytest.mark.recovery
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
 def test_values_of_any_type_in_a_stored_file_are_one_line_or_passed_by(place: Path, name: str) -> None:
     original = json.loads((place / name).read_bytes())

@@ -415,6 +415,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.recovery
 @pytest.mark.parametrize("mode", ["offline", "local"])
 @pytest.mark.parametrize(
     ("disk", "when"),
