@@ -1,5 +1,6 @@
 """Runs as a user starts them, `python -m job ...`, so small that a step takes milliseconds, on data in a real store."""
 
+import fcntl
 import json
 import os
 import re
@@ -33,6 +34,8 @@ STEPS = 80
 _EXIT_SECONDS = 240
 _PIPE_BYTES = 4096
 """The least that a pipe can hold: a run whose lines are not read stands still a few steps later."""
+_STANDARD_ERROR_BYTES = 2**16
+"""What a pipe usually holds."""
 
 ALONE = {"processes": 1, "strategy": "ddp"}
 """The train settings of a run of one process."""
@@ -125,6 +128,8 @@ class Job:
             bufsize=0,
             pipesize=_PIPE_BYTES,
         )
+        # Standard error is read at the end alone: its warnings hold up nothing.
+        fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, _STANDARD_ERROR_BYTES)  # type: ignore[arg-type]
         self.lines: list[str] = []
 
     def __enter__(self) -> "Job":
