@@ -145,7 +145,7 @@ def test_stopped_by_sigterm_it_exits_75_and_started_again_as_another_user_it_fin
         "--config",
         "/settings.yaml",
         "--data.cache_dir",
-        "/scratch/shards",
+        "null",  # in the folder of the user's own that is made in /scratch
         "--train.max_steps",
         f"{STEPS}",
     )
