@@ -25,9 +25,9 @@ def test_a_stop_while_shards_are_awaited_is_one_of_all_processes(
     proxy.stall_seconds = 3600
     proxy.inject(Fault.STALL, lambda request: request.method == "GET" and "/train/" in request.path, times=float("inf"))
     with Job("train", settings(), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
-        proxy.wait_for(lambda request: request.fault is Fault.STALL, 120)
+        proxy.wait_for(lambda request: request.fault is Fault.STALL, 240)
         job.workers()[1].send_signal(signal.SIGTERM)
-        code, out, err = job.end(seconds=60)
+        code, out, err = job.end()
     assert (code, err) == (EXIT_STOPPED, ""), out + err
     assert "stopped after step 0" in out
     assert saved_steps(output) == [0]
@@ -150,7 +150,7 @@ def test_superseded_attempt_never_writes_the_final_model(
         times=float("inf"),
     )
     with Job("train", settings(train=ALONE), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
-        proxy.wait_for(lambda request: request.fault is SLOW_DOWN, 120)
+        proxy.wait_for(lambda request: request.fault is SLOW_DOWN, 240)
         Attempts(output).claim("a-run", "a-start", None, "auto")
         claimed.append(True)
         code, out, err = job.end()
