@@ -25,6 +25,7 @@ def test_a_stop_while_shards_are_awaited_is_one_of_all_processes(
     proxy.stall_seconds = 3600
     proxy.inject(Fault.STALL, lambda request: request.method == "GET" and "/train/" in request.path, times=float("inf"))
     with Job("train", settings(), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
+        job.read_until("tracking: ")  # the last line before the first shard: unread ones would hold it up
         proxy.wait_for(lambda request: request.fault is Fault.STALL, 240)
         job.workers()[1].send_signal(signal.SIGTERM)
         code, out, err = job.end()
