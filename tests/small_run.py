@@ -226,6 +226,11 @@ def checkpoint_urls(output: str) -> list[str]:
     return [name.url(output) for name in list_checkpoints(output)]
 
 
+def read_json(url: str) -> Any:
+    """The value in a JSON file."""
+    return json.loads(storage.read_bytes(url))
+
+
 def stored(url: str) -> dict[str, bytes]:
     """Every file below `url`."""
     return {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(url)}

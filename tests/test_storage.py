@@ -2,12 +2,14 @@
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import pickle
 import random
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -127,7 +130,7 @@ def test_equal_values_give_equal_json_bytes(place: str) -> None:
         == storage.read_bytes(second)
         == '{\n "a": "中文",\n "b": [\n  1,\n  2.5\n ]\n}\n'.encode()
     )
-    assert storage.read_json(first) == {"a": "中文", "b": [1, 2.5]}
+    assert json.loads(storage.read_bytes(first)) == {"a": "中文", "b": [1, 2.5]}
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def test_a_damaged_record_is_one_line(place: str, damaged: bytes) -> None:
 
 def test_what_is_not_there_is_not_found(place: str) -> None:
     url = storage.join(place, "none")
-    for read in (storage.read_bytes, storage.open_read, storage.size, storage.read_json):
+    for read in (storage.read_bytes, storage.open_read, storage.size, partial(storage.read_record, kind=Note)):
         with pytest.raises(FileNotFoundError):
             read(url)
     assert not storage.exists(url)
@@ -642,3 +645,22 @@ def test_a_large_file_is_moved_in_bounded_memory(bucket: str, tmp_path: Path) ->
         grown_mebibytes = int(subprocess.run(command, check=True, capture_output=True).stdout)
         assert grown_mebibytes < most_mebibytes
     assert storage.sha256_file(copy) == storage.sha256_file(source)
+
+
+@pytest.mark.recovery
+def test_pause_does_not_count_against_a_deadline(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom job import storage\n"
+        "with storage.limits(3.0):\n"
+        "    print('begun', flush=True)\n    sys.stdin.readline()\n    storage.write_bytes(sys.argv[1], b'done')\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(5)  # the pause itself
+        process.send_signal(signal.SIGCONT)
+        _, error = process.communicate("go on\n", timeout=120)
+    assert (process.returncode, error) == (0, "")
+    assert (tmp_path / "file").read_bytes() == b"done"

@@ -54,7 +54,6 @@ __all__ = [
     "open_ranges",
     "open_read",
     "read_bytes",
-    "read_json",
     "read_record",
     "sha256_file",
     "size",
@@ -178,11 +177,6 @@ def read_record(url: str, kind: type[Record]) -> Record:
         return parse_record(read_bytes(url), kind)
     except IntegrityError as error:
         raise ValueError(str(error)) from None
-
-
-def read_json(url: str) -> Any:
-    """The value in a JSON file. Raises FileNotFoundError, and ValueError where it is no JSON."""
-    return json.loads(read_bytes(url))
 
 
 def download_file(url: str, path: Path | str, size: int | None = None, sha256: str | None = None) -> None:

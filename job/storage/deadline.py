@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -10,10 +9,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from job import awake
 from job.errors import one_line, without_passwords
 
 _NOTICE_SECONDS = 0.1
-"""How often a waiting operation looks whether it was cancelled."""
+"""Seconds between two looks of a waiting operation whether it was cancelled."""
 
 
 class StoreError(OSError):
@@ -33,13 +33,13 @@ class Limits:
     """When the operations of a thread have to end."""
 
     end: float = math.inf
-    """On the clock of `time.monotonic`."""
+    """On the clock of `awake.seconds`: the time in which this process is paused does not count."""
     events: tuple[threading.Event, ...] = ()
 
     @property
     def seconds_left(self) -> float:
         """Seconds until the deadline; negative after it."""
-        return self.end - time.monotonic()
+        return self.end - awake.seconds()
 
     @property
     def are_cancelled(self) -> bool:
@@ -55,8 +55,8 @@ class Limits:
 
     def wait(self, seconds: float, task: Future[Any]) -> None:
         """Return after `seconds`, or earlier if the task is done or an event is set."""
-        end = time.monotonic() + seconds
-        while not task.done() and not self.are_cancelled and (left := end - time.monotonic()) > 0:
+        end = awake.seconds() + seconds
+        while not task.done() and not self.are_cancelled and (left := end - awake.seconds()) > 0:
             wait([task], min(left, _NOTICE_SECONDS))
 
 
@@ -81,7 +81,7 @@ def limits(deadline_seconds: float | None = None, cancelled: threading.Event | N
         Cancelled: (by an operation inside) the event is set.
     """
     outer = current.get()
-    end = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
+    end = math.inf if deadline_seconds is None else awake.seconds() + deadline_seconds
     events = outer.events if cancelled is None else (*outer.events, cancelled)
     token = current.set(Limits(min(outer.end, end), events))
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from small_run import read_json
 from torch import Tensor
 
 from job import storage
@@ -103,8 +104,8 @@ def test_a_checkpoint_is_safetensors_and_json_and_nothing_else(bucket: str) -> N
     assert sorted(stored) == sorted([*FILES, "manifest.json"])
     for name in TENSOR_FILES:
         assert safetensors.torch.load(stored[name])["model.norm.weight"].shape == (4,)
-    assert storage.read_json(f"{url}/state.json") == {"format_version": 1, **asdict(STATE)}
-    assert storage.read_json(f"{url}/manifest.json")["files"].keys() == set(FILES)
+    assert read_json(f"{url}/state.json") == {"format_version": 1, **asdict(STATE)}
+    assert read_json(f"{url}/manifest.json")["files"].keys() == set(FILES)
 
 
 def test_tensors_of_any_sizes_make_one_file_that_safetensors_reads(bucket: str, tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_damaged_json_is_refused_in_a_line(bucket: str, name: str, content: byte
 
 def test_a_state_that_was_tampered_with_is_refused(bucket: str) -> None:
     url = save(bucket).url
-    storage.write_json(f"{url}/state.json", storage.read_json(f"{url}/state.json") | {"windows_consumed": 88})
+    storage.write_json(f"{url}/state.json", read_json(f"{url}/state.json") | {"windows_consumed": 88})
     with pytest.raises(UserError, match=r"state.json is not what its manifest says"):
         open_checkpoint(url)
 
@@ -239,7 +240,7 @@ def test_a_file_that_the_store_has_damaged_is_refused_at_once(s3_server: S3Serve
 
 def test_a_newer_version_is_refused(bucket: str) -> None:
     url = save(bucket).url
-    manifest = storage.read_json(f"{url}/manifest.json")
+    manifest = read_json(f"{url}/manifest.json")
     storage.write_json(f"{url}/manifest.json", manifest | {"format_version": 2})
     with pytest.raises(UserError, match="format version 2, this program reads 1"):
         open_checkpoint(url)

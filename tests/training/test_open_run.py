@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import DataSet, stored
+from small_run import DataSet, read_json, stored
 from test_checkpoint import FILES, IDENTITY, METRICS, STATE, parameters
 
 from job import storage
@@ -191,7 +191,7 @@ def test_start_that_died_before_it_replaced_the_record_has_begun_anew(opener: Op
     claimed = Attempts(opener.output).claim("a-new-run", "a-start", None, "never")
     anew = opener.start()
     assert (anew.record.id, anew.checkpoint, anew.attempt.number) == ("a-new-run", None, claimed.number + 1)
-    assert storage.read_json(f"{opener.output}/run.json")["id"] == "a-new-run"
+    assert read_json(f"{opener.output}/run.json")["id"] == "a-new-run"
     opener.save(anew, 5)
     assert opener.goes_on_from() == 5
 
@@ -203,7 +203,7 @@ def test_record_written_by_a_start_that_lost_the_run_is_put_right(opener: Opener
     replace_run(opener.output, late.record)
     opener.save(newer, 5)
     opened = opener.start()
-    assert opened.record.id == newer.record.id == storage.read_json(f"{opener.output}/run.json")["id"]
+    assert opened.record.id == newer.record.id == read_json(f"{opener.output}/run.json")["id"]
     assert opened.checkpoint is not None and opened.checkpoint.state.step == 5
 
 

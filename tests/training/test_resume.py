@@ -11,6 +11,7 @@ from small_run import (
     DataSet,
     FinishedRun,
     checkpoint_urls,
+    read_json,
     run,
     saved_steps,
     stored,
@@ -94,7 +95,7 @@ def test_a_run_stopped_twice_is_to_the_bit_the_run_that_was_not(
     assert [row["step"] for row in read_metrics(output)] == list(range(1, STEPS + 1))
     assert measured(output) == measured(finished_run.output)
     run_ids = {open_checkpoint(url).state.run_id for url in checkpoint_urls(output)}
-    assert run_ids == {storage.read_json(f"{output}/run.json")["id"]}
+    assert run_ids == {read_json(f"{output}/run.json")["id"]}
 
 
 def test_a_run_goes_on_from_a_named_checkpoint_of_another_one_in_another_world(
@@ -122,7 +123,7 @@ def test_never_begins_a_new_run_where_an_old_one_was(
     train = {"resume": "never", "processes": 1, "strategy": "ddp", "max_steps": 4}
     code, out, err = run("train", write_settings(tmp_path, data_set, output, train=train))
     assert (code, err) == (EXIT_DONE, ""), out + err
-    assert storage.read_json(f"{output}/run.json")["id"] != storage.read_json(f"{finished_run.output}/run.json")["id"]
+    assert read_json(f"{output}/run.json")["id"] != read_json(f"{finished_run.output}/run.json")["id"]
     assert saved_steps(output) == [4], "those of the old run are gone"
     assert list(measured(output)) == [1, 2, 3, 4]
     assert measured(output)[1][0] == pytest.approx(measured(finished_run.output)[1][0], rel=1e-5)
