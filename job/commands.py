@@ -79,6 +79,7 @@ def _prepare(config: Config, report: Report) -> int:
             on_bad_record,
             report.say,
             config.tokenizer.engine,
+            lambda corpus: report.say(f"corpus: {corpus}"),
         )
     finally:
         report.end_bar()

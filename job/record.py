@@ -1,5 +1,6 @@
 """JSON whose fields' types are checked: what was stored may be damaged, cut off, or written by something else."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -8,6 +9,13 @@ from pydantic import TypeAdapter, ValidationError
 from job.errors import one_line
 
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """The part of a stored file that decides how the rest of it is read."""
+
+    format_version: int
 
 
 def parse_record(content: bytes | bytearray, kind: type[Record]) -> Record:

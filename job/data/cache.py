@@ -36,7 +36,7 @@ _RETRY_SECONDS = 1.0
 _WARN_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 5.0
 _MOST_VERIFICATIONS = 4
-"""How often one `open` has a file verified that is then another one."""
+"""Verifications per `open`, if each time the file that is opened is not the file that was verified."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class CacheClosed(Exception):
 
 
 class Verifying(NamedTuple):
-    """How far the files are that were found on this machine and have to be verified."""
+    """Progress of verifying the files that were found on this machine."""
 
     done_bytes: int
     total_bytes: int
@@ -182,7 +182,7 @@ class ShardCache:
 
     @property
     def verifying(self) -> Verifying | None:
-        """How far the verification of files on this machine is; None if there are none to verify."""
+        """Progress of verifying files on this machine; None if there are none to verify."""
         with self._changed:
             if not self._unverified:
                 return None
@@ -245,14 +245,14 @@ class ShardCache:
                         self._demanded.pop(index, None)
                         self._failed[index] = error
                     if not isinstance(error, UserError):
-                        self._warn("shards cannot be fetched now", error)
+                        self._warn(error)
                 self._changed.notify_all()
 
-    def _warn(self, what: str, error: Exception) -> None:
-        """Says what fails, once in a while: a run goes on without it as long as it has shards."""
+    def _warn(self, error: Exception) -> None:
+        """Says, once in a while, that the store fails: a run goes on without it as long as it has shards."""
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _WARN_AGAIN_SECONDS
-            logger.warning("%s: %s", what, one_line(str(error)))
+            logger.warning("shards cannot be fetched now: %s", one_line(str(error)))
 
     def _next_missing(self) -> int | None:
         """Waits for something to fetch; None when the cache is closed."""

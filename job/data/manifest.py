@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 
 from job import storage
 from job.errors import UserError
-from job.record import parse_record
+from job.record import Versioned, parse_record
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -73,11 +73,6 @@ class Manifest:
     statistics: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Version:
-    format_version: int
-
-
 def manifest_bytes(manifest: Manifest) -> bytes:
     """`manifest` as JSON; equal manifests give equal bytes."""
     return orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
@@ -97,7 +92,7 @@ def load_manifest(shards_url: str) -> Manifest:
     except storage.IntegrityError as error:
         raise _damaged(shards_url, f"is damaged: {error}") from None
     try:
-        version = parse_record(content, _Version).format_version
+        version = parse_record(content, Versioned).format_version
     except ValueError as error:
         raise _damaged(shards_url, f"is damaged or not of a data set of this program: {error}") from None
     if version != FORMAT_VERSION:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from job import storage
 from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
 from job.data.encoder import Disagreement, Encoder, Engine
-from job.data.fingerprint import check_unchanged, identify
+from job.data.fingerprint import Identified, check_unchanged, identify
 from job.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -58,7 +58,7 @@ class Recipe:
 
     @property
     def settings(self) -> dict[str, str | int | float]:
-        """What all workers of a data set must have in common, by the name of the setting."""
+        """The settings that all workers of a data set must have in common, by name."""
         return {
             "data.text_field": self.text_field,
             "data.id_field": self.id_field,
@@ -107,11 +107,12 @@ class Part:
 OnProgress = Callable[[int, int], None]
 """Called with documents and UTF-8 bytes of text done since the last call."""
 OnNotice = Callable[[str], None]
+OnIdentified = Callable[[Identified], None]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every process of a worker has to know to make its slices."""
+    """Everything that a process has to know to make its slices."""
 
     recipe: Recipe
     tokenizer: TextTokenizer
@@ -131,6 +132,7 @@ def prepare(
     on_bad_record: Callable[[BadRecord], None] = lambda record: None,
     on_notice: OnNotice = lambda line: None,
     engine: Engine = "auto",
+    on_identified: OnIdentified = lambda corpus: None,
 ) -> Manifest | None:
     """Make this worker's shards, and the manifest if all workers' shards are there then.
 
@@ -141,8 +143,9 @@ def prepare(
         worker: (i, n): this is worker i of n.
         on_progress: told what was done, several times a second.
         on_bad_record: told of every record that is left out.
-        on_notice: takes a line for a person: what the corpus is, and why something takes longer than it might.
+        on_notice: told in one line why it takes longer than it might.
         engine: what makes the tokens: see `job.data.encoder`. It changes the time, never a byte.
+        on_identified: told what the corpus is, before anything is made of it.
 
     Returns:
         The manifest if the data set is complete, None if other workers still have slices to do.
@@ -156,7 +159,8 @@ def prepare(
         make_slices(work, worker, Encoder(tokenizer, engine, on_notice), on_progress, on_bad_record)
 
     index, workers = worker
-    return carry_out(recipe, tokenizer, shards_url, (range(index, index + 1), workers), engine, make, on_notice)
+    parts = (range(index, index + 1), workers)
+    return carry_out(recipe, tokenizer, shards_url, parts, engine, make, on_notice, on_identified)
 
 
 def carry_out(
@@ -167,17 +171,18 @@ def carry_out(
     engine: Engine,
     make: Callable[[Work, Engine], None],
     on_notice: OnNotice,
+    on_identified: OnIdentified,
 ) -> Manifest | None:
     """Agree with the other workers on the plan, have the slices made, and publish the manifest if it is complete.
 
     Args:
-        recipe, tokenizer, shards_url, engine, on_notice: as `prepare`.
+        recipe, tokenizer, shards_url, engine, on_notice, on_identified: as `prepare`.
         parts: which parts of how many are this worker's.
         make: makes the slices of these parts with an engine; may raise `Disagreement`.
     """
     files = list_corpus(recipe.source)
     identified = identify(files)
-    on_notice(f"corpus: {identified}")
+    on_identified(identified)
     plan = make_plan(identified.fingerprints, recipe.settings | {"tokenizer.source": tokenizer.fingerprint})
     if (manifest := finished_data_set(plan, shards_url)) is not None:
         return manifest

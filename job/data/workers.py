@@ -14,7 +14,7 @@ from job import console, storage
 from job.data.corpus import BadRecord
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
-from job.data.shards import OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
+from job.data.shards import OnIdentified, OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError, disk_error
 
@@ -33,6 +33,7 @@ def prepare_in_processes(
     on_bad_record: OnBadRecord,
     on_notice: OnNotice = lambda line: None,
     engine: Engine = "auto",
+    on_identified: OnIdentified = lambda corpus: None,
 ) -> Manifest | None:
     """`prepare` for this worker's part, cut again into one part for each process.
 
@@ -43,7 +44,8 @@ def prepare_in_processes(
         UserError: as `prepare`; the other processes are ended.
     """
     if processes == 1:
-        return prepare(recipe, tokenizer, shards_url, worker, on_progress, on_bad_record, on_notice, engine)
+        told = (on_progress, on_bad_record, on_notice)
+        return prepare(recipe, tokenizer, shards_url, worker, *told, engine, on_identified)
     index, workers = worker
     parts = range(index * processes, (index + 1) * processes)
     said = set[str]()
@@ -57,7 +59,8 @@ def prepare_in_processes(
         numbered = [(part, workers * processes) for part in parts]
         _in_processes((work, store, engine), numbered, on_progress, on_bad_record, say_once)
 
-    return carry_out(recipe, tokenizer, shards_url, (parts, workers * processes), engine, make, on_notice)
+    mine = (parts, workers * processes)
+    return carry_out(recipe, tokenizer, shards_url, mine, engine, make, on_notice, on_identified)
 
 
 def _in_processes(

@@ -9,7 +9,7 @@ before it publishes anything more.
     attempts/gave-up-after-00000007.json
 
 Left by a start that gave up after attempt 7, because too many attempts had made no progress. It judged that before it
-claimed anything, so it has taken the run from nobody. Attempts up to that number are not counted again.
+claimed anything, so it has not taken the run from another attempt. Attempts up to that number are not counted again.
 """
 
 import math
@@ -35,7 +35,7 @@ _STARTED_TOGETHER_SECONDS = 30
 
 DONE, STOPPED, FAILED, SUPERSEDED = "done", "stopped", "failed", "superseded"
 GAVE_UP = "gave up"
-"""Of an attempt of an earlier version, which claimed the run before it judged its progress."""
+"""End of an attempt of an earlier version, which claimed the run before it judged its progress."""
 
 
 class Superseded(UserError):
@@ -95,7 +95,7 @@ class Attempts:
 
     def numbers(self) -> list[int]:
         """Numbers of all attempts, the lowest first."""
-        return self._numbered(_NAME)
+        return _numbered(self._names(), _NAME)
 
     def read(self, number: int) -> Attempt | None:
         """A record; None if it is damaged."""
@@ -176,8 +176,9 @@ class Attempts:
         """
         fruitless, error = 0, "none of them recorded why it ended (killed? out of memory?)"
         successor_began = _now()
-        given_up = max(self._numbered(_GIVE_UP_NAME), default=0)
-        for number in reversed([one for one in self.numbers() if one > given_up]):
+        names = self._names()
+        given_up = max(_numbered(names, _GIVE_UP_NAME), default=0)
+        for number in reversed([one for one in _numbered(names, _NAME) if one > given_up]):
             before = self.read(number)
             if before is None or before.run_id != run_id or before.ended in (DONE, GAVE_UP):
                 break
@@ -209,9 +210,8 @@ class Attempts:
         except (FileNotFoundError, ValueError):
             return None
 
-    def _numbered(self, pattern: re.Pattern[str]) -> list[int]:
-        names = (entry.url.rpartition("/")[2] for entry in storage.list_files(self._folder))
-        return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+    def _names(self) -> list[str]:
+        return [entry.url.rpartition("/")[2] for entry in storage.list_files(self._folder)]
 
     def _url(self, number: int) -> str:
         return storage.join(self._folder, f"{number:08d}.json")
@@ -227,6 +227,11 @@ def note_failure(output: str, start: str, error: str) -> None:
                 attempts.update(replace(attempt, ended=FAILED, error=error[-_LONGEST_ERROR:]))
     except (OSError, UserError):
         return
+
+
+def _numbered(names: list[str], pattern: re.Pattern[str]) -> list[int]:
+    """Return the numbers in the names that match, the lowest first."""
+    return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
 
 
 def _now() -> str:

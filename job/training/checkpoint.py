@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from job import storage
 from job.errors import UserError, one_line
-from job.record import parse_record
+from job.record import Versioned, parse_record
 from job.training.attempts import Attempts
 from job.training.metrics import parse_rows
 from job.training.moments import MOMENTS
@@ -43,7 +43,7 @@ _METRICS = "metrics.jsonl"
 _TENSORS = {"param": "model.safetensors"} | {key: f"{key}.safetensors" for key in MOMENTS}
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Interval = dict[Literal["nats", "targets", "steps", "seconds", "waited_seconds", "stalled_seconds"], float]
-"""What a line of the log is measured from."""
+"""The measurements from which a line of the log is made."""
 _NAME = re.compile(r"step-(\d{8,})-a(\d+)")
 
 
@@ -124,11 +124,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Version:
-    format_version: int
-
-
-@dataclass(frozen=True)
 class _GuardState:
     """`Guard.state`."""
 
@@ -138,7 +133,7 @@ class _GuardState:
 
 
 @dataclass(frozen=True)
-class _Manifest(_Version):
+class _Manifest(Versioned):
     """The content of a checkpoint's manifest.json."""
 
     files: dict[str, File]
@@ -345,7 +340,7 @@ def open_checkpoint(url: str) -> Checkpoint:
     """
     try:
         content = storage.read_bytes(storage.join(url, _MANIFEST))
-        _check_version(parse_record(content, _Version), url)
+        _check_version(parse_record(content, Versioned), url)
         manifest = parse_record(content, _Manifest)
         if missing := [name for name in (*_TENSORS.values(), _STATE, _METRICS) if name not in manifest.files]:
             raise ValueError(f"it does not list {missing[0]}")
@@ -355,7 +350,7 @@ def open_checkpoint(url: str) -> Checkpoint:
         raise _damaged(url, f"{_MANIFEST} is damaged: {error}") from None
     try:
         content = _read(url, _STATE, manifest.files)
-        _check_version(parse_record(content, _Version), url)
+        _check_version(parse_record(content, Versioned), url)
         state = parse_record(content, TrainingState)
         if state.guard:
             parse_record(json.dumps(state.guard).encode(), _GuardState)
@@ -365,7 +360,7 @@ def open_checkpoint(url: str) -> Checkpoint:
     return Checkpoint(url, manifest.files, state, manifest.save_seconds)
 
 
-def _check_version(found: _Version, url: str) -> None:
+def _check_version(found: Versioned, url: str) -> None:
     if found.format_version != FORMAT_VERSION:
         expected = f"has format version {found.format_version}, this program reads {FORMAT_VERSION}"
         raise UserError("train.resume", url, expected, "use the version of the program that wrote it")

@@ -2,7 +2,10 @@
 
 import sys
 
-from launch.swanlab.cli import main
+from job import console
 
 if __name__ == "__main__":
+    console.install()
+    from launch.swanlab.cli import main
+
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""plan.json as a fence: one recipe in one place, whoever starts when, and nothing in the way of a corrected command."""
+"""plan.json keeps two recipes from being mixed in one place, and does not stop a corrected command."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -18,20 +17,19 @@ from typing import Any
 
 import pytest
 from corpus_files import json_lines
+from test_shards import REPOSITORY, SAMPLE, KiB
+from test_shards import recipe as recipe_of
 
 from job import storage
 from job.data import shards
 from job.data.corpus import CorpusFile, list_corpus
 from job.data.fingerprint import BLOCK_BYTES, BLOCKS, blocks, identify
 from job.data.manifest import MANIFEST_NAME, load_manifest
-from job.data.shards import Recipe, prepare
+from job.data.shards import prepare
 from job.data.tokenizer import TextTokenizer, train_tokenizer
 from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
 
-REPOSITORY = Path(__file__).parents[2]
-SAMPLE_FILE = REPOSITORY / "job" / "demo" / "sample.jsonl"
-SAMPLE = [json.loads(line) for line in SAMPLE_FILE.read_text(encoding="utf-8").splitlines()]
-KiB = 1024
+recipe = partial(recipe_of, slice_bytes=4 * KiB)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +41,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 def corpus(bucket: str) -> str:
     storage.write_bytes(f"{bucket}/corpus.jsonl", json_lines(SAMPLE[:20]))
     return f"{bucket}/corpus.jsonl"
-
-
-def recipe(source: str, **changes: Any) -> Recipe:
-    return replace(Recipe(source, "text", "id", "stop", 4 * KiB, 0.1, 2333), **changes)
 
 
 def check_whole(url: str) -> None:
