@@ -1,4 +1,4 @@
-"""What it costs to identify a corpus in object storage before `prepare`, beside reading all of it.
+"""Measure the time to identify a corpus in object storage, compared with reading all of it.
 
     python -m benchmarks.identify [--gigabytes 2] [--rate 50] [--latency 0.1]
 

@@ -1,4 +1,4 @@
-"""How long it takes to verify shards that are on this machine already, and how much a note on them spares.
+"""Measure how long it takes to verify shards on this machine, and how much time the notes save.
 
     python -m benchmarks.verify [--gigabytes 16] [--shards 16] [--folder FOLDER]
 
@@ -69,7 +69,7 @@ def forget(folder: Path) -> None:
 
 
 def use_all(folder: str, shards: list[Shard], cache_dir: str) -> None:
-    """What a process does before it trains on these shards."""
+    """Open every shard once, as a process does before it trains on them."""
     cache = ShardCache(folder, shards, cache_dir, 2**62)
     cache.use(range(len(shards)))
     for index in range(len(shards)):
@@ -78,7 +78,7 @@ def use_all(folder: str, shards: list[Shard], cache_dir: str) -> None:
 
 
 def seconds_of(processes: int, folder: Path, shards: list[Shard], cache_dir: Path) -> float:
-    """How long that takes in so many processes, which are running already."""
+    """Return the seconds that this many running processes need to open every shard."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn) as pool:
         for started in [pool.submit(time.sleep, 0.5) for _ in range(processes)]:

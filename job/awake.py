@@ -15,11 +15,11 @@ _LONGEST_TICK_SECONDS = 1.0
 
 
 class _Mark(NamedTuple):
-    """What the clock showed at a tick."""
+    """A reading of the clock at a tick."""
 
     counted_seconds: float
     at: float
-    """By the system's clock."""
+    """Time of the reading on the system's clock."""
     pauses: int
 
 
@@ -42,13 +42,13 @@ _lock = threading.Lock()
 
 
 def seconds() -> float:
-    """Seconds that this process was awake, since some moment: only differences mean something."""
+    """Return the seconds for which this process was awake. Only differences between two calls mean something."""
     counted_seconds, at, _ = _started().mark
     return counted_seconds + min(time.monotonic() - at, _LONGEST_TICK_SECONDS)
 
 
 def pauses() -> int:
-    """How many pauses the clock has noticed so far."""
+    """Return the number of pauses that the clock has noticed."""
     return _started().mark.pauses
 
 

@@ -27,7 +27,7 @@ _ATOMIC_BYTES = 4096
 """Linux takes so many bytes at once where `select` says that it takes any."""
 _POLL_MILLISECONDS = 200
 _ENCODING = "utf-8"
-"""Of a stream that was closed before the start, which has none."""
+"""Encoding for a stream that was closed before the start."""
 
 
 def install() -> None:
@@ -71,7 +71,7 @@ class _RawStream(io.RawIOBase):
         self.patience_seconds: float | None = None
         """Longest wait for a reader; None: no limit."""
         self.is_closed = False
-        """Whether the number belongs to nobody or to another file."""
+        """Whether the stream was closed before the start."""
         self._lost_bytes, self._lost_lines, self._reason = 0, 0, ""
         self._is_stuck = False
         self.report: Callable[[str], None] = lambda line: None

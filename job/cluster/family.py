@@ -16,7 +16,7 @@ PARENT_VARIABLE = "WIKILLM_PARENT_PID"
 STOP_FILE = "stop"
 """Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
 ANY_PORT = "0"
-"""The MASTER_PORT of a worker that is alone: it opens a port itself, and nobody else has to find it."""
+"""MASTER_PORT of a single worker: it opens a free port itself, and no other process has to know the number."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -1,7 +1,7 @@
 """Environment variables by which accelerate, DeepSpeed and torchrun would decide what the settings decide.
 
-A variable that was meant for another program, such as ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, would change the
-updates without a word. So none of them reaches a worker, and a person is told which ones were removed.
+A variable that was meant for another program, such as ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, would silently change
+the updates. None of these variables reaches a worker, and the names of the removed ones are printed.
 """
 
 import sys
@@ -21,9 +21,10 @@ _NAMES = (
     *("PYTHON_EXEC", "TORCH_ELASTIC_WORKER_IDENTICAL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
 )
 _OF_TORCHRUN = "TORCHELASTIC_"
-"""What torchrun tells its workers; they are another run's where it has not started this process."""
+"""Prefix of the variables that torchrun sets for its workers. If torchrun did not start this process, they belong to
+another run."""
 _READ = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT", "PET_NPROC_PER_NODE")
-"""What `job.cluster.place` has read: removed from the workers' environment as well, but heeded."""
+"""Variables that `job.cluster.place` has already used. They are removed too, but are not reported as ignored."""
 
 
 def is_foreign(name: str, is_worker: bool = False) -> bool:
@@ -37,7 +38,7 @@ def is_foreign(name: str, is_worker: bool = False) -> bool:
 
 
 def without_foreign(environment: Mapping[str, str], is_worker: bool = False) -> dict[str, str]:
-    """`environment` without the variables that are foreign; those that nobody has read are named on standard error."""
+    """Return `environment` without the foreign variables, and print the names of those that have no effect."""
     removed = [name for name in environment if is_foreign(name, is_worker)]
     ignored = sorted(set(removed) - set(_READ))
     if ignored:

@@ -1,7 +1,7 @@
-"""Where the processes of a single node meet: on the loopback interface, which no other machine reaches.
+"""The store through which the processes of one node find each other, on the loopback interface only.
 
-torch's store of keys and values knows no password, and by itself listens on every interface. It can be given a socket
-to listen on, and then any part of torch that wants to open a store at that port in this process uses it.
+torch's key-value store has no password and listens on every interface by default. It accepts an open socket instead.
+Every part of torch that opens a store at the same port in this process then uses this one.
 """
 
 import os

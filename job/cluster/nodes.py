@@ -28,8 +28,8 @@ from job.cluster.place import Rendezvous
 from job.errors import UserError
 
 ABORT = signal.SIGVTALRM
-"""What a node's agent sends itself when another node has failed: torchrun ends its workers with it. No person, terminal
-or scheduler sends this signal, and a process that does not handle it ends."""
+"""Signal that a node's agent sends to itself when another node has failed, so that torchrun ends its workers. It is not
+sent by any person, terminal or scheduler, and ends a process that does not handle it."""
 _BEAT_SECONDS = 1.0
 _LOST_SECONDS = 30.0
 """A node that has given no sign of life for so long is gone."""

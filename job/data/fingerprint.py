@@ -1,4 +1,4 @@
-"""Fingerprints of corpus files: what identifies their content, without reading all of a large one.
+"""Fingerprints that identify the content of corpus files without reading all of a large file.
 
     size, and the sha256 of the whole file below 4 MiB, else of 64 blocks of 64 KiB at fixed places
 
@@ -27,19 +27,19 @@ _PARALLEL_BLOCKS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What must be the same for every worker that reads a corpus file."""
+    """The identity of a corpus file, which must be the same for every worker that reads it."""
 
     name: str
     """Path below the folder that all files of the corpus share."""
     size: int
     sha256: str | None = None
-    """Of the whole file or of its blocks (`sample`)."""
+    """Hash of the whole file or of its blocks (see `sample`)."""
     revision: str | None = None
-    """A hub's, if the file comes from one."""
+    """Revision of the data set, if the file comes from a hub."""
     hub_hash: str | None = None
-    """The hub's own hash of the content; stands in place of `sha256`."""
+    """The hub's own hash of the content; replaces `sha256`."""
     version: str | None = None
-    """ETag or Last-Modified, from a server that does not send single blocks; stands in place of `sha256`."""
+    """ETag or Last-Modified of a server that does not send single blocks; replaces `sha256`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _identify(file: CorpusFile, name: str, pool: Executor) -> tuple[Fingerprint,
 
 
 def _changed(file: CorpusFile) -> UserError:
-    remedy = "start again when nobody writes to it any more; what is finished is kept if its content is still the same"
+    remedy = "wait until no program writes to it, and start again"
     return UserError("data.source", file.url, "was replaced or removed while it was read", remedy)
 
 

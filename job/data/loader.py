@@ -31,9 +31,9 @@ _LONG_WAIT_SECONDS = 30.0
 """What the consumer waits for one batch before it is told why; it is told again every `_SAY_AGAIN_SECONDS`."""
 _SAY_AGAIN_SECONDS = 300.0
 _VERIFYING_SECONDS = 5.0
-"""How long shards are verified before that is shown, and how often it is shown."""
+"""Seconds of verification after which its progress is shown, and between two such lines."""
 _MOST_READS = 3
-"""How often windows are read from a file that somebody writes to at the same time."""
+"""Attempts to read windows from a file that another program writes to at the same time."""
 
 Made = TypeVar("Made")
 
@@ -212,11 +212,11 @@ class _Loader(Iterator[Made]):
                 if is_whole and self._cache.is_unchanged(shard, file):
                     return
         url = storage.join(self._shards_url, self._shards[shard].name)
-        wrong = "somebody writes to this shard while it is used"
+        wrong = "another program writes to this shard while it is used"
         raise UserError("data.shards", url, wrong, "prepare each data set in a folder of its own")
 
     def _read(self, file: BinaryIO, shard: int, windows: Integers, rows: Integers, pair: Tensor) -> bool:
-        """Does that with an open file; False where it is shorter than it was."""
+        """Read windows of an open shard into rows of a pair; return False if the file has become shorter."""
         length, token_bytes = self._context_length, self._dtype.itemsize
         inputs, labels = pair.numpy()
         for window, row in zip(windows.tolist(), rows.tolist(), strict=True):

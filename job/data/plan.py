@@ -1,4 +1,4 @@
-"""plan.json: what a data set is made from; the fence that keeps two recipes from being mixed in one folder.
+"""plan.json records what a data set is made from, and keeps two recipes from being mixed in one folder.
 
 The plan is created once, by conditional creation, and never overwritten. Shards and part records have its digest in
 their names, so that workers of two plans never write one file, and the manifest is published only from parts of the
@@ -40,7 +40,7 @@ class Plan:
     source: tuple[Fingerprint, ...]
     """The files of the corpus, in the order in which they are numbered."""
     settings: dict[str, str | int | float]
-    """By dotted name; `tokenizer.source` is the tokenizer's fingerprint.
+    """Values by dotted name; that of `tokenizer.source` is the tokenizer's fingerprint.
 
     `data.on_bad_record` is not among them: a run that stopped at a bad record may go on by leaving it out."""
 

@@ -228,7 +228,7 @@ class Room:
 
 
 class _Count(NamedTuple):
-    """What the file of the count says."""
+    """The content of the file with the count."""
 
     used_bytes: int
     changes: int
@@ -236,10 +236,10 @@ class _Count(NamedTuple):
 
 @dataclass
 class _Found:
-    """What a look at the folder has found."""
+    """The result of a look at the folder."""
 
     used_bytes: int = 0
-    """Of shards, and reserved for shards."""
+    """Bytes of shards, and bytes reserved for shards."""
     shards: int = 0
     droppable: list[tuple[int, str, int]] = field(default_factory=list)
     """Age, name and bytes of the shards that this process does not plan to use."""

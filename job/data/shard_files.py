@@ -15,9 +15,9 @@ from job.errors import UserError
 
 _CHUNK_BYTES = 2**20
 _COPIES = 2
-"""How often a shard is fetched before it is called damaged."""
+"""Downloads of a shard before it is reported as damaged."""
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
-"""What a person has to mend in the cache's folder."""
+"""Errors of the cache's folder that only a person can mend."""
 
 
 def copy_name(shard: Shard) -> str:
@@ -44,7 +44,7 @@ class ShardFiles:
         self.are_copies = storage.is_remote(shards_url)
         self.urls = [storage.join(shards_url, shard.name) for shard in shards]
         self.names = [_name(shard) for shard in shards]
-        """Of their copies, locks and notes in the folder."""
+        """Names of their copies, locks and notes in the folder."""
         if self.are_copies:
             self.paths = [folder / copy_name(shard) for shard in shards]
             self._notes = [folder / f"{name}.verified" for name in self.names]

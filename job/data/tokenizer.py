@@ -258,14 +258,14 @@ class _AddedToken:
 
 @dataclass(frozen=True)
 class _SpecialTokens:
-    """What is read of tokenizer_config.json and special_tokens_map.json."""
+    """The part of tokenizer_config.json and special_tokens_map.json that is used."""
 
     eos_token: str | _AddedToken | None = None
 
 
 @dataclass(frozen=True)
 class _TokenizerModel:
-    """What a byte-level model does not have, and with which the library ends the process where a file is damaged."""
+    """Fields that a byte-level model leaves empty. In a damaged file they make the library end the process."""
 
     continuing_subword_prefix: Literal[""] | None = None
     end_of_word_suffix: Literal[""] | None = None

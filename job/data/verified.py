@@ -22,7 +22,7 @@ _NOTE_BYTES = 256
 
 
 class Signature(NamedTuple):
-    """What changes when a file is changed or replaced: the time of change is the kernel's, and cannot be set."""
+    """Values that change when a file is changed or replaced. The kernel sets the time of change; no program can."""
 
     size: int
     inode: int
@@ -66,7 +66,7 @@ def hash_file(descriptor: int, on_bytes: Callable[[int], None]) -> tuple[str, Si
 
 
 def write_note(path: Path, sha256: str, of: Signature) -> None:
-    """Note that the file with this signature has this sha256; whoever calls it holds a lock."""
+    """Note that the file with this signature has this sha256; the caller holds a lock."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:

@@ -55,7 +55,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a server keeps in its folder, so that it is the same one when it is started again."""
+    """Credentials and ports that a server keeps in its folder, so that they are the same when it is started again."""
 
     access_key: str
     secret_key: str

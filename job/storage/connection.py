@@ -1,4 +1,4 @@
-"""How this process reaches a store: the settings, the address, the style of addressing, and the clients."""
+"""The connection of this process to a store: settings, address, style of addressing, and clients."""
 
 import os
 from dataclasses import dataclass, field

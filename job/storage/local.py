@@ -13,9 +13,9 @@ from job.errors import UserError
 from job.storage import deadline
 
 PARTIAL = ".partial"
-"""How the name of a file ends that is not finished; no list shows it."""
+"""Suffix of an unfinished file; no list shows it."""
 _NO_WAY = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What a file system answers to what it does not have (link(2), renameat2(2))."""
+"""Errors of a file system that does not support an operation (link(2), renameat2(2))."""
 _PIECE_BYTES = 8 * 2**20
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 

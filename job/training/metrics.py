@@ -11,7 +11,7 @@ from job.record import parse_record
 
 @dataclass(frozen=True)
 class _Row:
-    """What every row has beside what was measured."""
+    """The field that every row has."""
 
     step: int
 

@@ -35,7 +35,7 @@ class Saver:
 
     A save that is due while the one before is still on its way waits for it: nothing piles up. One that fails, for
     whatever reason, costs a warning, and is tried again with the state of a later step. Only a newer attempt ends the
-    run (`raise_if_superseded`), and whoever begins the last save of all looks at `failure`.
+    run (`raise_if_superseded`). The caller of the last save of all looks at `failure`.
 
     Args:
         output: the run's prefix.

@@ -47,7 +47,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class _Identity:
-    """What a checkpoint says of its model: a part of `TrainingState.identity`."""
+    """The part of `TrainingState.identity` that describes the model."""
 
     model: dict[str, Any]
     tokenizer: str

@@ -1,4 +1,4 @@
-"""The measurement of verification comes to its table, and its shards are what it says."""
+"""The benchmark of verification prints its table, and its shards have the sizes and hashes that it gives."""
 
 import hashlib
 import subprocess
