@@ -27,6 +27,8 @@ PART_BYTES = 8 * 2**20
 """Bytes of a larger file that one request carries: this much is held in memory and sent again after a fault."""
 DOWNLOADS = 3
 """How often a file is fetched before it is called damaged."""
+_READS = 6
+"""The same for what is read into memory, which is small and costs little to fetch again."""
 _PARALLEL_REQUESTS = 4
 _LAST_REQUEST_SECONDS = 1.0
 """How long an operation that is given up waits for the store to remove what it leaves."""
@@ -141,7 +143,7 @@ def get(url: str, version: str | None = None, start: int = 0, end: int | None = 
         written = answer.get("Metadata", {}).get(_MD5)
         if end is None and written and written != _md5(data).hex():
             fetched += 1
-            kind = ConnectionError if fetched < DOWNLOADS else IntegrityError
+            kind = ConnectionError if fetched < _READS else IntegrityError
             raise kind(f"read {url}: other bytes came than were written")
         return data
 
