@@ -234,3 +234,9 @@ def read_json(url: str) -> Any:
 def stored(url: str) -> dict[str, bytes]:
     """Every file below `url`."""
     return {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(url)}
+
+
+def tensor_files(checkpoint: str) -> dict[str, str]:
+    """sha256 of weights and moments."""
+    files = open_checkpoint(checkpoint).files
+    return {name: files[name].sha256 for name in files if name.endswith(".safetensors")}

@@ -127,13 +127,13 @@ def test_interfaces_that_the_user_has_set_for_gloo_and_nccl_stay() -> None:
     ("number", "whom", "of"),
     [
         (signal.SIGINT, "the entrypoint", "settings"),
-        (signal.SIGUSR2, "the launcher", "settings"),
+        pytest.param(signal.SIGUSR2, "the launcher", "settings", marks=pytest.mark.recovery),
         (signal.SIGUSR1, "one worker", "settings"),
         (signal.SIGTERM, "all, twice", "settings"),
         (signal.SIGHUP, "the entrypoint", "one_process"),
-        (signal.SIGHUP, "all, twice", "settings"),
-        (signal.SIGTERM, "the launcher", "one_process"),
-        (signal.SIGTERM, "all, twice", "one_process"),
+        pytest.param(signal.SIGHUP, "all, twice", "settings", marks=pytest.mark.recovery),
+        pytest.param(signal.SIGTERM, "the launcher", "one_process", marks=pytest.mark.recovery),
+        pytest.param(signal.SIGTERM, "all, twice", "one_process", marks=pytest.mark.recovery),
     ],
 )
 def test_a_signal_to_any_process_is_one_stop_of_all(

@@ -36,7 +36,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         env=variables,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return folder, ended.stdout

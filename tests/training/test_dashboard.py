@@ -47,7 +47,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_for(address, process, place / "watch.log")
         yield address
     finally:
-        process.terminate()
+        process.kill()  # it may wait for a connection of the browser for ever if it is asked to stop
         process.wait()
 
 

@@ -11,6 +11,7 @@ from engine_worker import (
     ADAMW,
     GRADIENT_CLIPPING,
     LAST_STEP,
+    RESUMES_FROM,
     SAVED_STEP,
     SPEC,
     WORLDS,
@@ -18,6 +19,8 @@ from engine_worker import (
     learning_rate_of,
     new_model,
 )
+from exact_evaluation import exact
+from small_run import DataSet, tensor_files
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +28,7 @@ from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_c
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 
-pytestmark = pytest.mark.parametrize(("processes", "strategy"), WORLDS)
+in_each_world = pytest.mark.parametrize(("processes", "strategy"), WORLDS)
 
 
 @cache
@@ -55,6 +58,7 @@ def plain_training(steps: int) -> tuple[list[float], list[float], dict[str, Tens
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@in_each_world
 @pytest.mark.parametrize("case", ["fp32", "fp32, 4 accumulated", "fp32, compiled, 4 accumulated"])
 def test_losses_and_gradient_norms_are_those_of_plain_pytorch_on_the_whole_batch(
     seen_in: SeenIn, processes: int, strategy: str, case: str
@@ -66,6 +70,7 @@ def test_losses_and_gradient_norms_are_those_of_plain_pytorch_on_the_whole_batch
     assert min(norms) < GRADIENT_CLIPPING < max(norms)
 
 
+@in_each_world
 def test_weights_are_those_of_plain_pytorch(seen_in: SeenIn, processes: int, strategy: str, tmp_path: Path) -> None:
     *_, weights = plain_training(LAST_STEP)
     download_checkpoint(open_checkpoint(seen_in(processes, strategy)["fp32"]["checkpoint"]), tmp_path)
@@ -75,6 +80,7 @@ def test_weights_are_those_of_plain_pytorch(seen_in: SeenIn, processes: int, str
         torch.testing.assert_close(saved[name]["param"], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@in_each_world
 @pytest.mark.parametrize("case", ["bf16", "bf16, 4 accumulated"])
 def test_bf16_stays_near_fp32(seen_in: SeenIn, processes: int, strategy: str, case: str) -> None:
     losses, norms, _ = plain_training(LAST_STEP)
@@ -84,6 +90,7 @@ def test_bf16_stays_near_fp32(seen_in: SeenIn, processes: int, strategy: str, ca
     assert seen["losses"] != pytest.approx(losses, rel=1e-7), "this is fp32"
 
 
+@in_each_world
 def test_documents_are_kept_apart_without_a_mask_as_with_one(seen_in: SeenIn, processes: int, strategy: str) -> None:
     seen = seen_in(processes, strategy)
     mask, no_mask = seen["documents apart by a mask"], seen["documents apart without a mask"]
@@ -92,6 +99,7 @@ def test_documents_are_kept_apart_without_a_mask_as_with_one(seen_in: SeenIn, pr
     assert no_mask["norms"] == pytest.approx(mask["norms"], rel=1e-2)
 
 
+@in_each_world
 @pytest.mark.parametrize("case", ["fp32", "bf16"])
 def test_a_snapshot_is_the_full_state_each_time_it_is_filled(
     seen_in: SeenIn, processes: int, strategy: str, case: str
@@ -99,6 +107,7 @@ def test_a_snapshot_is_the_full_state_each_time_it_is_filled(
     assert seen_in(processes, strategy)[case]["snapshot"]
 
 
+@in_each_world
 def test_another_world_or_strategy_than_the_one_asked_for_is_refused(
     seen_in: SeenIn, processes: int, strategy: str
 ) -> None:
@@ -109,3 +118,42 @@ def test_another_world_or_strategy_than_the_one_asked_for_is_refused(
     else:
         assert by_variable.startswith("gradient_accumulation_steps ")
         assert by_variable.endswith(" was asked for, but accelerate set up 7")
+
+
+# ---- Checkpoints: each fits every world ----
+
+
+@in_each_world
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_goes_on_to_the_bit_in_the_same_world(
+    seen_in: SeenIn, processes: int, strategy: str, precision: str
+) -> None:
+    seen = seen_in(processes, strategy)
+    straight, resumed = seen[precision], seen[f"{precision} resumed"]
+    assert resumed["losses"] == straight["losses"][SAVED_STEP:]
+    assert resumed["norms"] == straight["norms"][SAVED_STEP:]
+    files = tensor_files(resumed["checkpoint"])
+    assert files.keys() == {"model.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"}
+    assert files == tensor_files(straight["checkpoint"])
+
+
+@pytest.mark.parametrize(("world", "source"), [(world, source) for world in WORLDS for source in RESUMES_FROM[world]])
+def test_an_engine_goes_on_with_the_same_losses_in_another_world(
+    seen_in: SeenIn, world: tuple[int, str], source: tuple[int, str]
+) -> None:
+    straight = seen_in(*source)["fp32"]
+    resumed = seen_in(*world)[f"fp32 resumed from {source[0]} x {source[1]}"]
+    assert resumed["losses"] == pytest.approx(straight["losses"][SAVED_STEP:], rel=1e-5)
+    assert resumed["norms"] == pytest.approx(straight["norms"][SAVED_STEP:], rel=1e-4)
+
+
+# ---- Validation ----
+
+
+def test_one_process_and_two_find_the_same_validation_loss(seen_in: SeenIn, data_set: DataSet, tmp_path: Path) -> None:
+    alone, together = seen_in(1, "ddp")["held out"], seen_in(2, "zero2")["held out"]
+    assert alone == together
+    expected = exact(data_set, 7, tmp_path)
+    assert alone["nats"] == pytest.approx(expected.nats, rel=1e-6)
+    counts = ("targets", "utf8_bytes", "characters")
+    assert [alone[name] for name in counts] == [getattr(expected, name) for name in counts]

@@ -4,25 +4,20 @@ import json
 import math
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_worker import CONTEXT_LENGTH, SPEC
+from engine_worker import CONTEXT_LENGTH
+from exact_evaluation import exact, new_model, validation_shards
 from small_run import STEPS, DataSet, FinishedRun, run
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from job import storage
-from job.data.loader import EvaluationLoader
-from job.data.manifest import open_shard
-from job.data.order import EvaluationOrder
 from job.data.split import is_held_out
 from job.demo.walk import SAMPLE
-from job.model.architecture import LanguageModel, build_model
-from job.training.evaluation import Evaluation, evaluate
+from job.training.evaluation import Evaluation
 from job.training.metrics import read_metrics
 
 SeenIn = Callable[[int, str], dict[str, Any]]
@@ -32,19 +27,6 @@ def held_out_texts(data: DataSet) -> list[str]:
     records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     rule = data.recipe.seed, data.recipe.validation_fraction
     return [record["text"] for record in records if is_held_out(record["id"], record["text"], *rule)]
-
-
-def validation_shards(data: DataSet, folder: Path) -> list[torch.Tensor]:
-    """The tokens of each held-out shard."""
-    found = []
-    for shard in data.manifest.validation:
-        storage.download_file(f"{data.shards}/{shard.name}", folder / "shard")
-        found.append(torch.tensor(open_shard(folder / "shard", shard, data.manifest.dtype)[0].tolist()))
-    return found
-
-
-def new_model(data: DataSet) -> Qwen2ForCausalLM:
-    return build_model(SPEC, data.manifest.vocab_size, data.manifest.eod_id, CONTEXT_LENGTH, seed=1)
 
 
 @torch.no_grad()
@@ -57,26 +39,6 @@ def plain_nats(model: Qwen2ForCausalLM, shards: list[torch.Tensor]) -> float:
             logits = model(input_ids=window[None, :-1]).logits[0]
             nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
     return nats
-
-
-def exact(data: DataSet, batch_size: int, folder: Path) -> Evaluation:
-    """What `evaluate` finds with the new model in fp64."""
-    order = EvaluationOrder([shard.tokens for shard in data.manifest.validation], CONTEXT_LENGTH, seed=5)
-    model = LanguageModel(new_model(data).double(), loss_chunk_tokens=24)
-    with EvaluationLoader(
-        data.shards,
-        data.manifest,
-        order,
-        batch_size=batch_size,
-        rank=0,
-        world_size=1,
-        cache_dir=folder,
-        cache_bytes=2**20,
-    ) as loader:
-        batches = ((batch.input_ids, batch.labels) for batch in loader)
-        found = evaluate(model, batches, data.tokenizer.token_sizes, torch.device("cpu"), nullcontext)
-    assert model.training, "left as it was"
-    return found
 
 
 def test_the_loss_is_that_of_full_logits_for_any_batch_size(data_set: DataSet, tmp_path: Path) -> None:
@@ -105,22 +67,11 @@ def test_bytes_and_characters_are_those_of_the_held_out_text_without_what_is_not
     assert found.bits_per_character == pytest.approx(found.nats / math.log(2) / found.characters)
 
 
-def test_one_process_and_two_find_exactly_the_same(seen_in: SeenIn, data_set: DataSet, tmp_path: Path) -> None:
-    alone, together = seen_in(1, "ddp")["held out"], seen_in(2, "zero2")["held out"]
-    assert alone == together
-    expected = exact(data_set, 7, tmp_path)
-    assert alone["nats"] == pytest.approx(expected.nats, rel=1e-6)
-    counts = ("targets", "utf8_bytes", "characters")
-    assert [alone[name] for name in counts] == [getattr(expected, name) for name in counts]
-
-
 def test_nothing_held_out_costs_nothing() -> None:
     assert Evaluation(0.0, 0, 0, 0).as_dict() == dict.fromkeys(Evaluation(1.0, 1, 1, 1).as_dict(), 0.0)
 
 
-@pytest.mark.parametrize(
-    ("source", "processes"), [("", 2), (f"checkpoints/step-{STEPS:08d}-a1", 1), ("final", 1)], ids=str
-)
+@pytest.mark.parametrize(("source", "processes"), [("", 2), ("final", 1)], ids=str)
 def test_the_command_finds_the_number_of_the_run_in_whatever_it_left(
     finished_run: FinishedRun, source: str, processes: int
 ) -> None:

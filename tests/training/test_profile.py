@@ -6,12 +6,14 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 from small_run import ALONE, REPOSITORY, DataSet, run, write_settings
 
 from job import storage
 from job.errors import EXIT_DONE
 
 
+@pytest.mark.recovery
 def test_the_steps_asked_for_are_profiled_and_without_compiler_and_gpu_the_run_says_so_and_goes_on(
     data_set: DataSet, bucket: str, tmp_path: Path
 ) -> None:

@@ -1,11 +1,10 @@
-"""Stopping and going on: to the bit in the same world, and the same training in another."""
+"""Whole runs that are stopped and go on, and what they refuse to go on from."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_worker import RESUMES_FROM, SAVED_STEP, WORLDS
 from small_run import (
     STEPS,
     DataSet,
@@ -15,6 +14,7 @@ from small_run import (
     run,
     saved_steps,
     stored,
+    tensor_files,
     train_until,
     write_settings,
 )
@@ -31,41 +31,8 @@ MEASURED = ["train/loss", "train/gradient_norm", "train/learning_rate", "train/t
 """What depends on the training alone, not on the time it took."""
 
 
-def tensor_files(checkpoint: str) -> dict[str, str]:
-    """sha256 of weights and moments."""
-    files = open_checkpoint(checkpoint).files
-    return {name: files[name].sha256 for name in files if name.endswith(".safetensors")}
-
-
 def measured(output: str) -> dict[int, list[float]]:
     return {row["step"]: [row[name] for name in MEASURED] for row in read_metrics(output)}
-
-
-# ---- Engines: a checkpoint fits every world ----
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("processes", "strategy"), WORLDS)
-def test_an_engine_goes_on_to_the_bit_in_the_same_world(
-    seen_in: SeenIn, processes: int, strategy: str, precision: str
-) -> None:
-    seen = seen_in(processes, strategy)
-    straight, resumed = seen[precision], seen[f"{precision} resumed"]
-    assert resumed["losses"] == straight["losses"][SAVED_STEP:]
-    assert resumed["norms"] == straight["norms"][SAVED_STEP:]
-    files = tensor_files(resumed["checkpoint"])
-    assert files.keys() == {"model.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"}
-    assert files == tensor_files(straight["checkpoint"])
-
-
-@pytest.mark.parametrize(("world", "source"), [(world, source) for world in WORLDS for source in RESUMES_FROM[world]])
-def test_an_engine_goes_on_with_the_same_losses_in_another_world(
-    seen_in: SeenIn, world: tuple[int, str], source: tuple[int, str]
-) -> None:
-    straight = seen_in(*source)["fp32"]
-    resumed = seen_in(*world)[f"fp32 resumed from {source[0]} x {source[1]}"]
-    assert resumed["losses"] == pytest.approx(straight["losses"][SAVED_STEP:], rel=1e-5)
-    assert resumed["norms"] == pytest.approx(straight["norms"][SAVED_STEP:], rel=1e-4)
 
 
 # ---- Whole runs ----

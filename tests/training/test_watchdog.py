@@ -64,6 +64,7 @@ def test_a_pause_is_not_counted() -> None:
     assert float(seconds) < time.monotonic() - began - 3
 
 
+@pytest.mark.recovery
 def test_after_a_pause_the_timeout_begins_anew() -> None:
     program = (
         "import sys\nfrom job.training.watchdog import Watchdog\nfrom job.training.world import World\n"
@@ -87,6 +88,7 @@ def test_time_awake_is_counted() -> None:
     assert 1 < awake.seconds() - awake_began < time.monotonic() - began + 0.5
 
 
+@pytest.mark.recovery
 def test_collectives_have_no_timeout_of_their_own_once_there_is_a_watchdog() -> None:
     program = """
 import sys, threading, time
