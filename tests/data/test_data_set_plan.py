@@ -59,7 +59,7 @@ def check_whole(url: str) -> None:
 
 def while_it_makes_its_first_slice(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have `act` called once, when the next `prepare` has chosen its slices and none is finished."""
-    make = shards._prepare_file
+    make = shards._prepare_group
     is_first = [True]
 
     def interrupted(*arguments: Any) -> None:
@@ -68,7 +68,7 @@ def while_it_makes_its_first_slice(monkeypatch: pytest.MonkeyPatch, act: Callabl
             act()
         make(*arguments)
 
-    monkeypatch.setattr(shards, "_prepare_file", interrupted)
+    monkeypatch.setattr(shards, "_prepare_group", interrupted)
 
 
 def test_second_command_is_refused_while_the_first_is_at_work(
@@ -177,7 +177,7 @@ def test_corrected_command_works_after_one_that_failed_before_its_first_part(
 ) -> None:
     wrong = recipe(corpus, **mistake)
     if "id_field" in mistake:  # any other failure, such as a full disk
-        monkeypatch.setattr(shards, "_prepare_file", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
+        monkeypatch.setattr(shards, "_prepare_group", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises((UserError, OSError)):
         prepare(wrong, tokenizer, f"{bucket}/shards")
     monkeypatch.undo()
