@@ -90,13 +90,15 @@ def _group_documents(
         row_bytes = max(1, sum(_column_bytes(described, set(columns)).values()) // max(1, described.num_rows))
         batch_rows = min(_MOST_ROWS, max(_LEAST_ROWS, _READ_BYTES // row_bytes))
         for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):
-            values = {name: _texts(batch.column(name)) for name in columns}
-            if id_field in values and id_field != text_field:
-                values[id_field] = _ids(batch.column(id_field))
-            for record in zip(*values.values(), strict=True):
+            texts = _texts(batch.column(text_field))
+            ids = _ids(batch.column(id_field)) if id_field in columns else [None] * len(texts)
+            for text, name in zip(texts, ids, strict=True):
                 row += 1
+                if type(text) is str and (type(name) is str or name is None):
+                    yield Document(name, text)
+                    continue
                 try:
-                    yield document(dict(zip(values, record, strict=True)), text_field, id_field)
+                    yield document({text_field: text, id_field: name}, text_field, id_field)
                 except Unfit as error:
                     yield error.at(url, f"row {row:,}")
     except Unfit as error:
@@ -151,6 +153,8 @@ def _decoded(value: bytes) -> str | bytes:
 
 def _ids(column: pa.Array) -> list[Any]:
     """The values of a column as the text of ids; what names no document is left as it is."""
+    if _is_text(column.type):
+        return [value.hex() if isinstance(value, bytes) else value for value in _texts(column)]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_temporal(kind) and not pa.types.is_date(kind):
         whole = pa.types.is_duration(kind)

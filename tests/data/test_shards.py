@@ -112,13 +112,14 @@ def rows_of(table: str) -> dict[str, str]:
 
 @pytest.fixture
 def every_format(bucket: str) -> str:
-    """URL of a corpus of four files: JSON lines, the same compressed, a JSON array, Parquet."""
-    quarters = [SAMPLE[start::4] for start in range(4)]
+    """URL of a corpus of JSON lines, the same compressed, a JSON array, Parquet, and small files that share slices."""
+    fifths = [SAMPLE[start::5] for start in range(5)]
     files = {
-        "a.jsonl": json_lines(quarters[0]),
-        "b.jsonl.gz": gzip.compress(json_lines(quarters[1])),
-        "c.json": json_array(quarters[2], indent=2),
-        "d.parquet": parquet(quarters[3], rows_per_group=4),
+        "a.jsonl": json_lines(fifths[0]),
+        "b.jsonl.gz": gzip.compress(json_lines(fifths[1])),
+        "c.json": json_array(fifths[2], indent=2),
+        "d.parquet": parquet(fifths[3], rows_per_group=4),
+        **{f"e/{number}": json_lines(fifths[4][number::6]) for number in range(6)},
     }
     for name, content in files.items():
         storage.write_bytes(f"{bucket}/corpus/{name}", content)
