@@ -21,7 +21,7 @@ from job.data.folders import Pattern, files_below
 from job.data.listing import Compression, CorpusFile, Format, LeftOut, Listing
 from job.data.outputs import Outputs
 from job.data.records import ByteStream, without_blank
-from job.errors import UserError
+from job.errors import UserError, without_passwords
 from job.storage.local import PARTIAL
 
 Form = tuple[Format, Compression | None]
@@ -92,7 +92,7 @@ def discover(source: str) -> Listing:
     readable = [one for one in candidates if one.url in forms or one.url in by_content]
     taken = _once_each(readable, lambda one: one.url in by_content, left_out)
     listing = Listing(
-        source,
+        without_passwords(source.partition("?")[0] if _is_web(source) else source),
         tuple(
             CorpusFile(index, one.url, one.path, one.size, *(forms | by_content)[one.url])
             for index, one in enumerate(taken)
@@ -120,7 +120,7 @@ def shown(name: str) -> str:
 def _find(source: str) -> _Found:
     if hub.has_scheme(source):
         return _on_hub(source)
-    if source.startswith(("http://", "https://")):
+    if _is_web(source):
         return _named(source, storage.size(source)) if storage.exists(source) else _Found()
     if storage.is_remote(source):
         return _in_store(source)
@@ -131,7 +131,16 @@ def _find(source: str) -> _Found:
 
 
 def _named(url: str, size: int) -> _Found:
-    return _Found([_File(url.rpartition("/")[2], url, url, size)], is_named=True)
+    return _Found([_File(_path(url).rpartition("/")[2], url, url, size)], is_named=True)
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _path(url: str) -> str:
+    """The part of a URL that names a file: a query may hold a signature."""
+    return urlsplit(url).path if _is_web(url) else url
 
 
 def _on_hub(source: str) -> _Found:
@@ -257,8 +266,7 @@ def _once_each(files: list[_File], is_guessed: Callable[[_File], bool], left_out
 
 def _form_by_name(url: str) -> Form | None:
     """How the name says that a file is read: format and compression."""
-    path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
-    match = _DATA_FILE.search(path.rpartition("/")[2])
+    match = _DATA_FILE.search(_path(url).rpartition("/")[2])
     if match is None:
         return None
     return "parquet" if match[2] else "json", _COMPRESSIONS.get((match[1] or "").lower())

@@ -22,7 +22,7 @@ from test_shards import recipe as recipe_of
 
 from job import storage
 from job.data import shards
-from job.data.corpus import CorpusFile, list_corpus
+from job.data.corpus import CorpusFile, Listing, list_corpus
 from job.data.fingerprint import BLOCK_BYTES, BLOCKS, blocks, identify
 from job.data.manifest import MANIFEST_NAME, load_manifest
 from job.data.shards import prepare
@@ -342,6 +342,9 @@ def test_server_without_ranges_is_identified_by_size_and_time(web: tuple[Path, s
     assert (small.name, small.sha256) == ("small.jsonl", hashlib.sha256(json_lines(SAMPLE)).hexdigest())
     assert (large.size, large.sha256) == (5_000_000, None)
     assert large.version is not None and large.version.endswith("GMT")
+    listings: list[Listing] = []
+    list_corpus(f"{address.replace('//', '//bob:secret@')}/small.jsonl?X-Amz-Signature=secret", listings.append)
+    assert listings[0].names == ("small.jsonl",) and "secret" not in listings[0].source + str(listings[0].rows())
 
 
 def test_files_of_a_hub_are_identified_by_its_revision_and_hash(tmp_path: Path) -> None:
