@@ -10,7 +10,6 @@ out to be wrong, that costs time and nothing else: what it made is made again.
 """
 
 import hashlib
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -42,14 +41,13 @@ from job.data.manifest import (
     load_manifest,
     manifest_bytes,
 )
+from job.data.parts import Counts, Part, finished_parts, part_url, parts_url, read_part, slices_of
 from job.data.plan import Plan, claimed, finished_data_set, make_plan, remove, renew
 from job.data.split import SPLIT_RULE, is_held_out
 from job.data.tokenizer import TextTokenizer, replace_tokenizer
 from job.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
-_PART_NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
-_MAKE_AGAIN = "delete it and run `python -m job prepare` again, which makes that slice anew"
 _BATCH_CHARACTERS = 2**18  # text handed to the tokenizer at once: enough to keep its threads busy
 
 
@@ -85,36 +83,6 @@ class Recipe:
             if record.setting in self.settings:
                 raise UserError(record.setting, self.settings[record.setting], f"{record.url}: {wrong}", remedy)
             raise UserError(record.setting, record.url, wrong, remedy)
-
-
-@dataclass
-class Counts:
-    """What was seen in a slice, or in all of them. Bad records are those left out."""
-
-    documents: int = 0
-    empty: int = 0
-    bad: int = 0
-    normalized: int = 0
-    encoded_tokens: int = 0
-
-    def add(self, other: "Counts") -> None:
-        """Adds the counts of another slice to these."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-
-@dataclass(frozen=True)
-class Part:
-    """The record of a finished slice; where it exists, the slice's shards exist."""
-
-    group: int
-    slice: int
-    is_last: bool
-    counts: Counts
-    train: Shard | None
-    validation: Shard | None
-    plan: str
-    """Digest of the plan that the slice was made by."""
 
 
 OnProgress = Callable[[int, int], None]
@@ -206,7 +174,7 @@ def carry_out(
     sized = [replace(file, size=one.size) for file, one in zip(files, plan.source, strict=True)]
     groups = share_slices(sized, recipe.slice_bytes)
     work = Work(recipe, tokenizer, shards_url, plan, groups, identified.versions)
-    with claimed(plan, shards_url, lambda: bool(_finished_parts(work))):
+    with claimed(plan, shards_url, lambda: bool(finished_parts(work.shards_url, work.plan))):
         _make_exactly(work, parts, engine, make, on_notice)
         return _publish_manifest(work)
 
@@ -218,15 +186,17 @@ def _make_exactly(
 
     The slices of these parts that the first try finished count as never made.
     """
-    before = _finished_parts(work)
+    before = finished_parts(work.shards_url, work.plan)
     try:
         make(work, engine)
     except Disagreement as found:
         on_notice(f"{found}: what was made in this run is made again with the reference, slowly")
         mine, workers = parts
-        made = {part: is_last for part, is_last in _finished_parts(work).items() if part not in before}
+        made = {
+            part: is_last for part, is_last in finished_parts(work.shards_url, work.plan).items() if part not in before
+        }
         storage.delete(
-            _part_url(work, group, number, is_last)
+            part_url(work.shards_url, work.plan, group, number, is_last)
             for (group, number), is_last in made.items()
             if (group + number) % workers in mine
         )
@@ -246,7 +216,7 @@ def make_slices(
         UserError: as `prepare`.
         Disagreement: the encoder's engine turned out to be wrong.
     """
-    done = _finished_parts(work)
+    done = finished_parts(work.shards_url, work.plan)
     index, workers = worker
     for group in work.groups:
 
@@ -394,63 +364,33 @@ def _prepare_group(
                     validation=validation.store(work.shards_url, f"validation/{name}"),
                     plan=work.plan.digest,
                 )
-                storage.write_json(_part_url(work, group.index, number, is_last), asdict(part))
+                storage.write_json(part_url(work.shards_url, work.plan, group.index, number, is_last), asdict(part))
 
 
-# ---- Parts, and the data set that they make ----
+# ---- The data set that the parts make ----
 
 
 def _dtype(tokenizer: TextTokenizer) -> TokenType:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def _parts_url(work: Work) -> str:
-    return storage.join(work.shards_url, "parts", work.plan.label)
-
-
-def _part_url(work: Work, group: int, number: int, is_last: bool) -> str:
-    return storage.join(_parts_url(work), f"{group:05d}-{number:05d}{'-last' if is_last else ''}.json")
-
-
-def _finished_parts(work: Work) -> dict[tuple[int, int], bool]:
-    """(group, slice) of every finished slice of this plan, and whether it is its group's last."""
-    found = (_PART_NAME.fullmatch(entry.url) for entry in storage.list_files(_parts_url(work)))
-    return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
-
-
-def _read_part(work: Work, group: int, number: int, is_last: bool) -> Part:
-    url = _part_url(work, group, number, is_last)
-    try:
-        part = storage.read_record(url, Part)
-    except ValueError as error:
-        raise UserError("data.shards", url, f"this part record is damaged: {error}", _MAKE_AGAIN) from None
-    if (part.plan, part.group, part.slice, part.is_last) != (work.plan.digest, group, number, is_last):
-        raise UserError("data.shards", url, "this part record is of another plan or slice", _MAKE_AGAIN)
-    return part
-
-
-def _slices(group: Group, done: dict[tuple[int, int], bool]) -> int | None:
-    """How many slices a group has, if that is known yet."""
-    return next((number + 1 for (index, number), is_last in done.items() if index == group.index and is_last), None)
-
-
 def _is_finished(group: Group, done: dict[tuple[int, int], bool], mine: Callable[[int], bool]) -> bool:
-    slices = _slices(group, done)
+    slices = slices_of(group, done)
     return slices is not None and not any(map(mine, range(slices)))
 
 
 def _publish_manifest(work: Work) -> Manifest | None:
     """Write the manifest if every slice is finished, and the tokenizer before it."""
     recipe, tokenizer, shards_url = work.recipe, work.tokenizer, work.shards_url
-    done = _finished_parts(work)
+    done = finished_parts(work.shards_url, work.plan)
     wanted: list[tuple[int, int]] = []
     for group in work.groups:
-        slices = _slices(group, done)
+        slices = slices_of(group, done)
         if slices is None or any((group.index, number) not in done for number in range(slices)):
             return None
         wanted += [(group.index, number) for number in range(slices)]
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(lambda part: _read_part(work, part[0], part[1], done[part]), wanted))
+        parts = list(pool.map(lambda part: read_part(shards_url, work.plan, part[0], part[1], done[part]), wanted))
     counts = Counts()
     for part in parts:
         counts.add(part.counts)
@@ -459,7 +399,7 @@ def _publish_manifest(work: Work) -> Manifest | None:
     if not train:
         # The same place can be used with other settings: nothing of this plan stays.
         storage.delete(storage.join(shards_url, shard.name) for shard in validation)
-        storage.delete_tree(_parts_url(work))
+        storage.delete_tree(parts_url(shards_url, work.plan))
         remove(work.plan, shards_url)
         expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
         raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")
