@@ -81,6 +81,14 @@ def test_links_to_folders_are_followed(source: str, tmp_path: Path) -> None:
     assert names(f"{tmp_path}/data{source}") == ["linked/b.jsonl", "own/a.jsonl"]
 
 
+def test_pattern_of_the_store_lists_links_to_files(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "sub/c.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("sub/c.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to("sub")
+    expected = [storage.Entry(f"{tmp_path}/{name}.jsonl", len(LINES)) for name in ("a", "b")]
+    assert storage.glob(f"{tmp_path}/*.jsonl") == expected
+
+
 def test_corpus_of_a_hubs_cache_is_all_links(tmp_path: Path) -> None:
     write(tmp_path, "blobs/5d41402a")
     snapshot = tmp_path / ".cache/snapshots/0a1b2c"
@@ -286,6 +294,7 @@ MARK = b"\xef\xbb\xbf"
         (VERY_LONG, 1),
         (gzip.compress(VERY_LONG), 1),
     ],
+    ids=["plain", "marked", "no end", "gzip", "zstd", "NaN", "long line", "very long line", "very long line, gzip"],
 )
 def test_json_lines_are_known_by_their_content(content: bytes, count: int, place: str) -> None:
     """As in the folders that WikiExtractor makes; the suffix of the other one says nothing either."""
@@ -309,6 +318,7 @@ def test_json_lines_are_known_by_their_content(content: bytes, count: int, place
         gzip.compress(LINES)[:20],
         b"{" * 2_000_000,
     ],
+    ids=["empty", "text", "picture", "object", "broken", "array", "string", "packed text", "cut off", "braces"],
 )
 def test_what_holds_no_json_lines_is_left_out(content: bytes, place: str) -> None:
     write(place, "other", content=content)
