@@ -12,6 +12,8 @@ from job.cluster.place import find_place, part_of_array
 from job.cluster.stop import Requests, Stopped, raised
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
+from job.data.fingerprint import Identified
+from job.data.listing import Listing, some
 from job.data.manifest import load_manifest
 from job.data.shards import Recipe, describe
 from job.data.split import is_held_out
@@ -23,6 +25,7 @@ from job.report import Report
 from job.scratch import cache_folder
 
 _MOST_BAD_RECORDS_SHOWN = 10
+_MOST_EQUAL_SHOWN = 3
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -66,6 +69,13 @@ def _prepare(config: Config, report: Report) -> int:
         if bad <= _MOST_BAD_RECORDS_SHOWN:
             report.say(f"left out: {record.url}: {record.position}: {record.reason}")
 
+    def on_identified(corpus: Identified) -> None:
+        report.say(f"corpus: {corpus}")
+        for names in corpus.equal[:_MOST_EQUAL_SHOWN]:
+            report.say(f"warning: the same content, so that each document counts {len(names)} times: {some(names)}")
+        if (more := len(corpus.equal) - _MOST_EQUAL_SHOWN) > 0:
+            report.say(f"warning: the same content in {more:,} more groups of files")
+
     report.start_bar("preparing", total=None)
     try:
         manifest = prepare_in_processes(
@@ -79,7 +89,8 @@ def _prepare(config: Config, report: Report) -> int:
             on_bad_record,
             report.say,
             config.tokenizer.engine,
-            lambda corpus: report.say(f"corpus: {corpus}"),
+            on_identified,
+            lambda listing: _say_listed(report, listing),
         )
     finally:
         report.end_bar()
@@ -100,7 +111,7 @@ def tokenizer(config: Config, words: Sequence[str] = ()) -> int:
     refuse_hub_id(config.tokenizer.source)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
-        trained = train_tokenizer(_training_texts(config), config.tokenizer.vocab_size, Path(scratch))
+        trained = train_tokenizer(_training_texts(config, report), config.tokenizer.vocab_size, Path(scratch))
         store_tokenizer(trained, config.tokenizer.source)
         seconds = time.monotonic() - started
         report.say(f"tokenizer with {trained.vocab_size:,} entries in {config.tokenizer.source} ({seconds:.1f} s)")
@@ -169,6 +180,10 @@ def _write(piece: str) -> None:
     sys.stdout.flush()
 
 
+def _say_listed(report: Report, listing: Listing) -> None:
+    report.rows(f"corpus {listing.source}", listing.rows())
+
+
 def _worker(setting: str | None) -> tuple[int, int]:
     if setting is None:
         return part_of_array()
@@ -180,10 +195,10 @@ def _worker(setting: str | None) -> tuple[int, int]:
     return index, workers
 
 
-def _training_texts(config: Config) -> Iterator[str]:
+def _training_texts(config: Config, report: Report) -> Iterator[str]:
     """Texts of the corpus that are not held out, up to tokenizer.train_bytes."""
     recipe, left = recipe_of(config), int(config.tokenizer.train_bytes)
-    for file in list_corpus(recipe.source):
+    for file in list_corpus(recipe.source, lambda listing: _say_listed(report, listing)):
         for record in read_slices(file, recipe.slice_bytes, lambda _: True, recipe.text_field, recipe.id_field):
             if isinstance(record, BadRecord):
                 recipe.tolerate(record)

@@ -139,17 +139,26 @@ class Data(Section):
     source: str = setting(
         "fjcanyue/wikipedia-zh-cn",
         "The corpus: a data set on Hugging Face (owner/name), modelscope://owner/name, or the path, folder, URL or "
-        "glob of JSON, JSON lines or Parquet files, plain, .gz or .zst",
+        "glob of JSON, JSON lines or Parquet files, plain, .gz or .zst. Names that begin with . or _ below it, and "
+        "what this program has written there, are left out",
         min_length=1,
     )
     text_field: str = setting("text", "Field of a record that holds the text", min_length=1)
-    id_field: str = setting("id", "Field that names a document; the train/validation split depends on it", min_length=1)
+    id_field: str = setting(
+        "id",
+        "Field that names a document, any scalar but a boolean; the train/validation split depends on it, or on the "
+        "text where it is absent or null",
+        min_length=1,
+    )
     on_bad_record: Literal["stop", "skip"] = setting(
         "stop", "What a broken record does: stop with its position, or be counted and left out"
     )
     shards: str = setting("data/shards", "Where the token shards are kept: a folder or a URL", min_length=1)
     slice_bytes: ByteSize = setting(
-        ByteSize(64 * MiB), "Size of the pieces the corpus is cut into; each gives one shard", unit="bytes", ge=1024
+        ByteSize(64 * MiB),
+        "Size of the pieces the corpus is cut into; each gives one shard. Smaller files share a piece",
+        unit="bytes",
+        ge=1024,
     )
     validation_fraction: float = setting(0.1, "Share of the documents held out for evaluation", ge=0, lt=1)
     seed: int = setting(2333, "Seed of the train/validation split and of the order of training", ge=0, lt=2**63)

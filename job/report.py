@@ -42,6 +42,14 @@ class Report:
             table.add_row(name, value)
         self._console.print(table)
 
+    def rows(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Names and values that may be long: a table on a terminal, in a log one line each."""
+        if self._console.is_terminal:
+            self.table(title, rows)
+        else:
+            for name, value in rows:
+                self.say(f"{title}: {name.strip()}: {value}")
+
     def start_bar(self, what: str, total: int | None, completed: int = 0, unit: str = "steps") -> None:
         """Begins a progress bar; without a terminal there is none, the lines say it all."""
         if self._console.is_terminal and not self._console.quiet:

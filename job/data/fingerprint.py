@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from job import storage
 from job.data import hub
-from job.data.corpus import CorpusFile
+from job.data.discovery import shown
+from job.data.listing import CorpusFile, same_content
 from job.errors import UserError
 
 BLOCK_BYTES = 64 * 1024
@@ -53,6 +54,13 @@ class Identified:
     read_bytes: int
     seconds: float
 
+    @property
+    def equal(self) -> list[tuple[str, ...]]:
+        """Names of files with equal content: their documents are in the corpus several times."""
+        contents = [(one.size, one.sha256 or one.hub_hash) for one in self.fingerprints]
+        known = [content if all(content) else None for content in contents]
+        return same_content([one.name for one in self.fingerprints], known)
+
     def __str__(self) -> str:
         files, size = len(self.fingerprints), sum(one.size for one in self.fingerprints)
         return (
@@ -78,14 +86,24 @@ def identify(files: Sequence[CorpusFile]) -> Identified:
     )
 
 
-def check_unchanged(file: CorpusFile, version: str) -> None:
-    """Raise a UserError if a file was replaced since it had this version, while this worker read it."""
-    try:
-        now = storage.open_ranges(file.path).version
-    except FileNotFoundError:
-        now = "gone"
-    if now != version:
-        raise _changed(file)
+def check_unchanged(files: Sequence[CorpusFile], versions: Sequence[str]) -> None:
+    """Raise a UserError if one of these files was replaced while this worker read it.
+
+    Args:
+        files: the files that were read.
+        versions: of all files of the corpus, when they were identified.
+    """
+
+    def check(file: CorpusFile) -> None:
+        try:
+            now = storage.open_ranges(file.path).version
+        except FileNotFoundError:
+            now = "gone"
+        if now != versions[file.index]:
+            raise _changed(file)
+
+    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        list(pool.map(check, files))
 
 
 def blocks(size: int) -> list[tuple[int, int]]:
@@ -137,4 +155,4 @@ def _names(files: Sequence[CorpusFile]) -> list[str]:
     shared = len(
         list(takewhile(lambda folders: len(set(folders)) == 1, zip(*(path[:-1] for path in paths), strict=False)))
     )
-    return ["/".join(path[shared:]) for path in paths]
+    return [shown("/".join(path[shared:])) for path in paths]

@@ -29,6 +29,13 @@ def is_name(source: str) -> bool:
     return match is not None and match["files"] is None
 
 
+def files_of(source: str) -> str | None:
+    """The part of `source`, or of a file's URL, that names files in the data set; None where there is none."""
+    scheme = _SCHEME.match(source)
+    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
+    return place and place["files"]
+
+
 def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     """The files of a data set that match any of `patterns`, on this machine.
 

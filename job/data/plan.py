@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,8 +23,10 @@ from job.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from job.errors import UserError
 
 PLAN_NAME = "plan.json"
-_VERSION = 2
-_EARLIER_VERSION = 1
+_VERSION = 3
+_VERSION_WITHOUT_GROUPS = 2
+"""Cut every file by itself; else it is the same."""
+_EARLIEST_VERSION = 1
 """Identified the corpus by URL and size; its parts do not say which plan they belong to."""
 _SHOWN_FILES = 3
 _ANOTHER_PLACE = "choose another data.shards for this one, or delete that folder"
@@ -76,9 +78,9 @@ def finished_data_set(plan: Plan, shards_url: str) -> Manifest | None:
     if not storage.exists(storage.join(shards_url, MANIFEST_NAME)):
         return None
     manifest = load_manifest(shards_url)
-    if manifest.plan == plan.digest:
+    if manifest.plan in (plan.digest, replace(plan, version=_VERSION_WITHOUT_GROUPS).digest):
         return manifest
-    if manifest.plan is None and _agrees_with_earlier_plan(plan, shards_url):
+    if manifest.plan is None and _agrees_with_earliest_plan(plan, shards_url):
         logger.warning(
             "%s was made by an earlier version, which did not record the content of the corpus: only the names and "
             "sizes of its files were compared",
@@ -166,16 +168,16 @@ def _refusal(plan: Plan, shards_url: str, what: str) -> UserError:
     try:
         found = storage.read_record(url, dict[str, Any])
         version = found.get("version", found.get("format_version"))
-        if version == _EARLIER_VERSION:
-            different = _differences_from_earlier(plan, found)
-            if not different:
-                expected = "holds a half-made data set of an earlier version, which cannot be continued"
-                return UserError("data.shards", shards_url, expected, "delete that folder, or choose another one")
-            return UserError("data.shards", shards_url, f"{what} that differs: {'; '.join(different)}", _ANOTHER_PLACE)
-        if version != _VERSION:
+        if version not in (_EARLIEST_VERSION, _VERSION_WITHOUT_GROUPS, _VERSION):
             expected = f"its {PLAN_NAME} has version {version!r}, this program reads {_VERSION}"
             return UserError("data.shards", shards_url, expected, "use the version of the program that wrote it")
-        different = _differences(plan, storage.read_record(url, Plan))
+        if version == _EARLIEST_VERSION:
+            different = _differences_from_earliest(plan, found)
+        else:
+            different = _differences(plan, storage.read_record(url, Plan))
+        if version != _VERSION and not different:
+            expected = "holds a half-made data set of an earlier version, which cannot be continued"
+            return UserError("data.shards", shards_url, expected, "delete that folder, or choose another one")
     except FileNotFoundError:
         different = [f"it has no {PLAN_NAME} that says what it was made from"]
     except ValueError as error:
@@ -208,7 +210,7 @@ def _differing_files(ours: tuple[Fingerprint, ...], theirs: tuple[Fingerprint, .
     return " and ".join(parts)
 
 
-def _differences_from_earlier(plan: Plan, earlier: dict[str, Any]) -> list[str]:
+def _differences_from_earliest(plan: Plan, earlier: dict[str, Any]) -> list[str]:
     found = [name for name, value in plan.settings.items() if earlier.get(name) != value]
     sources = earlier.get("data.source")
     listed = sources if isinstance(sources, list) else []
@@ -220,12 +222,12 @@ def _differences_from_earlier(plan: Plan, earlier: dict[str, Any]) -> list[str]:
     return found if is_same else [*found, "data.source"]
 
 
-def _agrees_with_earlier_plan(plan: Plan, shards_url: str) -> bool:
+def _agrees_with_earliest_plan(plan: Plan, shards_url: str) -> bool:
     try:
         found = storage.read_record(storage.join(shards_url, PLAN_NAME), dict[str, Any])
     except (FileNotFoundError, ValueError):
         return False
-    return found.get("format_version") == _EARLIER_VERSION and not _differences_from_earlier(plan, found)
+    return found.get("format_version") == _EARLIEST_VERSION and not _differences_from_earliest(plan, found)
 
 
 def _some(names: list[str]) -> str:

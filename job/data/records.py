@@ -18,6 +18,8 @@ LONGEST_RECORD_BYTES = 2**28
 """A record that has not ended after so many bytes is taken to lack its end, and is not kept in memory."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+_LONGEST_BLANK_BYTES = 64
+"""White space and byte order marks between two records of an array that are no record themselves."""
 
 
 class Record(NamedTuple):
@@ -87,10 +89,17 @@ def holds_array(source: BinaryIO, compression: str | None) -> bool:
     """Whether the first byte that is not blank opens an array. Leaves `source` at its start."""
     found = b""
     for chunk in ByteStream(source, compression, _COMPRESSED_BYTES):
-        if found := chunk.removeprefix(_BYTE_ORDER_MARK).lstrip(_BLANK):
+        if found := without_blank(found + chunk):
             break
     source.seek(0)
     return found.startswith(b"[")
+
+
+def without_blank(content: bytes) -> bytes:
+    """`content` without the white space and the byte order marks at its start."""
+    while (rest := content.lstrip(_BLANK).removeprefix(_BYTE_ORDER_MARK)) != content:
+        content = rest
+    return content
 
 
 class _Gathered:
@@ -107,6 +116,14 @@ class _Gathered:
         content = piece.lstrip(_BLANK)
         self.offset += len(piece) - len(content)
         return content
+
+    def is_blank(self, last: bytes) -> bool:
+        """Whether there is nothing but byte order marks and white space, which are passed over then."""
+        if self.size + len(last) > _LONGEST_BLANK_BYTES or without_blank(b"".join([*self._pieces, last])):
+            return False
+        self.offset, self.size = self.offset + self.size + len(last), 0
+        self._pieces.clear()
+        return True
 
     def add(self, piece: bytes) -> None:
         self.size += len(piece)
@@ -136,7 +153,7 @@ def lines(stream: ByteStream, begin: int = 0, end: float = math.inf) -> Iterator
 
     def taken(last: bytes, fault: str | None = None) -> Iterator[Record]:
         record = gathered.take(last, number, fault)
-        if record.offset == 0:
+        if record.content.startswith(_BYTE_ORDER_MARK):  # also inside a file: several files, one behind the other
             record = record._replace(content=record.content.removeprefix(_BYTE_ORDER_MARK))
         if record.offset >= begin and (record.fault or record.content.strip(_BLANK)):
             yield record
@@ -182,7 +199,7 @@ def elements(stream: ByteStream) -> Iterator[Record]:
             gathered.offset = base + begin
         for at, mark in marks:
             last = gathered.skip_blank(chunk[begin : at + (mark == _CLOSE)])
-            if last or gathered.size:
+            if (last or gathered.size) and not gathered.is_blank(last):
                 number += 1
                 if not separated:
                     yield Record(gathered.offset, None, b"", "no comma before this record")
@@ -204,7 +221,7 @@ def elements(stream: ByteStream) -> Iterator[Record]:
         rest = gathered.skip_blank(chunk[begin:])
         if rest and not ended:
             gathered.add(rest)
-        elif rest and not told:
+        elif without_blank(rest) and not told:
             told = True
             yield Record(gathered.offset, None, b"", "something after the end of the array")
     if gathered.size:

@@ -1,7 +1,7 @@
 """The corpus as token shards: one slice of input makes one shard per split, whoever does the work, in whatever order.
 
     corpus files → plan.json (created once, see `job.data.plan`)
-    corpus file → slices → (this worker's) → tokens of whole documents → shard files → part record
+    group of files → slices → (this worker's) → tokens of whole documents → shard files → part record
     all part records of the plan there → tokenizer → manifest.json
 
 Everything a worker writes follows from the plan and the slice alone, so workers that share nothing but the object
@@ -10,17 +10,26 @@ out to be wrong, that costs time and nothing else: what it made is made again.
 """
 
 import hashlib
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from job import storage
-from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
+from job.data.corpus import (
+    BadRecord,
+    Document,
+    Group,
+    OnListed,
+    SliceEnd,
+    SliceStart,
+    list_corpus,
+    read_group,
+    share_slices,
+)
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.fingerprint import Identified, check_unchanged, identify
 from job.data.manifest import (
@@ -32,14 +41,13 @@ from job.data.manifest import (
     load_manifest,
     manifest_bytes,
 )
+from job.data.parts import Counts, Part, finished_parts, part_url, parts_url, read_part, slices_of
 from job.data.plan import Plan, claimed, finished_data_set, make_plan, remove, renew
 from job.data.split import SPLIT_RULE, is_held_out
 from job.data.tokenizer import TextTokenizer, replace_tokenizer
 from job.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
-_PART_NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
-_MAKE_AGAIN = "delete it and run `python -m job prepare` again, which makes that slice anew"
 _BATCH_CHARACTERS = 2**18  # text handed to the tokenizer at once: enough to keep its threads busy
 
 
@@ -71,37 +79,10 @@ class Recipe:
         """Raises a UserError unless bad records are to be left out."""
         if self.on_bad_record == "stop":
             wrong = f"bad record at {record.position}: {record.reason}"
-            raise UserError("data.source", record.url, wrong, "mend it, or set data.on_bad_record to skip")
-
-
-@dataclass
-class Counts:
-    """What was seen in a slice, or in all of them. Bad records are those left out."""
-
-    documents: int = 0
-    empty: int = 0
-    bad: int = 0
-    normalized: int = 0
-    encoded_tokens: int = 0
-
-    def add(self, other: "Counts") -> None:
-        """Adds the counts of another slice to these."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-
-@dataclass(frozen=True)
-class Part:
-    """The record of a finished slice; where it exists, the slice's shards exist."""
-
-    file: int
-    slice: int
-    is_last: bool
-    counts: Counts
-    train: Shard | None
-    validation: Shard | None
-    plan: str
-    """Digest of the plan that the slice was made by."""
+            remedy = record.remedy or "mend it, or set data.on_bad_record to skip"
+            if record.setting in self.settings:
+                raise UserError(record.setting, self.settings[record.setting], f"{record.url}: {wrong}", remedy)
+            raise UserError(record.setting, record.url, wrong, remedy)
 
 
 OnProgress = Callable[[int, int], None]
@@ -118,7 +99,7 @@ class Work:
     tokenizer: TextTokenizer
     shards_url: str
     plan: Plan
-    files: tuple[CorpusFile, ...]
+    groups: tuple[Group, ...]
     versions: tuple[str, ...]
     """`storage.Ranges.version` of each file when the plan was made."""
 
@@ -133,6 +114,7 @@ def prepare(
     on_notice: OnNotice = lambda line: None,
     engine: Engine = "auto",
     on_identified: OnIdentified = lambda corpus: None,
+    on_listed: OnListed = lambda listing: None,
 ) -> Manifest | None:
     """Make this worker's shards, and the manifest if all workers' shards are there then.
 
@@ -146,6 +128,7 @@ def prepare(
         on_notice: told in one line why it takes longer than it might.
         engine: what makes the tokens: see `job.data.encoder`. It changes the time, never a byte.
         on_identified: told what the corpus is, before anything is made of it.
+        on_listed: told before that which files are taken, and which are left out.
 
     Returns:
         The manifest if the data set is complete, None if other workers still have slices to do.
@@ -160,7 +143,7 @@ def prepare(
 
     index, workers = worker
     parts = (range(index, index + 1), workers)
-    return carry_out(recipe, tokenizer, shards_url, parts, engine, make, on_notice, on_identified)
+    return carry_out(recipe, tokenizer, shards_url, parts, engine, make, on_notice, on_identified, on_listed)
 
 
 def carry_out(
@@ -172,22 +155,26 @@ def carry_out(
     make: Callable[[Work, Engine], None],
     on_notice: OnNotice,
     on_identified: OnIdentified,
+    on_listed: OnListed,
 ) -> Manifest | None:
     """Agree with the other workers on the plan, have the slices made, and publish the manifest if it is complete.
 
     Args:
-        recipe, tokenizer, shards_url, engine, on_notice, on_identified: as `prepare`.
+        recipe, tokenizer, shards_url, engine, on_notice, on_identified, on_listed: as `prepare`.
         parts: which parts of how many are this worker's.
         make: makes the slices of these parts with an engine; may raise `Disagreement`.
     """
-    files = list_corpus(recipe.source)
+    files = list_corpus(recipe.source, on_listed)
     identified = identify(files)
     on_identified(identified)
     plan = make_plan(identified.fingerprints, recipe.settings | {"tokenizer.source": tokenizer.fingerprint})
     if (manifest := finished_data_set(plan, shards_url)) is not None:
         return manifest
-    work = Work(recipe, tokenizer, shards_url, plan, tuple(files), identified.versions)
-    with claimed(plan, shards_url, lambda: bool(_finished_parts(work))):
+    # The groups follow from the sizes in the plan: a file may have grown since it was listed.
+    sized = [replace(file, size=one.size) for file, one in zip(files, plan.source, strict=True)]
+    groups = share_slices(sized, recipe.slice_bytes)
+    work = Work(recipe, tokenizer, shards_url, plan, groups, identified.versions)
+    with claimed(plan, shards_url, lambda: bool(finished_parts(work.shards_url, work.plan))):
         _make_exactly(work, parts, engine, make, on_notice)
         return _publish_manifest(work)
 
@@ -199,17 +186,19 @@ def _make_exactly(
 
     The slices of these parts that the first try finished count as never made.
     """
-    before = _finished_parts(work)
+    before = finished_parts(work.shards_url, work.plan)
     try:
         make(work, engine)
     except Disagreement as found:
         on_notice(f"{found}: what was made in this run is made again with the reference, slowly")
         mine, workers = parts
-        made = {part: is_last for part, is_last in _finished_parts(work).items() if part not in before}
+        made = {
+            part: is_last for part, is_last in finished_parts(work.shards_url, work.plan).items() if part not in before
+        }
         storage.delete(
-            _part_url(work, file, number, is_last)
-            for (file, number), is_last in made.items()
-            if (file + number) % workers in mine
+            part_url(work.shards_url, work.plan, group, number, is_last)
+            for (group, number), is_last in made.items()
+            if (group + number) % workers in mine
         )
         make(work, "reference")
 
@@ -227,15 +216,15 @@ def make_slices(
         UserError: as `prepare`.
         Disagreement: the encoder's engine turned out to be wrong.
     """
-    done = _finished_parts(work)
+    done = finished_parts(work.shards_url, work.plan)
     index, workers = worker
-    for file in work.files:
+    for group in work.groups:
 
-        def mine(number: int, file: CorpusFile = file) -> bool:
-            return (file.index + number) % workers == index and (file.index, number) not in done
+        def mine(number: int, group: Group = group) -> bool:
+            return (group.index + number) % workers == index and (group.index, number) not in done
 
-        if not _is_finished(file, done, mine):
-            _prepare_file(work, file, mine, encoder, on_progress, on_bad_record)
+        if not _is_finished(group, done, mine):
+            _prepare_group(work, group, mine, encoder, on_progress, on_bad_record)
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -308,9 +297,9 @@ class _Writer:
         )
 
 
-def _prepare_file(
+def _prepare_group(
     work: Work,
-    file: CorpusFile,
+    group: Group,
     mine: Callable[[int], bool],
     encoder: Encoder,
     on_progress: OnProgress,
@@ -344,7 +333,7 @@ def _prepare_file(
         waiting.clear()
         waiting_characters = 0
 
-    for record in read_slices(file, recipe.slice_bytes, mine, recipe.text_field, recipe.id_field):
+    for record in read_group(group, recipe.slice_bytes, mine, recipe.text_field, recipe.id_field):
         match record:
             case SliceStart():
                 train, validation, counts = _Writer(dtype), _Writer(dtype), Counts()
@@ -363,11 +352,11 @@ def _prepare_file(
                 on_bad_record(record)
             case SliceEnd(index=number, is_last=is_last):
                 flush()
-                check_unchanged(file, work.versions[file.index])
+                check_unchanged(group.files, work.versions)
                 renew(work.plan, work.shards_url)
-                name = f"{file.index:05d}-{number:05d}-{work.plan.label}.bin"
+                name = f"{group.index:05d}-{number:05d}-{work.plan.label}.bin"
                 part = Part(
-                    file=file.index,
+                    group=group.index,
                     slice=number,
                     is_last=is_last,
                     counts=counts,
@@ -375,63 +364,33 @@ def _prepare_file(
                     validation=validation.store(work.shards_url, f"validation/{name}"),
                     plan=work.plan.digest,
                 )
-                storage.write_json(_part_url(work, file.index, number, is_last), asdict(part))
+                storage.write_json(part_url(work.shards_url, work.plan, group.index, number, is_last), asdict(part))
 
 
-# ---- Parts, and the data set that they make ----
+# ---- The data set that the parts make ----
 
 
 def _dtype(tokenizer: TextTokenizer) -> TokenType:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def _parts_url(work: Work) -> str:
-    return storage.join(work.shards_url, "parts", work.plan.label)
-
-
-def _part_url(work: Work, file: int, number: int, is_last: bool) -> str:
-    return storage.join(_parts_url(work), f"{file:05d}-{number:05d}{'-last' if is_last else ''}.json")
-
-
-def _finished_parts(work: Work) -> dict[tuple[int, int], bool]:
-    """(file, slice) of every finished slice of this plan, and whether it is its file's last."""
-    found = (_PART_NAME.fullmatch(entry.url) for entry in storage.list_files(_parts_url(work)))
-    return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
-
-
-def _read_part(work: Work, file: int, number: int, is_last: bool) -> Part:
-    url = _part_url(work, file, number, is_last)
-    try:
-        part = storage.read_record(url, Part)
-    except ValueError as error:
-        raise UserError("data.shards", url, f"this part record is damaged: {error}", _MAKE_AGAIN) from None
-    if (part.plan, part.file, part.slice, part.is_last) != (work.plan.digest, file, number, is_last):
-        raise UserError("data.shards", url, "this part record is of another plan or slice", _MAKE_AGAIN)
-    return part
-
-
-def _slices(file: CorpusFile, done: dict[tuple[int, int], bool]) -> int | None:
-    """How many slices a file has, if that is known yet."""
-    return next((number + 1 for (index, number), is_last in done.items() if index == file.index and is_last), None)
-
-
-def _is_finished(file: CorpusFile, done: dict[tuple[int, int], bool], mine: Callable[[int], bool]) -> bool:
-    slices = _slices(file, done)
+def _is_finished(group: Group, done: dict[tuple[int, int], bool], mine: Callable[[int], bool]) -> bool:
+    slices = slices_of(group, done)
     return slices is not None and not any(map(mine, range(slices)))
 
 
 def _publish_manifest(work: Work) -> Manifest | None:
     """Write the manifest if every slice is finished, and the tokenizer before it."""
     recipe, tokenizer, shards_url = work.recipe, work.tokenizer, work.shards_url
-    done = _finished_parts(work)
+    done = finished_parts(work.shards_url, work.plan)
     wanted: list[tuple[int, int]] = []
-    for file in work.files:
-        slices = _slices(file, done)
-        if slices is None or any((file.index, number) not in done for number in range(slices)):
+    for group in work.groups:
+        slices = slices_of(group, done)
+        if slices is None or any((group.index, number) not in done for number in range(slices)):
             return None
-        wanted += [(file.index, number) for number in range(slices)]
+        wanted += [(group.index, number) for number in range(slices)]
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(lambda part: _read_part(work, part[0], part[1], done[part]), wanted))
+        parts = list(pool.map(lambda part: read_part(shards_url, work.plan, part[0], part[1], done[part]), wanted))
     counts = Counts()
     for part in parts:
         counts.add(part.counts)
@@ -440,7 +399,7 @@ def _publish_manifest(work: Work) -> Manifest | None:
     if not train:
         # The same place can be used with other settings: nothing of this plan stays.
         storage.delete(storage.join(shards_url, shard.name) for shard in validation)
-        storage.delete_tree(_parts_url(work))
+        storage.delete_tree(parts_url(shards_url, work.plan))
         remove(work.plan, shards_url)
         expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
         raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")

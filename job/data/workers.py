@@ -11,7 +11,7 @@ from time import monotonic
 from typing import cast
 
 from job import console, storage
-from job.data.corpus import BadRecord
+from job.data.corpus import BadRecord, OnListed
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import Manifest
 from job.data.shards import OnIdentified, OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
@@ -34,6 +34,7 @@ def prepare_in_processes(
     on_notice: OnNotice = lambda line: None,
     engine: Engine = "auto",
     on_identified: OnIdentified = lambda corpus: None,
+    on_listed: OnListed = lambda listing: None,
 ) -> Manifest | None:
     """`prepare` for this worker's part, cut again into one part for each process.
 
@@ -45,7 +46,7 @@ def prepare_in_processes(
     """
     if processes == 1:
         told = (on_progress, on_bad_record, on_notice)
-        return prepare(recipe, tokenizer, shards_url, worker, *told, engine, on_identified)
+        return prepare(recipe, tokenizer, shards_url, worker, *told, engine, on_identified, on_listed)
     index, workers = worker
     parts = range(index * processes, (index + 1) * processes)
     said = set[str]()
@@ -60,7 +61,7 @@ def prepare_in_processes(
         _in_processes((work, store, engine), numbered, on_progress, on_bad_record, say_once)
 
     mine = (parts, workers * processes)
-    return carry_out(recipe, tokenizer, shards_url, mine, engine, make, on_notice, on_identified)
+    return carry_out(recipe, tokenizer, shards_url, mine, engine, make, on_notice, on_identified, on_listed)
 
 
 def _in_processes(

@@ -1,11 +1,15 @@
-"""A data set and a run that commit 99a7a34 wrote are still read, continued and resumed.
+"""Data sets and a run that commits 99a7a34 and da01a33 wrote are still read, continued and resumed.
 
 `written_by_99a7a34/` is what that version left in s3://earlier: a corpus of 30 articles, their shards, the plan and two
 of the four parts of a half-made data set, and a run of 20 steps with the default strategy and precision.
 `steps-20-to-30.jsonl` has the metrics that the same version wrote when it went on to step 30.
+
+`written_by_da01a33/` is a corpus of three small files, their shards, and the plan and two of the three parts of a
+half-made data set: that version cut each file by itself, later ones have the three share one slice.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_REFUSED
 
 WRITTEN = Path(__file__).parent / "written_by_99a7a34"
+UNSHARED = Path(__file__).parent / "written_by_da01a33"
 BUCKET = "s3://earlier"
 
 
@@ -51,6 +56,26 @@ def test_finished_data_set_is_taken_as_it_is(
     assert {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(f"{earlier}/shards")} == before
     assert job("prepare", tmp_path, data={"seed": 1}) == EXIT_REFUSED
     assert "holds a finished data set that differs: data.seed" in capsys.readouterr().err
+
+
+def test_data_set_of_unshared_slices_is_taken_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(UNSHARED, tmp_path / "made")
+    data = {"source": str(tmp_path / "made/corpus"), "shards": str(tmp_path / "made/shards")}
+    before = {path: path.read_bytes() for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    tokenizer = {"source": str(WRITTEN / "tokenizer")}
+    assert job("prepare", tmp_path, data=data, tokenizer=tokenizer) == EXIT_DONE
+    assert caplog.text == ""
+    assert job("prepare", tmp_path, data=data | {"seed": 1}, tokenizer=tokenizer) == EXIT_REFUSED
+    assert "holds a finished data set that differs: data.seed is 2333 there and 1 here" in capsys.readouterr().err
+    data["shards"] = str(tmp_path / "made/half-made")
+    assert job("prepare", tmp_path, data=data, tokenizer=tokenizer) == EXIT_REFUSED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data.shards: '{data['shards']}': holds a half-made data set of an earlier version")
+    assert job("prepare", tmp_path, data=data | {"seed": 1}, tokenizer=tokenizer) == EXIT_REFUSED
+    assert "holds a data set in the making that differs: data.seed is 2333 there and 1 here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "made").rglob("*") if path.is_file()} == before
 
 
 def test_half_made_data_set_is_refused_in_one_line(

@@ -22,7 +22,7 @@ from test_shards import recipe as recipe_of
 
 from job import storage
 from job.data import shards
-from job.data.corpus import CorpusFile, list_corpus
+from job.data.corpus import CorpusFile, Listing, list_corpus
 from job.data.fingerprint import BLOCK_BYTES, BLOCKS, blocks, identify
 from job.data.manifest import MANIFEST_NAME, load_manifest
 from job.data.shards import prepare
@@ -59,7 +59,7 @@ def check_whole(url: str) -> None:
 
 def while_it_makes_its_first_slice(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have `act` called once, when the next `prepare` has chosen its slices and none is finished."""
-    make = shards._prepare_file
+    make = shards._prepare_group
     is_first = [True]
 
     def interrupted(*arguments: Any) -> None:
@@ -68,7 +68,7 @@ def while_it_makes_its_first_slice(monkeypatch: pytest.MonkeyPatch, act: Callabl
             act()
         make(*arguments)
 
-    monkeypatch.setattr(shards, "_prepare_file", interrupted)
+    monkeypatch.setattr(shards, "_prepare_group", interrupted)
 
 
 def test_second_command_is_refused_while_the_first_is_at_work(
@@ -177,7 +177,7 @@ def test_corrected_command_works_after_one_that_failed_before_its_first_part(
 ) -> None:
     wrong = recipe(corpus, **mistake)
     if "id_field" in mistake:  # any other failure, such as a full disk
-        monkeypatch.setattr(shards, "_prepare_file", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
+        monkeypatch.setattr(shards, "_prepare_group", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises((UserError, OSError)):
         prepare(wrong, tokenizer, f"{bucket}/shards")
     monkeypatch.undo()
@@ -342,6 +342,9 @@ def test_server_without_ranges_is_identified_by_size_and_time(web: tuple[Path, s
     assert (small.name, small.sha256) == ("small.jsonl", hashlib.sha256(json_lines(SAMPLE)).hexdigest())
     assert (large.size, large.sha256) == (5_000_000, None)
     assert large.version is not None and large.version.endswith("GMT")
+    listings: list[Listing] = []
+    list_corpus(f"{address.replace('//', '//bob:secret@')}/small.jsonl?X-Amz-Signature=secret", listings.append)
+    assert listings[0].names == ("small.jsonl",) and "secret" not in listings[0].source + str(listings[0].rows())
 
 
 def test_files_of_a_hub_are_identified_by_its_revision_and_hash(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_every_line_that_is_not_blank_is_found_where_it_is(pieces, chunk_bytes):
     data = b"\n".join(one if isinstance(one, bytes) else json.dumps(one).encode() for one in pieces)
     expected, offset = [], 0
     for number, line in enumerate(data.split(b"\n"), 1):
-        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        content = line.removeprefix(codecs.BOM_UTF8)
         if content.strip(b" \t\r\n"):
             expected.append((offset, number, content))
         offset += len(line) + 1

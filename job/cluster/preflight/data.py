@@ -9,7 +9,7 @@ from job import storage
 from job.cluster.preflight.findings import Findings
 from job.config import Config
 from job.data import hub
-from job.data.corpus import list_corpus
+from job.data.corpus import Listing, list_corpus
 from job.data.manifest import Manifest, Shard, load_manifest
 from job.data.shard_files import copy_name
 from job.data.tokenizer import load_tokenizer
@@ -59,8 +59,20 @@ def _check_corpus(findings: Findings, config: Config) -> None:
         findings.unsure("corpus", f"{source} is on a hub, which is asked by `prepare`")
         return
     with findings.guard("corpus"):
-        files = list_corpus(source)
-        findings.right("corpus", f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB")
+        list_corpus(source, lambda listing: _say_listed(findings, listing))
+
+
+def _say_listed(findings: Findings, listing: Listing) -> None:
+    findings.right("corpus", f"{len(listing.files)} files, {listing.size / 1e6:,.1f} MB")
+    if what := listing.what_is_left_out():
+        findings.right("corpus, left out", what)
+    if twice := listing.in_two_forms():
+        shown = "; ".join(" and ".join(names) for names in twice[:_SHOWN])
+        findings.unsure(
+            "corpus, twice?",
+            f"{len(twice)} name{'s' * (len(twice) != 1)} in several forms: {shown}",
+            "keep one of each",
+        )
 
 
 def _check_shards(findings: Findings, shards_url: str, manifest: Manifest, deep: bool) -> None:

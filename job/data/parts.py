@@ -1,0 +1,79 @@
+"""Part records: one for each finished slice, written after its shards; where the record is, the shards are.
+
+<data.shards>/parts/<label of the plan>/<group>-<slice>[-last].json
+"""
+
+import re
+from dataclasses import asdict, dataclass
+
+from job import storage
+from job.data.corpus import Group
+from job.data.manifest import Shard
+from job.data.plan import Plan
+from job.errors import UserError
+
+_NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
+_MAKE_AGAIN = "delete it and run `python -m job prepare` again, which makes that slice anew"
+
+
+@dataclass
+class Counts:
+    """What was seen in a slice, or in all of them. Bad records are those left out."""
+
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    normalized: int = 0
+    encoded_tokens: int = 0
+
+    def add(self, other: "Counts") -> None:
+        """Adds the counts of another slice to these."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The record of a finished slice; where it exists, the slice's shards exist."""
+
+    group: int
+    slice: int
+    is_last: bool
+    counts: Counts
+    train: Shard | None
+    validation: Shard | None
+    plan: str
+    """Digest of the plan that the slice was made by."""
+
+
+def parts_url(shards_url: str, plan: Plan) -> str:
+    """Folder of the part records of a plan."""
+    return storage.join(shards_url, "parts", plan.label)
+
+
+def part_url(shards_url: str, plan: Plan, group: int, number: int, is_last: bool) -> str:
+    """URL of the record of a slice."""
+    return storage.join(parts_url(shards_url, plan), f"{group:05d}-{number:05d}{'-last' if is_last else ''}.json")
+
+
+def finished_parts(shards_url: str, plan: Plan) -> dict[tuple[int, int], bool]:
+    """(group, slice) of every finished slice of this plan, and whether it is its group's last."""
+    found = (_NAME.fullmatch(entry.url) for entry in storage.list_files(parts_url(shards_url, plan)))
+    return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
+
+
+def read_part(shards_url: str, plan: Plan, group: int, number: int, is_last: bool) -> Part:
+    """The record of a finished slice. Raises a UserError if it is damaged, or of another plan or slice."""
+    url = part_url(shards_url, plan, group, number, is_last)
+    try:
+        part = storage.read_record(url, Part)
+    except ValueError as error:
+        raise UserError("data.shards", url, f"this part record is damaged: {error}", _MAKE_AGAIN) from None
+    if (part.plan, part.group, part.slice, part.is_last) != (plan.digest, group, number, is_last):
+        raise UserError("data.shards", url, "this part record is of another plan or slice", _MAKE_AGAIN)
+    return part
+
+
+def slices_of(group: Group, done: dict[tuple[int, int], bool]) -> int | None:
+    """How many slices a group has, if that is known yet."""
+    return next((number + 1 for (index, number), is_last in done.items() if index == group.index and is_last), None)
