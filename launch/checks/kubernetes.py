@@ -21,12 +21,11 @@ import yaml
 from job import config as settings
 from job import storage
 from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import Target
+from job.cluster.preflight.target import KUBERNETES_FOLDER, Target
 from job.config import Config
 from job.data.manifest import Manifest
 from job.errors import EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED, UserError
 
-FOLDER = Path("launch/kubernetes")
 PLACEHOLDER = "registry.example.com/"
 """Registry of images that `make set-image` has not written yet."""
 _RENDER_SECONDS = 60
@@ -136,7 +135,9 @@ def check_scratch(findings: Findings, config: Config, folder: Path, manifest: Ma
 
 def _render(folder: Path) -> Pods:
     if not (folder / "kustomization.yaml").is_file():
-        known = sorted(one.parent.name for one in FOLDER.glob("*/kustomization.yaml") if one.parent.name != "base")
+        known = sorted(
+            one.parent.name for one in KUBERNETES_FOLDER.glob("*/kustomization.yaml") if one.parent.name != "base"
+        )
         raise UserError("--place", f"kubernetes/{folder.name}", "no such folder", f"there are {', '.join(known)}")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     programs = (("kubectl", "kustomize"), ("kustomize", "build"))
@@ -209,7 +210,7 @@ def _check_settings(findings: Findings, config: Config, pods: Pods, config_path:
         if values[key] != theirs[section][key] and f"{section}.{key}" not in overridden
     ]
     if different:
-        remedy = f"cp {config_path or 'your file'} {FOLDER / 'base' / 'config.yaml'}, or check with that one"
+        remedy = f"cp {config_path or 'your file'} {KUBERNETES_FOLDER / 'base' / 'config.yaml'}, or check with that one"
         findings.wrong(name, f"other than those checked here: {', '.join(different[:5])}", remedy)
     else:
         findings.right(name, "those checked here" + (f", and {' '.join(words[3:])}" if overrides else ""))
