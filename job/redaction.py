@@ -2,7 +2,7 @@
 
 A secret is known by its place or by its value:
 
-    by place   ``https://user:password@host``; parameters of a URL's query that sign or authorize a request
+    by place   user and password in a URL, before the @; parameters of its query that sign or authorize a request
     by value   environment variables whose names say that they hold a secret; what the URLs of the settings hold
 
 The callers are the doors through which text leaves: the standard streams (`job.console`), lines and tables before they

@@ -110,6 +110,11 @@ def list_corpus(source: str) -> list[CorpusFile]:
     ]
 
 
+def is_corpus_name(name: str) -> bool:
+    """Return whether a file of this name is read as a part of the corpus."""
+    return _data_file(name) is not None
+
+
 def read_slices(
     file: CorpusFile, slice_bytes: int, wanted: Callable[[int], bool], text_field: str, id_field: str
 ) -> Iterator[SliceItem]:
