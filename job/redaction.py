@@ -40,8 +40,8 @@ _USERINFO = re.compile(
     r"|(?P<malformed>[^\s/?#@:'\"<>\[]*:(?!\d+(?:[/?#\s]|$))[^\s'\"<>@]*)@"
     r")"
 )
-_QUERY = re.compile(r"[?&#][^\s'\"<>=]*=[^\s'\"<>]*")
-_SEPARATOR = re.compile(r"&amp;|\\u0026|[&;?#]")
+_QUERY = re.compile(r"[?&#][^\s'\"`<>=]*=[^\s'\"`<>]*")
+_SEPARATOR = re.compile(r"&amp;|\\u0026|[&?#]")
 _END_OF_SENTENCE = re.compile(r"[.,:;!)\]}]*$")
 
 _NAMES = frozenset(
