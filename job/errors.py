@@ -47,8 +47,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         shown = self.setting
         if self.value is not None:
-            value = redacted(self.value) if isinstance(self.value, str) else self.value
-            shown = f"{self.setting}: {_shortened(redacted(repr(value)))}"
+            shown = f"{self.setting}: {_shortened(redacted(repr(self.value)))}"
         line = f"{shown}: {self.expected}" + (f"; {self.remedy}" if self.remedy else "")
         return one_line(line)
 

@@ -337,6 +337,8 @@ def test_a_url_that_is_signed_anew_is_the_same_source_in_the_plan() -> None:
         source = (Fingerprint(name=name, size=10, sha256="0"),)
         return make_plan(source, {"data.source": url}).content
 
+    url = signed_anew(1)
+    assert _names([CorpusFile(0, url, url, 10, "json", None)]) == ["a.jsonl?id=5"], "as if it were not signed"
     assert plan(signed_anew(1)) == plan(signed_anew(2))
     assert plan(signed_anew(1)) != plan(signed_anew(1).replace("id=5", "id=6"))
     assert b"password" not in plan(signed_anew(1)) and b"sig-1" not in plan(signed_anew(1))
