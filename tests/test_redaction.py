@@ -346,11 +346,12 @@ def test_a_url_that_is_signed_anew_is_the_same_source_in_the_plan() -> None:
 
 def test_a_plan_does_not_depend_on_what_one_machine_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     source = (Fingerprint(name="wikipedia-zh.jsonl", size=10, sha256="0"),)
-    before = make_plan(source, {}).content
+    named: dict[str, str | int | float] = {"data.text_field": "wikipedia-zh"}
+    before = make_plan(source, named).content
     monkeypatch.setenv("DB_PASSWORD", "wikipedia-zh")
     redaction.learn_environment()
     assert redacted("wikipedia-zh") == "***"
-    assert make_plan(source, {}).content == before
+    assert make_plan(source, named).content == before
 
 
 def test_a_run_goes_on_from_a_checkpoint_whose_url_is_signed_anew(tmp_path: Any) -> None:
