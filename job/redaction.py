@@ -145,6 +145,11 @@ class _Known:
 _known = _Known()
 
 
+def is_secret_variable(name: str) -> bool:
+    """Return whether the name of an environment variable says that it holds a secret."""
+    return _VARIABLE.search(name) is not None
+
+
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the values of an environment that its names call secrets, and the name of each.
 
@@ -153,7 +158,7 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         value: name
         for name, value in environment.items()
-        if len(value) >= _LEAST_CHARACTERS and _VARIABLE.search(name) and not _is_path(value)
+        if len(value) >= _LEAST_CHARACTERS and is_secret_variable(name) and not _is_path(value)
     }
 
 

@@ -55,12 +55,12 @@ is_podman() { [[ ${engine##*/} == podman* ]]; }
 
 build() {
     local words=() version source
+    [[ ${BUILD_ARGS:-} =~ ://[^/[:space:]]*@ ]] &&
+        die "BUILD_ARGS: holds a user or password in a URL, which the image's history would keep: give NETRC=FILE"
     version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
     source=$(git remote get-url origin 2>/dev/null | sed 's#//[^/]*@#//#') || source=unpublished
     [[ -n $CA_BUNDLE ]] && words+=(--secret "id=ca,src=$CA_BUNDLE")
     [[ -n ${NETRC:-} ]] && words+=(--secret "id=netrc,src=$NETRC")
-    [[ ${BUILD_ARGS:-} =~ ://[^/[:space:]]*@ ]] &&
-        die "BUILD_ARGS: holds a user or password in a URL, which the image's history would keep: give NETRC=FILE"
     # shellcheck disable=SC2206  # several words
     words+=(${BUILD_ARGS:-})
     "$engine" build --file "$DOCKERFILE" --platform "$PLATFORM" --tag "$reference" \

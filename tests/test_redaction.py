@@ -318,6 +318,15 @@ def test_recorded_and_printed_settings_have_none(capsys: pytest.CaptureFixture[s
     assert f"source: {SHOWN}\n" in told and PLANTED not in told
 
 
+def test_the_log_of_a_slurm_job_shows_its_words_without_them() -> None:
+    script = (REPOSITORY / "launch" / "slurm.sh").read_text()
+    (shown,) = [line for line in script.splitlines() if line.startswith("shown() ")]
+    words = ["train", "configs/mine.yaml", "--data.source", URL, "--train.epochs", "1"]
+    told = subprocess.run(["bash", "-c", f'{shown}\nshown "$@"', "bash", *words], capture_output=True, text=True).stdout
+    assert told == "train configs/mine.yaml --data.source https://***@host/a.jsonl?*** --train.epochs 1\n"
+    assert 'say "start' in script and '$(shown "$command" "$config" "$@")' in script
+
+
 # ---- A URL that is signed anew ----
 
 
