@@ -70,7 +70,10 @@ WORKDIR /app
 COPY LICENSE ./
 COPY configs configs
 COPY job job
-RUN PYTHONDONTWRITEBYTECODE='' python -m compileall -q job && chmod -R a+rX /app
+# What .dockerignore cannot tell from a folder, a file without a dot in its name, ends the build.
+RUN found=$(find job ! -type d ! -name '*.py' ! -path job/demo/sample.jsonl ! -path job/demo/LICENSE) \
+    && { test -z "$found" || { echo "below job/, but no code, so move it away: $found" >&2; exit 1; }; } \
+    && PYTHONDONTWRITEBYTECODE='' python -m compileall -q job && chmod -R a+rX /app
 USER 10001:0
 # Nothing is published that does not train: three steps on this machine's CPU, as the user it will run as, leaving nothing.
 RUN --mount=type=bind,source=launch/smoke.sh,target=/smoke.sh \

@@ -82,7 +82,7 @@ push: ## pushes it and prints its digest
 	launch/image.sh push
 
 run: ## the image here, as strict as a cluster: make run ARGS="train --config configs/demo.yaml"
-	launch/image.sh run $(ARGS)
+	@launch/image.sh run $(ARGS)
 
 print-image: ## what the image is called
 	@launch/image.sh print

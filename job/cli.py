@@ -17,15 +17,8 @@ from rich.markup import escape
 from job import config as settings
 from job.cluster import stop
 from job.config import Config
-from job.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    NoProgress,
-    UserError,
-    disk_error,
-    without_passwords,
-)
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError, disk_error
+from job.redaction import redacted
 from job.scratch import use_scratch
 
 _DEFAULT_CONFIG = "job.yaml"
@@ -56,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         command = COMMANDS[arguments.command]
         config = settings.load(arguments.config_path or command.config_path, arguments.overrides)
         if arguments.wants_config:
-            sys.stdout.write(without_passwords(settings.to_yaml(config)))
+            sys.stdout.write(redacted(settings.to_yaml(config)))
             return EXIT_DONE
         return _run(command, config, arguments)
     except (UserError, NoProgress) as error:

@@ -22,7 +22,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from job.errors import SOME_DISK, UserError, without_passwords
+from job.errors import SOME_DISK, UserError
+from job.redaction import learn_urls, redacted_tree
 from job.scratch import VARIABLE
 from job.yaml_file import read_yaml, read_yaml_file
 
@@ -368,6 +369,11 @@ class Config(Section):
     generate: Generate = Generate()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="after")
+    def _know_the_secrets_in_urls(self) -> "Config":
+        learn_urls(*(value for _, group in self for _, value in group if isinstance(value, str)))
+        return self
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -442,9 +448,11 @@ def to_yaml(config: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The settings as plain values, for the run's record and the tracker; passwords in URLs are removed."""
-    text = without_passwords(json.dumps(config.model_dump(mode="json"), ensure_ascii=False))
-    tree: dict[str, Any] = json.loads(text)
+    """The settings as plain values without secrets, for the run's record and the tracker.
+
+    Those of two starts are equal where a URL was only signed anew.
+    """
+    tree: dict[str, Any] = redacted_tree(config.model_dump(mode="json"))
     return tree
 
 

@@ -6,7 +6,8 @@ away. Each process installs these streams first (`install`), and from then on no
 * a character that the stream's encoding does not have is written as ``?``;
 * what cannot be written is counted, and reported on the other stream: the reason at once, the count at the end;
 * a stream that was closed before the start stays closed, also for the processes that this one starts, and no file that
-  is opened later takes its number.
+  is opened later takes its number;
+* a secret (see `job.redaction`) is written as ``***``, whoever prints it: also a library, or Python in a traceback.
 """
 
 import atexit
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 from typing_extensions import override
 
 from job import awake
+from job.redaction import learn_environment, redacted
 
 _NAMES = {1: "standard output", 2: "standard error"}
 _ATOMIC_BYTES = 4096
@@ -32,6 +34,7 @@ _ENCODING = "utf-8"
 
 def install() -> None:
     """Replaces both streams of this process; call it before a library keeps one of them."""
+    learn_environment()
     _keep_numbers()
     raw = {number: _RawStream(number) for number in _NAMES}
     raw[1].report = lambda line: _write_line(sys.stderr, line)
@@ -138,13 +141,22 @@ class _RawStream(io.RawIOBase):
             self.report(f"{_NAMES[self._number]} has lost {lines} ({lost_bytes:,} bytes): {self._reason}")
 
 
-def _text_stream(raw: _RawStream, before: TextIO | None) -> Any:
+class _TextStream(io.TextIOWrapper):
+    """Text on its way to a standard stream."""
+
+    @override
+    def write(self, text: str) -> int:
+        super().write(redacted(text))
+        return len(text)
+
+
+def _text_stream(raw: Any, before: TextIO | None) -> Any:
     """A text stream over `raw`, like the one before it in everything but its errors."""
     if not isinstance(before, io.TextIOWrapper):
         raw.is_closed = before is None
-        return io.TextIOWrapper(raw, _ENCODING, "replace", line_buffering=True)
+        return _TextStream(raw, _ENCODING, "replace", line_buffering=True)
     before.flush()
-    return io.TextIOWrapper(
+    return _TextStream(
         raw,
         before.encoding,
         "replace",

@@ -4,6 +4,8 @@ import errno
 import os
 import re
 
+from job.redaction import redacted
+
 EXIT_DONE = 0
 """The work is finished."""
 EXIT_FAILED = 1
@@ -20,7 +22,6 @@ EXIT_REFUSED = 78
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_VALUE = 300
 """Characters of a value that an error shows."""
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class UserError(Exception):
@@ -28,7 +29,7 @@ class UserError(Exception):
 
     Args:
         setting: the dotted name of the setting at fault (``data.source``), or the environment variable.
-        value: what it was set to; passwords inside URLs are removed before it is shown.
+        value: what it was set to.
         expected: what was found wrong and what was expected instead.
         remedy: what to do about it.
     """
@@ -44,9 +45,11 @@ class UserError(Exception):
         return UserError, (self.setting, value, self.expected, self.remedy)
 
     def __str__(self) -> str:
-        shown = f"{self.setting}: {_shortened(repr(self.value))}" if self.value is not None else self.setting
+        shown = self.setting
+        if self.value is not None:
+            shown = f"{self.setting}: {_shortened(redacted(repr(self.value)))}"
         line = f"{shown}: {self.expected}" + (f"; {self.remedy}" if self.remedy else "")
-        return one_line(without_passwords(line))
+        return one_line(line)
 
 
 class NoProgress(Exception):
@@ -98,13 +101,11 @@ def _system_error(error: Exception) -> tuple[int | None, object]:
 
 
 def one_line(text: str) -> str:
-    """`text` with every run of white space made one blank, so that a log keeps it on one line."""
-    return " ".join(text.split())
+    """`text` without secrets, and with every run of white space made one blank, so that a log keeps it on one line.
 
-
-def without_passwords(text: str) -> str:
-    """`text` with the ``user:password@`` part of every URL in it removed."""
-    return _URL_PASSWORD.sub("***@", text)
+    What is cut to a length afterwards holds no half of a secret, of which nothing would say what it is.
+    """
+    return " ".join(redacted(text).split())
 
 
 def _shortened(text: str) -> str:

@@ -1,12 +1,14 @@
-"""JSON whose fields' types are checked: what was stored may be damaged, cut off, or written by something else."""
+"""Records as JSON: written without secrets; read with every field's type checked, as a stored file may be damaged."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
+import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from job.errors import one_line
+from job.redaction import redacted_tree
 
 Record = TypeVar("Record")
 
@@ -16,6 +18,12 @@ class Versioned:
     """The part of a stored file that decides how the rest of it is read."""
 
     format_version: int
+
+
+def record_bytes(record: Any) -> bytes:
+    """Return a dataclass or a dictionary as JSON, without the secrets that its texts may hold."""
+    values = record if isinstance(record, dict) else asdict(record)
+    return orjson.dumps(redacted_tree(values), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def parse_record(content: bytes | bytearray, kind: type[Record]) -> Record:

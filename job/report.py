@@ -9,8 +9,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
+
+from job.redaction import redacted
 
 _LOG_WIDTH = 400
+
+
+class _Console(Console):
+    """Removes secrets before a text is laid out: one that is broken over two lines would not be found any more."""
+
+    @override
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(redacted(text), **options)
 
 
 def make_console(width: int | None = None, **options: Any) -> Console:
@@ -18,7 +30,7 @@ def make_console(width: int | None = None, **options: Any) -> Console:
 
     Nothing is wrapped at `width` where there is no terminal: a log keeps one event on one line.
     """
-    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else width, **options)
+    return _Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else width, **options)
 
 
 class Report:

@@ -55,6 +55,8 @@ is_podman() { [[ ${engine##*/} == podman* ]]; }
 
 build() {
     local words=() version source
+    [[ ${BUILD_ARGS:-} =~ ://[^/[:space:]]*@ ]] &&
+        die "BUILD_ARGS: holds a user or password in a URL, which the image's history would keep: give NETRC=FILE"
     version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
     source=$(git remote get-url origin 2>/dev/null | sed 's#//[^/]*@#//#') || source=unpublished
     [[ -n $CA_BUNDLE ]] && words+=(--secret "id=ca,src=$CA_BUNDLE")

@@ -39,6 +39,7 @@ MAX_CRASHES=${MAX_CRASHES:-3}     # in a row that are started again
 
 say() { echo "slurm.sh: job $id: $*" >&2; }
 refuse() { say "$*" && exit 78; }
+shown() { sed -E 's#://[^/[:space:]]*@#://***@#g; s#\?[^[:space:]]*=[^[:space:]]*#?***#g' <<<"$*"; } # without secrets
 # Not SLURM_JOB_ID in an array: its last task has the array's own id, and would requeue all the others.
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-${SLURM_JOB_ID:?"start it with sbatch"}}
@@ -110,7 +111,7 @@ if [[ $RUNTIME != none ]]; then
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "$make_private" "$private"
     (($? != 78)) || exit 78
 fi
-say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${SLURM_JOB_NODELIST}: $command $config $*"
+say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${SLURM_JOB_NODELIST}: $(shown "$command" "$config" "$@")"
 "${step[@]}" & # behind a command in the foreground, a trap waits until that has ended
 srun=$!
 [[ $warned$ended ]] && forward

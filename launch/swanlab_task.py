@@ -13,6 +13,9 @@ if __name__ == "__main__":
     os.chdir(FOLDER)  # the workers find the code there too
     if CREDENTIALS.exists():
         os.environ |= json.loads(CREDENTIALS.read_text(encoding="utf-8"))
+    from job import console
+
+    console.install()  # with the credentials in the environment, which it lets nobody print
     from job.cli import main
 
     sys.exit(main([]))

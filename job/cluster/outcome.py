@@ -1,10 +1,12 @@
 """What each worker leaves behind when it ends, for the process that started it: torchrun gives no exit codes back."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 
 import orjson
+
+from job.record import record_bytes
 
 DONE, STOPPED, REFUSED, NO_PROGRESS, HUNG, CRASHED, KILLED, LOST = (
     *("done", "stopped", "refused", "no progress", "hung", "crashed", "killed", "lost"),
@@ -29,7 +31,7 @@ def record(folder: Path, outcome: Outcome) -> None:
     """Leaves `outcome` in `folder`, whole or not at all."""
     path = folder / f"rank-{outcome.rank}.json"
     partial = path.with_suffix(".partial")
-    partial.write_bytes(orjson.dumps(asdict(outcome) | {"at": outcome.at or time()}))
+    partial.write_bytes(record_bytes(replace(outcome, at=outcome.at or time())))
     partial.replace(path)
 
 

@@ -21,7 +21,8 @@ from job.data.folders import Pattern, files_below
 from job.data.listing import Compression, CorpusFile, Format, LeftOut, Listing
 from job.data.outputs import Outputs
 from job.data.records import ByteStream, without_blank
-from job.errors import UserError, without_passwords
+from job.errors import UserError
+from job.redaction import redacted_urls
 from job.storage.local import PARTIAL
 
 Form = tuple[Format, Compression | None]
@@ -92,7 +93,7 @@ def discover(source: str) -> Listing:
     readable = [one for one in candidates if one.url in forms or one.url in by_content]
     taken = _once_each(readable, lambda one: one.url in by_content, left_out)
     listing = Listing(
-        without_passwords(source.partition("?")[0] if _is_web(source) else source),
+        redacted_urls(source),
         tuple(
             CorpusFile(index, one.url, one.path, one.size, *(forms | by_content)[one.url])
             for index, one in enumerate(taken)
@@ -262,6 +263,11 @@ def _once_each(files: list[_File], is_guessed: Callable[[_File], bool], left_out
         if one is not chosen.setdefault(one.real or one.url, one):
             left_out.append(LeftOut(one.name, one.size, OTHER_NAME))
     return sorted(chosen.values(), key=lambda one: one.url)
+
+
+def is_corpus_name(name: str) -> bool:
+    """Return whether the name alone says that a file is read as a part of the corpus."""
+    return name.rpartition("/")[2] not in _DESCRIPTIONS and _form_by_name(name) is not None
 
 
 def _form_by_name(url: str) -> Form | None:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
-from urllib.parse import urlsplit
 
 from job import storage
 from job.data import hub
 from job.data.discovery import shown
 from job.data.listing import CorpusFile, same_content
 from job.errors import UserError
+from job.redaction import source_name
 
 BLOCK_BYTES = 64 * 1024
 BLOCKS = 64
@@ -149,10 +149,19 @@ def _changed(file: CorpusFile) -> UserError:
 def _names(files: Sequence[CorpusFile]) -> list[str]:
     """The files' paths below the folder that they share: machines may mount it in different places.
 
-    A query, which may hold a signature, is no part of a name.
+    Of an https:// URL, a query is a part of the name, but for the signature in it: signed anew, it is the same file.
     """
-    paths = [(urlsplit(one.url).path if "://" in one.url else one.url).split("/") for one in files]
+    paths = [_folders(one.url) for one in files]
     shared = len(
         list(takewhile(lambda folders: len(set(folders)) == 1, zip(*(path[:-1] for path in paths), strict=False)))
     )
     return [shown("/".join(path[shared:])) for path in paths]
+
+
+def _folders(url: str) -> list[str]:
+    """The parts of a file's path; the last one is its name, with the query of an https:// URL."""
+    if not url.startswith(("http://", "https://")):
+        return url.split("/")
+    path, mark, query = source_name(url).partition("?")
+    folders = path.split("/")
+    return [*folders[:-1], f"{folders[-1]}{mark}{query}"]

@@ -21,6 +21,7 @@ from job import storage
 from job.data.fingerprint import Fingerprint
 from job.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from job.errors import UserError
+from job.redaction import redacted_tree, redacted_urls
 
 PLAN_NAME = "plan.json"
 _VERSION = 3
@@ -65,8 +66,12 @@ class Plan:
 
 
 def make_plan(source: tuple[Fingerprint, ...], settings: dict[str, str | int | float]) -> Plan:
-    """A plan of the current version."""
-    return Plan(_VERSION, source, settings)
+    """A plan of the current version, without what is secret by its place in a URL.
+
+    Secrets that only one machine knows, from its environment, must not change the plan: nothing in it is from there.
+    """
+    named = tuple(replace(one, name=redacted_urls(one.name)) for one in source)
+    return Plan(_VERSION, named, redacted_tree(settings, redacted_urls))
 
 
 def finished_data_set(plan: Plan, shards_url: str) -> Manifest | None:

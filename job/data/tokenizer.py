@@ -26,7 +26,7 @@ from job.scratch import private_folder
 END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""
 
-_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt"),
 )
@@ -70,7 +70,7 @@ class TextTokenizer:
 
     def files(self) -> list[Path]:
         """The files of the tokenizer that are there."""
-        return [path for name in _FILES if (path := self.folder / name).is_file()]
+        return [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
 
     @cached_property
     def normalization(self) -> str | None:
@@ -188,7 +188,7 @@ def store_tokenizer(tokenizer: TextTokenizer, destination: str, setting: str = "
 def replace_tokenizer(tokenizer: TextTokenizer, destination: str) -> None:
     """Write the tokenizer's files to a folder or URL, and delete those of another tokenizer there."""
     kept = {path.name for path in tokenizer.files()}
-    storage.delete(storage.join(destination, name) for name in _FILES if name not in kept)
+    storage.delete(storage.join(destination, name) for name in TOKENIZER_FILES if name not in kept)
     for path in tokenizer.files():
         storage.write_bytes(storage.join(destination, path.name), path.read_bytes())
 
@@ -200,7 +200,7 @@ _TRAIN_ONE = "make it with `python -m job tokenizer`"
 
 def _from_url(url: str, cache_dir: Path) -> Path:
     contents: dict[str, bytes] = {}
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         with suppress(FileNotFoundError):
             contents[name] = storage.read_bytes(storage.join(url, name))
     if not contents.keys() & {"tokenizer.json", "vocab.json"}:
@@ -226,7 +226,7 @@ def _from_hub(source: str) -> Path:
     name, _, revision = source.removeprefix(hub.MODELSCOPE).partition("@")
     repository = hub.Repository("model", name, revision or None, "tokenizer.source", source)
     is_modelscope = source.startswith(hub.MODELSCOPE)
-    return (repository.from_modelscope if is_modelscope else repository.from_hugging_face)(list(_FILES))
+    return (repository.from_modelscope if is_modelscope else repository.from_hugging_face)(list(TOKENIZER_FILES))
 
 
 def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
@@ -241,7 +241,9 @@ def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
             (AutoTokenizer if described else Qwen2Tokenizer).from_pretrained(folder).save_pretrained(scratch)
         except Exception as error:  # whatever a file that is not a tokenizer's makes transformers raise
             raise UserError("tokenizer.source", source, f"not a tokenizer: {one_line(str(error))[:200]}") from None
-        return _kept({name: path.read_bytes() for name in _FILES if (path := Path(scratch, name)).is_file()}, cache_dir)
+        return _kept(
+            {name: path.read_bytes() for name in TOKENIZER_FILES if (path := Path(scratch, name)).is_file()}, cache_dir
+        )
 
 
 # ---- What a tokenizer must be ----

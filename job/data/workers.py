@@ -17,6 +17,7 @@ from job.data.manifest import Manifest
 from job.data.shards import OnIdentified, OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError, disk_error
+from job.redaction import learn_urls
 
 OnBadRecord = Callable[[BadRecord], None]
 _SECONDS_TO_END = 10.0  # many times what a batch takes; a store that does not answer may take longer
@@ -129,6 +130,7 @@ def _prepare_part(
     # The processes are the parallelism, for either tokenizer.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
     storage.configure(store)
+    learn_urls(work.recipe.source, work.shards_url)
     outcome: UserError | Disagreement | storage.StoreError | None = None
     with suppress(BrokenPipeError):  # the process that started this one is gone
         try:

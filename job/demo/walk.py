@@ -50,6 +50,7 @@ def walk(config: Config) -> int:
         storage.delete_tree(config.tokenizer.source)
         storage.upload_file(SAMPLE, config.data.source)
         settings = FOLDER / "demo.yaml"
+        settings.touch(mode=0o600)  # the commands below read the real values from it, passwords in URLs too
         settings.write_text(to_yaml(config), encoding="utf-8")
 
         report.say("\n2. a tokenizer for this text")

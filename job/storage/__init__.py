@@ -22,6 +22,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from job.errors import UserError
 from job.record import Record, parse_record
+from job.redaction import learn_environment, redacted_tree
 from job.storage import connection, creation, local, s3
 from job.storage.connection import StoreOptions, addressing, is_remote
 from job.storage.deadline import Cancelled, IntegrityError, StoreError, current, limits
@@ -75,6 +76,7 @@ class Entry:
 
 def configure(options: StoreOptions) -> None:
     """Set how this process reaches the store; call it again to take up changed credentials."""
+    learn_environment()
     connection.configure(options)
     creation.forget()
 
@@ -256,8 +258,9 @@ def write_from(url: str, size: int, read: Callable[[int, int], bytes | memoryvie
 
 
 def write_json(url: str, value: Any) -> None:
-    """Writes JSON in one form: equal values give equal bytes."""
-    write_bytes(url, (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode())
+    """Writes JSON in one form, without secrets: equal values give equal bytes."""
+    text = json.dumps(redacted_tree(value), sort_keys=True, indent=1, ensure_ascii=False)
+    write_bytes(url, f"{text}\n".encode())
 
 
 def create_bytes(url: str, data: bytes) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job import awake
-from job.errors import one_line, without_passwords
+from job.errors import one_line
 
 _NOTICE_SECONDS = 0.1
 """Seconds between two looks of a waiting operation whether it was cancelled."""
@@ -49,9 +49,9 @@ class Limits:
     def check(self, operation: str, url: str, seconds: float = 0, reason: str = "there is no time left for it") -> None:
         """Raise Cancelled if an event is set, and StoreError with `reason` if fewer than `seconds` are left."""
         if self.are_cancelled:
-            raise Cancelled(without_passwords(f"{operation} {url}: given up, as asked"))
+            raise Cancelled(one_line(f"{operation} {url}: given up, as asked"))
         if self.seconds_left <= seconds:
-            raise StoreError(without_passwords(one_line(f"{operation} {url}: {reason}")))
+            raise StoreError(one_line(f"{operation} {url}: {reason}"))
 
     def wait(self, seconds: float, task: Future[Any]) -> None:
         """Return after `seconds`, or earlier if the task is done or an event is set."""

@@ -18,13 +18,13 @@ import re
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-
-import orjson
 
 from job import storage
 from job.errors import NoProgress, UserError
+from job.record import record_bytes
+from job.redaction import redacted
 
 _NAME = re.compile(r"(\d{8,})\.json")
 _GIVE_UP_NAME = re.compile(r"gave-up-after-(\d{8,})\.json")
@@ -56,7 +56,7 @@ class Attempt:
     pid: int
     began: str
     resume: str
-    """`train.resume`, as it was set."""
+    """`train.resume`, as it was set; in a record without secrets."""
     from_step: int | None = None
     """The step that it went on from; None: it did not get so far."""
     ended: str | None = None
@@ -126,13 +126,13 @@ class Attempts:
             began=_now(),
             resume=resume,
         )
-        while not storage.create_bytes(self._url(attempt.number), _content(attempt)):
+        while not storage.create_bytes(self._url(attempt.number), record_bytes(attempt)):
             attempt = replace(attempt, number=attempt.number + 1)
         return attempt
 
     def update(self, attempt: Attempt) -> Attempt:
         """Writes one's own record anew."""
-        storage.write_bytes(self._url(attempt.number), _content(attempt))
+        storage.write_bytes(self._url(attempt.number), record_bytes(attempt))
         return attempt
 
     def check_is_ours(self, attempt: Attempt) -> None:
@@ -198,8 +198,8 @@ class Attempts:
 
     def give_up(self, error: str) -> None:
         """Record that a start has given up, so that the next one, which a person starts, is not refused as well."""
-        note = GiveUp((self.numbers() or [0])[-1], _now(), error[-_LONGEST_ERROR:])
-        storage.create_bytes(storage.join(self._folder, f"gave-up-after-{note.after:08d}.json"), _content(note))
+        note = GiveUp((self.numbers() or [0])[-1], _now(), redacted(error)[-_LONGEST_ERROR:])
+        storage.create_bytes(storage.join(self._folder, f"gave-up-after-{note.after:08d}.json"), record_bytes(note))
 
     def last_give_up(self) -> GiveUp | None:
         """The record of the start that gave up after the newest attempt; None if none did."""
@@ -224,7 +224,7 @@ def note_failure(output: str, start: str, error: str) -> None:
         with storage.limits(deadline_seconds=_LAST_WORDS_SECONDS):
             attempt = attempts.newest()
             if attempt is not None and attempt.start == start and attempt.ended is None:
-                attempts.update(replace(attempt, ended=FAILED, error=error[-_LONGEST_ERROR:]))
+                attempts.update(replace(attempt, ended=FAILED, error=redacted(error)[-_LONGEST_ERROR:]))
     except (OSError, UserError):
         return
 
@@ -244,7 +244,3 @@ def _seconds_between(earlier: str, later: str) -> float:
         return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
     except (ValueError, TypeError):
         return math.inf
-
-
-def _content(record: Attempt | GiveUp) -> bytes:
-    return orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

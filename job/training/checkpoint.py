@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from job import storage
 from job.errors import UserError, one_line
-from job.record import Versioned, parse_record
+from job.record import Versioned, parse_record, record_bytes
 from job.training.attempts import Attempts
 from job.training.metrics import parse_rows
 from job.training.moments import MOMENTS
@@ -66,7 +66,7 @@ class TrainingState:
     identity: dict[str, Any]
     """What the run is made of: model, data set, tokenizer, context length, global batch."""
     config: dict[str, Any]
-    """All settings, as they were; no secret among them."""
+    """All settings, as they were, from `config.to_dict`: without secrets."""
     guard: dict[str, Any] = field(default_factory=dict)
     """`Engine.guard_state`: what was skipped, and what counts as a spike."""
     interval: dict[str, float] = field(default_factory=dict)
@@ -215,7 +215,7 @@ def save_checkpoint(
         file = _SafetensorsFile({parameter: tensors[key] for parameter, tensors in snapshot.items()})
         files[name] = File(file.size, file.sha256())
         storage.write_from(storage.join(url, name), file.size, file.read)
-    described = orjson.dumps({"format_version": FORMAT_VERSION, **asdict(state)}, option=orjson.OPT_INDENT_2)
+    described = record_bytes({"format_version": FORMAT_VERSION, **asdict(state)})
     for name, content in ((_STATE, described), (_METRICS, metrics)):
         files[name] = File(len(content), hashlib.sha256(content).hexdigest())
         storage.write_bytes(storage.join(url, name), content)

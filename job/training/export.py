@@ -11,6 +11,7 @@ from job.data.manifest import Manifest
 from job.data.tokenizer import TextTokenizer
 from job.model.architecture import build_model, load_weights
 from job.model.spec import ModelSpec
+from job.redaction import redacted
 from job.training.checkpoint import TrainingState
 from job.training.evaluation import Evaluation
 
@@ -42,7 +43,7 @@ def export_model(
         model.save_pretrained(folder)
         for path in tokenizer.files():
             (folder / path.name).write_bytes(path.read_bytes())
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(redacted(card), encoding="utf-8")
         # Readers look for config.json first: where it is, the rest is.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             storage.upload_file(path, storage.join(destination, path.name))

@@ -8,6 +8,7 @@ from typing import Any
 from job import storage
 from job.data.tokenizer import TextTokenizer, store_tokenizer
 from job.errors import NoProgress, UserError
+from job.redaction import redacted
 from job.training.attempts import Attempt, Attempts
 from job.training.checkpoint import (
     Checkpoint,
@@ -133,7 +134,7 @@ def _begun_at(attempts: Attempts, resume: str, start: Start) -> int | None:
     found = None
     for number in reversed(attempts.numbers()):
         one = attempts.read(number)
-        if one is None or one.resume != resume:
+        if one is None or redacted(one.resume) != redacted(resume):
             break
         if resume == NEVER and (start.job_id is None or one.job_id != start.job_id):
             break

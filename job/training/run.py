@@ -1,14 +1,13 @@
 """run.json: the record of a run, created before its first step; its id stays the same through every restart."""
 
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
-
 from job import storage
 from job.errors import UserError
+from job.record import record_bytes
 from job.revision import code_version
 from job.training.tracking import new_run_id
 
@@ -51,7 +50,7 @@ def begin_run(output: str, name: str | None, config: dict[str, Any]) -> RunRecor
         config: all settings, recorded for a reader.
     """
     fresh = new_record(output, name, config)
-    if storage.create_bytes(storage.join(output, _NAME), _content(fresh)):
+    if storage.create_bytes(storage.join(output, _NAME), record_bytes(fresh)):
         return fresh
     found = read_run(output)
     if found is None:
@@ -72,8 +71,4 @@ def new_record(output: str, name: str | None, config: dict[str, Any]) -> RunReco
 
 def replace_run(output: str, record: RunRecord) -> None:
     """Put a record in the place of the one that is there; for the attempt that has the run."""
-    storage.write_bytes(storage.join(output, _NAME), _content(record))
-
-
-def _content(record: RunRecord) -> bytes:
-    return orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    storage.write_bytes(storage.join(output, _NAME), record_bytes(record))

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from pydantic import ValidationError
 
 from job.errors import UserError, one_line
+from job.redaction import learn_value, redacted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +89,8 @@ def choose_mode(setting: Literal["auto", "cloud", "local", "offline", "disabled"
     except Exception as error:  # it is not installed as it should be, or its files cannot be read
         return "disabled", f"SwanLab cannot be used: {one_line(repr(error))}"
     has_key = bool(swanlab_settings.api_key)
+    if has_key:
+        learn_value(swanlab_settings.api_key)
     has_dashboard = importlib.util.find_spec("swanboard") is not None
     name, wanted = "tracking.mode", setting
     if setting == "auto":
@@ -132,7 +135,7 @@ class Tracker:
         """Adds continuations, each under its prompt."""
 
         def log(accelerator: "Accelerator") -> None:
-            shown = [_swanlab().Text(continuation, caption=prompt) for prompt, continuation in texts.items()]
+            shown = [_swanlab().Text(redacted(text), caption=redacted(prompt)) for prompt, text in texts.items()]
             accelerator.log({key: shown}, step=step)
 
         self._order(log)
@@ -227,7 +230,7 @@ def start_tracker(
         "log_dir": folder,
         "interactive": False,
         "project": {"name": project, "workspace": workspace},
-        "experiment": {"name": name, "color": _color(run_id) if mode == "local" else None},
+        "experiment": {"name": redacted(name), "color": _color(run_id) if mode == "local" else None},
         "run": {"id": run_id, "resume": "allow"},
         "terminal": {"proxy_type": "none"},
         # A command line and a remote's address may hold passwords; listing the packages starts a process.

@@ -7,6 +7,7 @@
     bundle.py        the folder that is sent: the same bytes for the same tree
     service.py       SwanLab's service
     cos.py           the object store behind it
+    selection.py     which files of a folder are a data set or a corpus
     upload.py        a data set, to be mounted below /data/
     rounds.py        task after task, until the run is complete
     cli.py           the commands

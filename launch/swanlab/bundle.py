@@ -1,4 +1,4 @@
-"""The folder that is sent, as one zip file: the same bytes for the same tree, nothing secret, no data."""
+"""The folder that is sent, as one zip file: the same bytes for the same tree, and nothing but the code that trains."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from launch.swanlab.spec import Spec
 REPOSITORY = Path(__file__).parent.parent.parent
 CREDENTIALS = "credentials.json"
 """Where the entry looks for variables to set."""
-_FOLDERS = ("job", "configs")
-_SUFFIXES = (".py", ".yaml", ".json")
+_CODE = "job"
+_SUFFIX = ".py"
 _LARGEST_BYTES = 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip file can hold."""
@@ -64,17 +64,18 @@ def make_bundle(
         environment: of this machine: a value that it calls a secret is not let out.
 
     Raises:
-        UserError: a file looks like a secret, or like data.
+        UserError: a file looks like a secret or like data, or the entry is a link to somewhere else.
     """
     files: dict[str, bytes] = {}
     excluded: dict[str, str] = {}
-    for folder in _FOLDERS:
-        for path, reason in _walk(repository / folder, repository, spec.spec.exclude):
-            if reason:
-                excluded[path] = reason
-            else:
-                files[path] = _content(repository / path, path)
+    for path, reason in _walk(repository / _CODE, repository, spec.spec.exclude):
+        if reason:
+            excluded[path] = reason
+        else:
+            files[path] = _content(repository / path, path)
     entry = spec.spec.entry
+    if not (spec_path.parent / entry).resolve().is_relative_to(spec_path.parent.resolve()):
+        raise UserError("spec.entry", entry, "is a link that leads out of the folder of the spec", "put the file there")
     files |= {
         "swanlab.yaml": _content(spec_path, "swanlab.yaml"),
         entry: _content(spec_path.parent / entry, entry),
@@ -101,10 +102,12 @@ def _walk(folder: Path, root: Path, exclude: Sequence[str]) -> Iterator[tuple[st
             yield name, "made by tools"
         elif path.is_dir():
             yield from _walk(path, root, exclude)
+        elif path.suffix != _SUFFIX:
+            yield name, f"no {_SUFFIX} file"
         elif secret_name(path.name):
             raise UserError(name, None, "has the name of a file that holds secrets", _REMEDY)
         else:
-            yield name, "" if path.suffix in _SUFFIXES else f"not one of {', '.join(_SUFFIXES)}"
+            yield name, ""
 
 
 _REMEDY = "move it away, or name it in spec.exclude"

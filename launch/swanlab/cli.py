@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
 from rich.table import Table
 
 from job import cli as job_cli
 from job import storage
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError
+from job.report import make_console
 from launch.swanlab.bundle import REPOSITORY, Bundle, make_bundle
 from launch.swanlab.cos import CodeStore, UploadFailed
 from launch.swanlab.rounds import BY_HAND, run_until_done
@@ -24,6 +24,7 @@ from launch.swanlab.spec import Spec, load_spec
 from launch.swanlab.upload import upload
 
 SPEC = REPOSITORY / "launch" / "swanlab.yaml"
+_LOG_WIDTH = 200
 
 
 class _Parser(argparse.ArgumentParser):
@@ -238,5 +239,4 @@ def _say(line: str) -> None:
 
 
 def _print(table: Table) -> None:
-    terminal = sys.stdout.isatty()
-    Console(highlight=False, width=None if terminal else 200).print(table, markup=False)
+    make_console(_LOG_WIDTH).print(table)

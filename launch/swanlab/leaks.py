@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+from job.redaction import secret_parameters, secrets_of
+
 _NAMES = (
     *(".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.ppk", "id_rsa*", "id_ed25519*"),
     *("id_ecdsa*", ".netrc", "_netrc", ".npmrc", ".pypirc", ".git-credentials", ".dockercfg", "kubeconfig"),
@@ -13,7 +15,6 @@ _NAMES = (
 _PATTERNS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "a password in a URL": r"://[^/@\s:'\"{}*]+:[^/@\s'\"{}*]+@",
-    "a signed URL": r"[?&](X-Amz-Signature|Signature|q-signature|sig)=[\w%/+-]{16,}",
     "an access key of Amazon": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
     "an access key of Tencent Cloud": r"\bAKID[0-9A-Za-z]{32}\b",
     "an access key of Alibaba Cloud": r"\bLTAI[0-9A-Za-z]{12,30}\b",
@@ -24,7 +25,8 @@ _PATTERNS = {
         r"(?=[\w/+.~-]*\d)[\w/+.~-]{16,}(?![\w(\[])"
     ),
 }
-_IN_ENVIRONMENT = re.compile(r"(?i)(^|_)(key|secret|token|password|passwd|credentials?)($|_)")
+_PARAMETER = re.compile(r"[?&]([\w.-]+)=[\w%/+.~-]{16,}")
+"""Of a URL, with a value as long as that of a signature."""
 _LEAST_CHARACTERS = 16
 """Of a variable's value: a shorter one may stand in a file by chance."""
 
@@ -38,13 +40,15 @@ def secret_in(text: str, environment: Mapping[str, str] = os.environ) -> tuple[i
     """The first line of `text` that looks like a secret, counted from 1, and like what; never the secret itself."""
     values = {
         value: f"the value of {name}"
-        for name, value in environment.items()
-        if _IN_ENVIRONMENT.search(name) and len(value) >= _LEAST_CHARACTERS
+        for value, name in secrets_of(environment).items()
+        if len(value) >= _LEAST_CHARACTERS
     }
     for number, line in enumerate(text.splitlines(), 1):
         for value, what in values.items():
             if value in line:
                 return number, what
+        if secret_parameters(_PARAMETER.findall(line)):
+            return number, "a signed URL"
         for what, pattern in _PATTERNS.items():
             if re.search(pattern, line):
                 return number, what

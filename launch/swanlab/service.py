@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import requests
 
 from job.errors import UserError, one_line
+from job.redaction import learn_value
 
 ELSEWHERE = (
     "the same run goes on under Slurm (sbatch launch/slurm.sh), on Kubernetes (kubectl apply -k launch/kubernetes/...) "
@@ -73,6 +74,7 @@ def find_account() -> Account:
     found = swanlab.Settings()
     if not found.api_key:
         raise UserError("SWANLAB_API_KEY", None, "is not set", "set it, or run `swanlab login`")
+    learn_value(found.api_key)
     return Account(found.api_key, found.api_host)
 
 
@@ -228,7 +230,7 @@ class Service:
         if (answer.status_code >= 500 and answer.status_code not in _GONE) or answer.status_code == 429:
             raise ServiceDown(f"{self._url} fails ({call}: {answer.status_code}); if it stays so, {ELSEWHERE}")
         if not answer.ok or answer.is_redirect or answer.status_code >= 300:
-            raise _Refused(answer.status_code, call, self._without_key(_said(answer)))
+            raise _Refused(answer.status_code, call, _said(answer))
         try:
             return read(answer.json() if answer.content else None)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -257,9 +259,6 @@ class Service:
             return UserError("SwanLab Launch", None, expected, ELSEWHERE)
         return UserError("SwanLab Launch", None, f"the service refuses ({refused})")
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._account.key, "***")
-
     def _state(self, task: Mapping[str, Any]) -> TaskState:
         project, experiment = task.get("pName"), task.get("eId")
         page = f"https://swanlab.cn/@{self.username}/{project}/runs/{experiment}" if project and experiment else ""
@@ -271,7 +270,7 @@ class Service:
             created=task.get("createdAt") or "",
             started=task.get("startedAt") or "",
             finished=task.get("finishedAt") or "",
-            message=self._without_key(one_line(task.get("msg") or "")),
+            message=one_line(task.get("msg") or ""),
             page=page,
         )
 

@@ -1,15 +1,17 @@
 """A data set: a file or a folder in SwanLab's store, which a task finds below /data/ by the data set's name."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from job.errors import UserError
 from launch.swanlab.cos import CodeStore, UploadFailed
-from launch.swanlab.leaks import secret_name
+from launch.swanlab.selection import select
 from launch.swanlab.service import Service
 
+_SHOWN_LEFT_OUT = 20
 _NAME = re.compile(r"[\w.-]{1,100}")
 
 
@@ -27,21 +29,25 @@ def upload(
     Args:
         service: that keeps the list of data sets.
         store: where the files go.
-        source: a file or a folder.
+        source: a file or a folder; see `select` for what of it is sent.
         name: of the data set, and of its folder below /data/.
         description: for people.
         resumed: id of a data set whose upload was cut off: what is there in its full size is not sent again.
         say: takes a line about what was done.
 
     Raises:
-        UserError: there is nothing to upload, a file has the name of a secret, or the data set is not there.
+        UserError: there is nothing to upload, a data set is not whole, or there is none to go on with.
         UploadFailed: a file could not be uploaded; the service knows that it failed.
     """
     if not _NAME.fullmatch(name):
         raise UserError("--name", name, "expected letters, digits and ._-", "it is the name of a folder in the task")
-    files = dict(_files(source))
-    if not files:
-        raise UserError("upload", str(source), "there is no such file, nor a folder with files in it")
+    selection = select(source)
+    files, left_out = selection.files, selection.left_out
+    for relative, reason in list(left_out.items())[:_SHOWN_LEFT_OUT]:
+        say(f"not sent: {relative} ({reason})")
+    if len(left_out) > _SHOWN_LEFT_OUT:
+        reasons = Counter(list(left_out.values())[_SHOWN_LEFT_OUT:])
+        say(f"not sent: {'; '.join(f'{number:,} more ({reason})' for reason, number in reasons.most_common())}")
     if resumed is not None and (known := service.data_sets()).get(resumed) != name:
         yours = ", ".join(f"{one} ({called})" for one, called in known.items()) or "none"
         raise UserError("--resume", resumed, f"is no data set called {name}", f"yours are: {yours}")
@@ -65,12 +71,3 @@ def upload(
         raise
     service.close_data_set(cuid, is_whole=True)
     return cuid
-
-
-def _files(source: Path) -> Iterator[tuple[str, Path]]:
-    """The files by their path in the data set."""
-    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    for path in found:
-        if secret_name(path.name):
-            raise UserError("upload", str(path), "has the name of a file that holds secrets", "move it away")
-        yield path.name if path == source else path.relative_to(source).as_posix(), path

@@ -558,6 +558,13 @@ def test_away_from_here_a_missing_key_is_no_mistake_but_nothing_is_known_of_the_
     assert WRONG not in [row.mark for row in rows]
 
 
+def test_a_signed_url_in_a_config_map_is_named_but_not_shown(scene: Scene) -> None:
+    scene.set(data__source="https://host/wiki.jsonl?X-Amz-Signature=planted")
+    rows = scene.rows(KUBERNETES)
+    assert marks(rows, "secrets") == [UNSURE, RIGHT]
+    assert "planted" not in str(rows) and "data.source: the URL has a password or signature" in str(rows)
+
+
 def test_a_place_that_there_is_not_is_refused(scene: Scene) -> None:
     with pytest.raises(UserError, match="--place: 'moon'"):
         check(scene.config, "moon")

@@ -66,3 +66,12 @@ def test_without_an_engine_or_a_revision_one_line_says_so(checkout: Path) -> Non
     shutil.rmtree(checkout / ".git")
     refused = script(checkout, "print", GIT_CEILING_DIRECTORIES=str(checkout.parent))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_a_build_argument_with_a_password_in_a_url_is_refused(checkout: Path) -> None:
+    address = "https://bob:planted@example.com/simple"
+    refused = script(checkout, "build", ENGINE="true", BUILD_ARGS=f"--no-cache --build-arg=INDEX_URL={address}")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert (
+        refused.stderr.startswith("BUILD_ARGS: holds a user or password in a URL") and "planted" not in refused.stderr
+    )

@@ -83,7 +83,7 @@ def test_it_holds_what_a_run_needs_and_nothing_else() -> None:
     archive = zipfile.ZipFile(io.BytesIO(bundle_of().zip()))
     names = archive.namelist()
     assert {name.partition("/")[0] for name in names} == {
-        *("job", "configs", "job.yaml", "requirements.txt", "swanlab.yaml", "swanlab_task.py")
+        *("job", "job.yaml", "requirements.txt", "swanlab.yaml", "swanlab_task.py")
     }
     assert not [name for name in names if name.startswith("job/demo") or "__pycache__" in name]
     code = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "job").rglob("*.py")}
@@ -120,22 +120,39 @@ def test_what_looks_like_a_secret_is_found_and_named_by_its_line(secret: str, wh
     assert secret_in("tokens_per_second = 1000  # https://example.com/a@b:c", ENVIRONMENT) is None
 
 
-@pytest.mark.parametrize("file", ["job/report.py", "configs/mine.yaml"])
-def test_a_file_with_what_looks_like_a_secret_is_not_sent(file: str, repository: Path) -> None:
-    with (repository / file).open("a") as target:
+def test_a_file_with_what_looks_like_a_secret_is_not_sent(repository: Path) -> None:
+    with (repository / "job" / "report.py").open("a") as target:
         target.write(f"# {ENVIRONMENT['MY_STORE_SECRET']}\n")
-    with pytest.raises(UserError, match=rf"^{re.escape(file)}:\d+: looks like the value of MY_STORE_SECRET") as raised:
+    with pytest.raises(UserError, match=r"^job/report\.py:\d+: looks like the value of MY_STORE_SECRET") as raised:
         bundle_of(repository)
     assert ENVIRONMENT["MY_STORE_SECRET"] not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "name", [".env", ".env.local", "id_rsa", "server.pem", "store.key", "credentials.json", ".netrc"]
-)
-def test_a_file_with_the_name_of_a_secret_is_not_sent(name: str, repository: Path) -> None:
-    (repository / "configs" / name).write_text("x")
-    with pytest.raises(UserError, match=f"configs/{re.escape(name)}: has the name"):
+def test_code_with_the_name_of_a_secret_is_refused(repository: Path) -> None:
+    (repository / "job" / "secrets.py").write_text("x")
+    with pytest.raises(UserError, match=r"^job/secrets\.py: has the name"):
         bundle_of(repository)
+
+
+def test_what_is_no_code_is_not_sent(repository: Path) -> None:
+    names = [".env", "id_rsa", "credentials.json", ".netrc", "notes.txt", "wiki.jsonl", "mine.yaml"]
+    for name in names:
+        (repository / "job" / "data" / name).write_text("x")
+    (repository / "job" / "linked.py").symlink_to(repository / "pyproject.toml")
+    bundle = bundle_of(repository)
+    assert {path for path in bundle.files if path.startswith("job/") and not path.endswith(".py")} == set()
+    assert {f"job/data/{name}" for name in names} < set(bundle.excluded)
+    assert bundle.excluded["job/linked.py"] == "a link"
+
+
+def test_an_entry_that_is_a_link_to_elsewhere_is_refused(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.py").write_text("pass")
+    path = repository / "swanlab.yaml"
+    path.write_text(SPEC.read_text())
+    (repository / "swanlab_task.py").symlink_to(tmp_path / "elsewhere.py")
+    config = settle(CONFIG, list(PUBLIC.items()), load_spec(path), False, {})
+    with pytest.raises(UserError, match=r"^spec\.entry: 'swanlab_task\.py': is a link that leads out"):
+        make_bundle(config, path, load_spec(path), {}, repository, {})
 
 
 def test_a_config_value_that_looks_like_a_secret_is_refused_by_its_setting() -> None:
@@ -145,11 +162,9 @@ def test_a_config_value_that_looks_like_a_secret_is_refused_by_its_setting() -> 
 
 
 def test_data_is_not_sent(repository: Path) -> None:
-    (repository / "configs" / "wiki.json").write_bytes(b"x" * (2**20 + 1))
-    with pytest.raises(UserError, match=r"^configs/wiki\.json: is data, not code"):
+    (repository / "job" / "wiki.py").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(UserError, match=r"^job/wiki\.py: is data, not code"):
         bundle_of(repository)
-    (repository / "configs" / "wiki.json").rename(repository / "configs" / "wiki.jsonl")
-    assert "configs/wiki.jsonl" in bundle_of(repository).excluded
 
 
 def test_credentials_go_along_only_when_they_are_given() -> None:

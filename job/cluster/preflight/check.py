@@ -8,11 +8,19 @@ from tempfile import TemporaryDirectory
 
 from job import storage
 from job.cluster.place import find_place
-from job.cluster.preflight import data, kubernetes, machine, run, slurm, store, swanlab, world
+from job.cluster.preflight import data, machine, run, store, world
+from job.cluster.preflight.elsewhere import check_elsewhere
 from job.cluster.preflight.findings import Findings, show
 from job.cluster.preflight.plan import show_plan
 from job.cluster.preflight.settings import check_cache, check_schedule, check_settings
-from job.cluster.preflight.target import Target
+from job.cluster.preflight.target import (
+    KUBERNETES_FOLDER,
+    PLACES,
+    SLURM_SCRIPT,
+    SWANLAB_CREDENTIALS,
+    SWANLAB_VOLUMES,
+    Target,
+)
 from job.cluster.preflight.world import Shape
 from job.config import Config
 from job.data.manifest import Manifest
@@ -22,7 +30,6 @@ from job.model.spec import ModelSpec
 from job.report import make_console
 from job.training.plan import Workload, plan
 
-PLACES = ("slurm", "kubernetes", "swanlab")
 _LOG_WIDTH = 240
 
 
@@ -111,20 +118,17 @@ def preflight(
     if is_here:
         target = _check_here(findings, config, manifest, shape)
         command = ["python", "-m", "job", "train", *named]
-    elif kind == "slurm":
-        target = slurm.check_slurm(findings, config, slurm.SCRIPT)
-        command = ["sbatch", str(slurm.SCRIPT), *named[1:]]
-    elif kind == "kubernetes":
-        path = kubernetes.FOLDER / (folder or "single")
-        target, config = kubernetes.check_kubernetes(findings, config, path, config_path) or (None, config)
-        if target is not None and manifest is not None and shape is not None:
-            kubernetes.check_scratch(findings, config, path, manifest, shape.checkpoint_bytes)
-        command = ["kubectl", "apply", "-k", str(path)]
     else:
-        target = swanlab.check_swanlab(findings, config, swanlab.SPEC)
-        command = ["python", "-m", "launch.swanlab", "submit", *named]
-        if storage.is_remote(config.run.output):
-            command += ["--until-done", "--with-credentials", swanlab.CREDENTIALS]
+        checkpoint_bytes = None if shape is None else shape.checkpoint_bytes
+        target, config = check_elsewhere(findings, config, place or "", config_path, manifest, checkpoint_bytes)
+        if kind == "slurm":
+            command = ["sbatch", str(SLURM_SCRIPT), *named[1:]]
+        elif kind == "kubernetes":
+            command = ["kubectl", "apply", "-k", str(KUBERNETES_FOLDER / (folder or "single"))]
+        else:
+            command = ["python", "-m", "launch.swanlab", "submit", *named]
+            if storage.is_remote(config.run.output):
+                command += ["--until-done", "--with-credentials", SWANLAB_CREDENTIALS]
     if target is not None:
         world.check_target(findings, config, target, shape, work, mfu)
     return Preflight(findings, config, shape, work, earlier, target, command)
@@ -133,7 +137,7 @@ def preflight(
 def _check_data(findings: Findings, config: Config, kind: str, deep: bool) -> Manifest | None:
     """The data set; a volume of SwanLab's cannot be seen from here."""
     shards = config.data.shards
-    if kind == "swanlab" and shards.startswith(swanlab.VOLUMES) and not Path(shards).exists():
+    if kind == "swanlab" and shards.startswith(SWANLAB_VOLUMES) and not Path(shards).exists():
         findings.unsure("data set", f"{shards} is a volume of SwanLab's", "check it before it is uploaded")
         return None
     return data.check_data(findings, config, deep)

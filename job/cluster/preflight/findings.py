@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from job import storage
-from job.errors import UserError, one_line, without_passwords
+from job.errors import UserError, one_line
 
 RIGHT, UNSURE, WRONG = "✓", "!", "✗"
 _COLOURS = {RIGHT: "green", UNSURE: "yellow", WRONG: "bold red"}
@@ -67,7 +67,7 @@ class Findings:
         return any(row.mark == WRONG for row in self.rows)
 
     def _add(self, mark: str, name: str, found: str, remedy: str) -> None:
-        self.rows.append(Finding(mark, name, *(without_passwords(one_line(text)) for text in (found, remedy))))
+        self.rows.append(Finding(mark, name, one_line(found), one_line(remedy)))
 
 
 def show(console: Console, title: str, rows: list[Finding]) -> None:
@@ -76,5 +76,5 @@ def show(console: Console, title: str, rows: list[Finding]) -> None:
     for heading in ("", "check", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(Text(row.mark, _COLOURS[row.mark]), Text(row.name), Text(row.found), Text(row.remedy))
+        table.add_row(Text(row.mark, _COLOURS[row.mark]), row.name, row.found, row.remedy)
     console.print(table)

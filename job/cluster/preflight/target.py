@@ -1,6 +1,15 @@
 """Where the run is to go, in the few numbers that decide whether it fits: of this machine, or as a launch file says."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+PLACES = ("slurm", "kubernetes", "swanlab")
+SLURM_SCRIPT = Path("launch/slurm.sh")
+KUBERNETES_FOLDER = Path("launch/kubernetes")
+SWANLAB_SPEC = Path("launch/swanlab.yaml")
+SWANLAB_VOLUMES = "/data/"
+"""Below it, a task of SwanLab's sees the data set of its spec."""
+SWANLAB_CREDENTIALS = "AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN"
 
 
 @dataclass(frozen=True)

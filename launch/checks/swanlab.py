@@ -4,22 +4,17 @@ from pathlib import Path
 
 from job import storage
 from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import Target
+from job.cluster.preflight.target import SWANLAB_CREDENTIALS, SWANLAB_VOLUMES, Target
 from job.config import Config
+from launch.swanlab.service import find_account
+from launch.swanlab.settle import MAX_TIME
+from launch.swanlab.spec import load_spec
 
-SPEC = Path("launch/swanlab.yaml")
-VOLUMES = "/data/"
-"""Below it, a task sees the data set of its spec."""
-CREDENTIALS = "AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN"
 _GPU_MEMORY_BYTES = {"H800-1": 80 * 2**30, "RTX3090-1": 24 * 2**30, None: 24 * 2**30}
 
 
 def check_swanlab(findings: Findings, config: Config, path: Path) -> Target | None:
     """The one GPU of the spec; None if the spec is not one."""
-    from launch.swanlab.service import find_account
-    from launch.swanlab.settle import MAX_TIME
-    from launch.swanlab.spec import load_spec
-
     with findings.guard("spec"):
         spec = load_spec(path)
         combo, volumes = spec.metadata.combo, spec.spec.volumes
@@ -30,7 +25,7 @@ def check_swanlab(findings: Findings, config: Config, path: Path) -> Target | No
         _check_shards(findings, config.data.shards, [volume.name for volume in volumes])
         if config.run.output.startswith("s3://"):
             found = f"{config.run.output} outlives the task, and takes credentials that it has not"
-            remedy = f"submit with --with-credentials {CREDENTIALS}, made for this alone"
+            remedy = f"submit with --with-credentials {SWANLAB_CREDENTIALS}, made for this alone"
             findings.unsure("run.output", found, remedy)
         else:
             found = f"{config.run.output} is on the task's disk: checkpoints and model are gone when it ends"
@@ -54,18 +49,20 @@ def check_swanlab(findings: Findings, config: Config, path: Path) -> Target | No
 
 def _check_shards(findings: Findings, shards: str, volumes: list[str | None]) -> None:
     name = "data.shards"
-    if shards.startswith(VOLUMES):
-        wanted = shards.removeprefix(VOLUMES).partition("/")[0]
+    if shards.startswith(SWANLAB_VOLUMES):
+        wanted = shards.removeprefix(SWANLAB_VOLUMES).partition("/")[0]
         if not volumes:
             findings.wrong(name, f"{shards}, but the spec has no volume", "add it under spec.volumes, with its id")
         elif volumes[0] is not None and volumes[0] != wanted:
-            found = f"{shards}, but the volume is called {volumes[0]}: it appears as {VOLUMES}{volumes[0]}"
-            findings.wrong(name, found, f"set data.shards to {VOLUMES}{volumes[0]}")
+            found = f"{shards}, but the volume is called {volumes[0]}: it appears as {SWANLAB_VOLUMES}{volumes[0]}"
+            findings.wrong(name, found, f"set data.shards to {SWANLAB_VOLUMES}{volumes[0]}")
         else:
             findings.right(name, f"{shards}, the volume {volumes[0] or ''}")
     elif not storage.is_remote(shards):
         found = f"{shards} is on this machine alone"
-        findings.wrong(name, found, f"`python -m launch.swanlab upload` it, and set data.shards to {VOLUMES}NAME")
+        findings.wrong(
+            name, found, f"`python -m launch.swanlab upload` it, and set data.shards to {SWANLAB_VOLUMES}NAME"
+        )
     elif shards.startswith("s3://"):
         found = f"{shards} takes credentials that a task has not"
         findings.unsure(name, found, "upload the shards as a volume, or submit with --with-credentials")

@@ -21,16 +21,15 @@ import yaml
 from job import config as settings
 from job import storage
 from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import Target
+from job.cluster.preflight.target import KUBERNETES_FOLDER, Target
 from job.config import Config
 from job.data.manifest import Manifest
 from job.errors import EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED, UserError
+from job.redaction import is_secret_variable, redacted_urls
 
-FOLDER = Path("launch/kubernetes")
 PLACEHOLDER = "registry.example.com/"
 """Registry of images that `make set-image` has not written yet."""
 _RENDER_SECONDS = 60
-_SECRET_NAMES = re.compile(r"(SECRET|TOKEN|PASSWORD|API_KEY|ACCESS_KEY)")
 _SHARED_MEMORY_BYTES = 2**30
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "": 1}
 Tree = dict[str, Any]
@@ -136,7 +135,9 @@ def check_scratch(findings: Findings, config: Config, folder: Path, manifest: Ma
 
 def _render(folder: Path) -> Pods:
     if not (folder / "kustomization.yaml").is_file():
-        known = sorted(one.parent.name for one in FOLDER.glob("*/kustomization.yaml") if one.parent.name != "base")
+        known = sorted(
+            one.parent.name for one in KUBERNETES_FOLDER.glob("*/kustomization.yaml") if one.parent.name != "base"
+        )
         raise UserError("--place", f"kubernetes/{folder.name}", "no such folder", f"there are {', '.join(known)}")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     programs = (("kubectl", "kustomize"), ("kustomize", "build"))
@@ -209,7 +210,7 @@ def _check_settings(findings: Findings, config: Config, pods: Pods, config_path:
         if values[key] != theirs[section][key] and f"{section}.{key}" not in overridden
     ]
     if different:
-        remedy = f"cp {config_path or 'your file'} {FOLDER / 'base' / 'config.yaml'}, or check with that one"
+        remedy = f"cp {config_path or 'your file'} {KUBERNETES_FOLDER / 'base' / 'config.yaml'}, or check with that one"
         findings.wrong(name, f"other than those checked here: {', '.join(different[:5])}", remedy)
     else:
         findings.right(name, "those checked here" + (f", and {' '.join(words[3:])}" if overrides else ""))
@@ -315,11 +316,15 @@ def _check_restarts(findings: Findings, pods: Pods) -> None:
 
 def _check_secrets(findings: Findings, config: Config, pods: Pods) -> None:
     name, environment = "secrets", pods.environment
-    plain = [key for key, one in environment.items() if _SECRET_NAMES.search(key) and one.get("value")]
+    plain = [key for key, one in environment.items() if is_secret_variable(key) and one.get("value")]
     secrets = [one["secretRef"]["name"] for one in pods.container.get("envFrom") or [] if "secretRef" in one] + sorted(
         {ref["name"] for one in environment.values() if (ref := _tree(one, "valueFrom", "secretKeyRef"))}
     )
     on_s3 = any(url.startswith("s3://") for url in (config.run.output, config.data.shards))
+    values = [(f"{section}.{key}", value) for section, group in config for key, value in group]
+    if in_urls := [key for key, value in values if isinstance(value, str) and redacted_urls(value) != value]:
+        found = f"{', '.join(in_urls)}: the URL has a password or signature, and whoever reads the ConfigMap sees it"
+        findings.unsure(name, found, "take a URL without one, or one whose signature ends soon")
     if plain:
         remedy = "put it into a Secret (see base/secret.example.env), and a new one: this one was written down"
         findings.wrong(name, f"{', '.join(plain)} stands in the manifest", remedy)

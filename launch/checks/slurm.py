@@ -9,13 +9,12 @@ from pathlib import Path
 
 from job import storage
 from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.kubernetes import PLACEHOLDER
-from job.cluster.preflight.target import Target
+from job.cluster.preflight.target import SLURM_SCRIPT, Target
 from job.config import Config
 from job.errors import EXIT_STOPPED, UserError
 from job.training.plan import GPUS
+from launch.checks.kubernetes import PLACEHOLDER
 
-SCRIPT = Path("launch/slurm.sh")
 _SHORT = {"N": "nodes", "n": "ntasks", "t": "time", "G": "gpus", "J": "job-name", "p": "partition", "o": "output"}
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _KILL_WAIT_SECONDS = 30
@@ -167,7 +166,7 @@ def _check_requeue(findings: Findings, text: str, options: dict[str, str]) -> No
         remedy = "give srun --wait=60, or --kill-on-bad-exit=1"
         findings.wrong(name, "when a node has failed, srun waits for the others without end", remedy)
     elif "scontrol requeue" not in commands or str(EXIT_STOPPED) not in commands:
-        findings.wrong(name, f"exit code {EXIT_STOPPED} does not start it again", f"take the end of {SCRIPT}")
+        findings.wrong(name, f"exit code {EXIT_STOPPED} does not start it again", f"take the end of {SLURM_SCRIPT}")
     elif "no-requeue" in options:
         findings.wrong(name, "--no-requeue: Slurm refuses to start it again", "#SBATCH --requeue")
     elif options.get("open-mode") != "append":

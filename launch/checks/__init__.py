@@ -1,0 +1,49 @@
+"""What `python -m job check --place` finds out about a place from its files in this folder.
+
+    slurm.py        slurm.sh
+    kubernetes.py   the folders of kubernetes/, as they are rendered
+    swanlab.py      swanlab.yaml and the account
+
+`job.cluster.preflight.elsewhere` loads this by its name; the image has no launch/, and does without.
+"""
+
+from job.cluster.preflight.findings import Findings
+from job.cluster.preflight.target import KUBERNETES_FOLDER, SLURM_SCRIPT, SWANLAB_SPEC, Target
+from job.config import Config
+from job.data.manifest import Manifest
+
+
+def check_place(
+    findings: Findings,
+    config: Config,
+    place: str,
+    config_path: str | None,
+    manifest: Manifest | None,
+    checkpoint_bytes: int | None,
+) -> tuple[Target | None, Config]:
+    """Check the files of a place; return the nodes that they ask for, and the settings that hold there.
+
+    Args:
+        findings: takes the rows.
+        config: all settings.
+        place: ``slurm``, ``kubernetes``, ``kubernetes/<folder>`` or ``swanlab``.
+        config_path: the file of the settings, for what to do about it.
+        manifest: of the data set, if there is one.
+        checkpoint_bytes: of one checkpoint, if that is known.
+    """
+    kind, _, folder = place.partition("/")
+    if kind == "slurm":
+        from launch.checks.slurm import check_slurm
+
+        return check_slurm(findings, config, SLURM_SCRIPT), config
+    if kind == "swanlab":
+        from launch.checks.swanlab import check_swanlab
+
+        return check_swanlab(findings, config, SWANLAB_SPEC), config
+    from launch.checks.kubernetes import check_kubernetes, check_scratch
+
+    path = KUBERNETES_FOLDER / (folder or "single")
+    target, in_pods = check_kubernetes(findings, config, path, config_path) or (None, config)
+    if target is not None and manifest is not None and checkpoint_bytes is not None:
+        check_scratch(findings, in_pods, path, manifest, checkpoint_bytes)
+    return target, in_pods

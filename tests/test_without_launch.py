@@ -1,0 +1,83 @@
+"""The image holds job/ and configs/ alone: every module is imported there, and `check --place` says what it lacks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import REPOSITORY
+
+from job.errors import EXIT_REFUSED
+
+PLACES = ("swanlab", "kubernetes", "kubernetes/spot", "slurm")
+PROGRAM = """
+import contextlib, importlib, io, json, pathlib, sys
+names = [".".join(path.with_suffix("").parts) for path in sorted(pathlib.Path("job").rglob("*.py"))]
+modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+for module in modules:
+    importlib.import_module(module)
+from job.cli import main
+checks = {}
+for place in json.loads(sys.argv[1]):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(["check", "--place", place, *sys.argv[2:]])
+    checks[place] = [code, printed.getvalue()]
+launch = [name for name in sys.modules if name.partition(".")[0] == "launch"]
+print(json.dumps({"modules": modules, "launch": launch, "checks": checks}))
+"""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the image has."""
+    folder = tmp_path_factory.mktemp("image")
+    for name in ("job", "configs"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python that finds what is in the folder, and nothing of this repository."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SWANLAB"))}
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "SWANLAB_ROOT": str(folder / "nobody")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(image: Path) -> dict[str, Any]:
+    places = ("--data.shards", str(image / "shards"), "--run.output", str(image / "run"))
+    done = python(image, "-c", PROGRAM, json.dumps(PLACES), "--config", "configs/demo.yaml", *places)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_every_module_of_job_is_imported_without_launch(seen: dict[str, Any]) -> None:
+    assert {"job.cli", "job.training.loop", "job.cluster.worker", "job.cluster.preflight.check"} < set(seen["modules"])
+    assert seen["launch"] == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_check_says_that_the_place_s_own_are_not_there(place: str, seen: dict[str, Any]) -> None:
+    code, printed = seen["checks"][place]
+    assert code == EXIT_REFUSED, "there is no data set"
+    assert f"the checks of {place} are not available here" in " ".join(printed.split())
+
+
+def test_a_fault_in_launch_itself_is_not_taken_for_its_absence(image: Path, tmp_path: Path) -> None:
+    shutil.copytree(image, tmp_path / "broken")
+    (tmp_path / "broken" / "launch" / "checks").mkdir(parents=True)
+    (tmp_path / "broken" / "launch" / "checks" / "__init__.py").write_text("import no_such_package")
+    done = python(tmp_path / "broken", "-m", "job", "check", "--place", "slurm", "--config", "configs/demo.yaml")
+    assert "No module named 'no_such_package'" in done.stderr
