@@ -276,7 +276,7 @@ def test_a_record_has_no_secret_and_its_numbers_are_kept(tmp_path: Any, monkeypa
     assert json.loads((tmp_path / "a.json").read_text()) == {"url": SHOWN}
 
 
-def test_an_attempt_records_neither_its_origin_nor_its_failure_with_one(tmp_path: Any) -> None:
+def test_an_attempt_records_its_origin_and_failure_without_one(tmp_path: Any) -> None:
     attempts = Attempts(str(tmp_path))
     attempt = attempts.claim("run", "a-start", None, resume=URL)
     cut_inside = f"RuntimeError: {URL}-{PLANTED}{'.' * 1990}"
