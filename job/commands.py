@@ -11,7 +11,7 @@ from job import storage
 from job.cluster.place import find_place, part_of_array
 from job.cluster.stop import Requests, Stopped, raised
 from job.config import Config
-from job.data.corpus import BadRecord, Document, list_corpus, read_slices
+from job.data.corpus import BadRecord, Document, read_slices
 from job.data.manifest import load_manifest
 from job.data.shards import Recipe, describe
 from job.data.split import is_held_out
@@ -36,6 +36,9 @@ def recipe_of(config: Config) -> Recipe:
         slice_bytes=int(data.slice_bytes),
         validation_fraction=data.validation_fraction,
         seed=data.seed,
+        subset=data.subset,
+        source_split=data.source_split,
+        text_documents=data.text_documents,
     )
 
 
@@ -183,7 +186,7 @@ def _worker(setting: str | None) -> tuple[int, int]:
 def _training_texts(config: Config) -> Iterator[str]:
     """Texts of the corpus that are not held out, up to tokenizer.train_bytes."""
     recipe, left = recipe_of(config), int(config.tokenizer.train_bytes)
-    for file in list_corpus(recipe.source):
+    for file in recipe.files():
         for record in read_slices(file, recipe.slice_bytes, lambda _: True, recipe.text_field, recipe.id_field):
             if isinstance(record, BadRecord):
                 recipe.tolerate(record)

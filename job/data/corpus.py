@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from job import storage
-from job.data import hub
+from job.data import dataset_files, hub
 from job.data.records import CHUNK_BYTES, ByteStream, Record, elements, holds_array, lines
 from job.errors import UserError, one_line
 
@@ -47,8 +47,11 @@ class CorpusFile:
     """What is opened: the URL, or this machine's copy of a hub's file."""
     size: int
     """Bytes, as stored."""
-    format: Literal["json", "parquet"]
+    format: Literal["json", "parquet", "rows"]
+    """``rows``: what the `datasets` library reads."""
     compression: Compression | None
+    rows: dataset_files.Rows | None = None
+    """How that library reads it."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,37 @@ class SliceEnd:
 SliceItem = SliceStart | Document | BadRecord | SliceEnd
 
 
-def list_corpus(source: str) -> list[CorpusFile]:
+def list_corpus(
+    source: str,
+    subset: str | None = None,
+    source_split: str | None = None,
+    text_documents: dataset_files.TextDocuments = "paragraph",
+) -> list[CorpusFile]:
     """The files of the corpus, sorted by URL.
 
     Args:
         source: a file, folder or glob, on this machine or at a URL; or a data set on a hub (see `hub.download`), which
             is downloaded to this machine now.
+        subset, source_split: the configuration and the split, where `source` is a data set that has them.
+        text_documents: what of a text file is a document.
 
     Raises:
         UserError: there is nothing, or nothing readable, or the hub does not give it.
     """
-    found = _find(source)
+    choice = (subset, source_split, text_documents)
+    chosen = dataset_files.chosen_files(source, *choice, lambda url: _data_file(url) is not None)
+    found = _find(source) if chosen is None else [(one.url, one.path, one.size) for one in chosen if one.rows is None]
     files = [(*one, match) for one in sorted(found) if (match := _data_file(one[0]))]
     if not files:
+        others = dataset_files.other_files(source, found, text_documents) if chosen is None else chosen
+        if not others and not found and chosen is None and dataset_files.is_on_hub(source):
+            others = dataset_files.whole_data_set(source, text_documents)
+        if others:
+            ordered = enumerate(sorted(others, key=lambda one: one.url))
+            return [CorpusFile(index, *one[:3], "rows", None, one.rows) for index, one in ordered]
         expected = f"none of the {len(found)} files there is a corpus" if found else "there is no file"
-        raise UserError("data.source", source, expected, "give .json, .jsonl, .json.gz, .json.zst or .parquet files")
+        remedy = f"give .json, .jsonl, .json.gz, .json.zst or .parquet files, or {dataset_files.ENDINGS}"
+        raise UserError("data.source", source, expected, remedy)
     return [
         CorpusFile(index, url, path, size, "parquet" if match[2] else "json", _COMPRESSIONS.get(match[1]))
         for index, (url, path, size, match) in enumerate(files)
@@ -128,6 +147,11 @@ def read_slices(
     Yields:
         For each wanted slice `SliceStart`, its `Document`s and `BadRecord`s, `SliceEnd`.
     """
+    if file.rows is not None:
+        from job.data.dataset_source import row_slices
+
+        yield from row_slices(file, slice_bytes, wanted, text_field, id_field)
+        return
     with storage.open_read(file.path) as source:
         if file.format == "parquet":
             yield from _parquet_slices(source, file.url, slice_bytes, wanted, text_field, id_field)

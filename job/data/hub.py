@@ -17,6 +17,8 @@ _HUGGING_FACE = "hf://datasets/"
 _SCHEME = re.compile(f"{_HUGGING_FACE}|{MODELSCOPE}")
 _DATA_SET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<files>.+))?")
 
+_FILES_AT_ONCE = 200
+
 
 def has_scheme(source: str) -> bool:
     """Whether `source` says itself that it is a data set on a hub."""
@@ -27,6 +29,11 @@ def is_name(source: str) -> bool:
     """Whether `source` reads as ``owner/name`` or ``owner/name@revision``."""
     match = _DATA_SET.fullmatch(source)
     return match is not None and match["files"] is None
+
+
+def names_files(source: str) -> bool:
+    """Whether `source` names a folder or files of a data set."""
+    return _parsed(source)[1]["files"] is not None
 
 
 def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
@@ -43,17 +50,12 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     Raises:
         UserError: no such data set, no permission, or the hub cannot be reached.
     """
-    scheme = _SCHEME.match(source)
-    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
-    if place is None:
-        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
+    scheme, place, repository = _parsed(source)
     if place["files"]:
         patterns = [place["files"].rstrip("/"), place["files"].rstrip("/") + "/*"]
-    revision = place["revision"] and place["revision"].replace("%2F", "/")
-    repository = Repository("dataset", place["name"], revision, "data.source", source)
-    if scheme and scheme[0] == MODELSCOPE:
+    if scheme == MODELSCOPE:
         folder = repository.from_modelscope(patterns)
-        prefix = f"{MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if revision else "")
+        prefix = f"{MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if place["revision"] else "")
     else:
         folder = repository.from_hugging_face(patterns)
         prefix = f"{_HUGGING_FACE}{place['name']}@{folder.name}"  # a snapshot's folder is named after its commit
@@ -63,6 +65,45 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
         for name, path in copies.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
+
+
+def pinned(source: str) -> tuple[str, str]:
+    """Name of a data set on Hugging Face's hub, and the commit of its revision.
+
+    Raises:
+        UserError: as `download`; or `source` is on ModelScope, or names files.
+    """
+    scheme, place, repository = _parsed(source)
+    if scheme == MODELSCOPE:
+        expected = "data.subset and data.source_split are read from Hugging Face's hub and from local folders alone"
+        raise UserError("data.source", source, expected, f"name files: {MODELSCOPE}{place['name']}/FOLDER/*.parquet")
+    if place["files"]:
+        expected = "data.subset and data.source_split are of a whole data set, and this names files"
+        raise UserError("data.source", source, expected, "name owner/name, or unset them")
+    return place["name"], repository.from_hugging_face(["README.md"]).name
+
+
+def described(name: str, commit: str, files: list[str]) -> list[tuple[str, int, str]]:
+    """Path, size in bytes and the hub's own hash of files of a data set; those that are not there are left out."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    found = []
+    for first in range(0, len(files), _FILES_AT_ONCE):
+        some = files[first : first + _FILES_AT_ONCE]
+        found += HfApi().get_paths_info(name, some, revision=commit, repo_type="dataset")
+    entries = [one for one in found if isinstance(one, RepoFile)]
+    return [(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in entries]
+
+
+def _parsed(source: str) -> tuple[str, re.Match[str], "Repository"]:
+    """The scheme of a data set on a hub, or nothing; its parts; and its repository."""
+    scheme = _SCHEME.match(source)
+    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
+    if place is None:
+        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
+    revision = place["revision"] and place["revision"].replace("%2F", "/")
+    return scheme[0] if scheme else "", place, Repository("dataset", place["name"], revision, "data.source", source)
 
 
 def identity(url: str, path: str) -> tuple[str | None, str | None]:

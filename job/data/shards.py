@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from job import storage
 from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceStart, list_corpus, read_slices
+from job.data.dataset_files import TextDocuments
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.fingerprint import Identified, check_unchanged, identify
 from job.data.manifest import (
@@ -55,11 +56,24 @@ class Recipe:
     slice_bytes: int
     validation_fraction: float
     seed: int
+    subset: str | None = None
+    source_split: str | None = None
+    text_documents: TextDocuments = "paragraph"
+
+    def files(self) -> list[CorpusFile]:
+        """The files of the corpus."""
+        return list_corpus(self.source, self.subset, self.source_split, self.text_documents)
 
     @property
     def settings(self) -> dict[str, str | int | float]:
         """The settings that all workers of a data set must have in common, by name."""
-        return {
+        documents = None if self.text_documents == "paragraph" else self.text_documents
+        chosen: dict[str, str | None] = {
+            "data.subset": self.subset,
+            "data.source_split": self.source_split,
+            "data.text_documents": documents,
+        }
+        return {name: value for name, value in chosen.items() if value is not None} | {
             "data.text_field": self.text_field,
             "data.id_field": self.id_field,
             "data.slice_bytes": self.slice_bytes,
@@ -180,7 +194,7 @@ def carry_out(
         parts: which parts of how many are this worker's.
         make: makes the slices of these parts with an engine; may raise `Disagreement`.
     """
-    files = list_corpus(recipe.source)
+    files = recipe.files()
     identified = identify(files)
     on_identified(identified)
     plan = make_plan(identified.fingerprints, recipe.settings | {"tokenizer.source": tokenizer.fingerprint})
