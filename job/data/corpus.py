@@ -109,14 +109,13 @@ def list_corpus(
     Raises:
         UserError: there is nothing, or nothing readable, or the hub does not give it.
     """
-    choice = (subset, source_split, text_documents)
-    chosen = dataset_files.chosen_files(source, *choice, lambda url: _data_file(url) is not None)
+    chosen = dataset_files.chosen_files(
+        source, subset, source_split, text_documents, reads_itself=lambda url: _data_file(url) is not None
+    )
     found = _find(source) if chosen is None else [(one.url, one.path, one.size) for one in chosen if one.rows is None]
     files = [(*one, match) for one in sorted(found) if (match := _data_file(one[0]))]
     if not files:
         others = dataset_files.other_files(source, found, text_documents) if chosen is None else chosen
-        if not others and not found and chosen is None and dataset_files.is_on_hub(source):
-            others = dataset_files.whole_data_set(source, text_documents)
         if others:
             ordered = enumerate(sorted(others, key=lambda one: one.url))
             return [CorpusFile(index, *one[:3], "rows", None, one.rows) for index, one in ordered]

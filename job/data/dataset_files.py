@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
+from urllib.parse import urlsplit
 
 from job import storage
 from job.data import hub
@@ -85,7 +86,7 @@ def chosen_files(
     local = Path(source.removeprefix("file://")).expanduser()
     if _is_saved(source, "dataset_dict.json"):
         return _saved(_of_split(source, split), subset)
-    if _is_saved(source, "state.json"):
+    if _is_saved(source, "state.json") and _is_saved(source, "dataset_info.json"):
         if split is not None:
             raise UserError("data.source_split", split, f"{source} is one data set without splits", "unset it")
         return _saved(source, subset)
@@ -106,21 +107,36 @@ def is_on_hub(source: str) -> bool:
 
 
 def other_files(source: str, found: Sequence[tuple[str, str, int]], documents: TextDocuments) -> list[Found]:
-    """Those of the files (URL, path, size) that the library reads, and how; none if there are none.
+    """The files that the library reads of a source without JSON and Parquet files; none if there are none.
+
+    A data set on Hugging Face's hub is streamed, its only configuration and split; one on ModelScope is downloaded.
+
+    Args:
+        source: data.source.
+        found: URL, path and size of the files that are there.
+        documents: what of a text file is a document.
 
     Raises:
-        UserError: they are of several kinds.
+        UserError: they are of several kinds; or the data set has several configurations or splits.
     """
-    files = [
-        Found(url, path, size, _rows(match[1].lower(), documents))
-        for url, path, size in found
-        if (match := _FILE.search(url)) and not url.rpartition("/")[2].startswith(".")
-    ]
+    if not found and is_on_hub(source) and not hub.files_of(source):
+        if not source.startswith(hub.MODELSCOPE):
+            return _configured(source, *hub.pinned(source), None, None, documents, lambda url: False)
+        found = hub.download(source, _HUB_PATTERNS)
+    files = [Found(*one, _rows(kind, documents)) for one in found if (kind := _kind(one[0]))]
     kinds = sorted({one.rows.builder for one in files if one.rows is not None})
     if len(kinds) > 1:
         expected = f"holds files of several kinds, which are {' and '.join(kinds)}"
         raise UserError("data.source", source, expected, "name one kind, for example FOLDER/*.txt")
     return files
+
+
+def _kind(url: str) -> str:
+    """How the name of a file ends, compression apart; nothing if the library is not to read it."""
+    path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
+    name, match = path.rpartition("/")[2], _FILE.search(path)
+    is_cache = name.startswith("cache-") and name.endswith(".arrow")  # of datasets.map, beside a saved data set
+    return match[1].lower() if match and not name.startswith(".") and not is_cache else ""
 
 
 def _rows(kind: str, documents: TextDocuments) -> Rows:
@@ -209,17 +225,6 @@ def _one_of(names: Sequence[str], split: str | None, source: str) -> str:
 # ---- Configurations and splits ----
 
 
-def whole_data_set(source: str, documents: TextDocuments) -> list[Found]:
-    """The files of a data set on a hub that has no JSON or Parquet files.
-
-    From Hugging Face's hub they are streamed, those of its only configuration and split. Files that `source` names, and
-    those of a data set on ModelScope, are downloaded.
-    """
-    if hub.names_files(source) or source.startswith(hub.MODELSCOPE):
-        return other_files(source, hub.download(source, _HUB_PATTERNS), documents)
-    return _configured(source, *hub.pinned(source), None, None, documents, lambda url: False)
-
-
 def _configured(
     source: str,
     path: str,
@@ -255,9 +260,14 @@ def _configured(
     names = [url.removeprefix(f"{prefix}/") for url in urls]
     if rows is None:
         return [Found(*one, None) for one in hub.download(prefix, [glob.escape(name) for name in names])]
+    try:
+        described = hub.described(path, commit, names)
+    except Exception as error:
+        expected = f"the hub does not describe its files: {fault(error, 'look into', source)}"
+        raise UserError("data.source", source, expected, "try again later") from None
     return [
         Found(f"{prefix}/{name}", f"{prefix}/{name}", size, replace(rows, revision=commit, hub_hash=hub_hash))
-        for name, size, hub_hash in hub.described(path, commit, names)
+        for name, size, hub_hash in described
     ]
 
 
@@ -267,7 +277,7 @@ def _rows_of(source: str, urls: Sequence[str], builder: str, options: dict[str, 
     The library takes the builder of the first configuration for all of them, which would read JSON as if it were CSV.
     Here the names decide, and the options count where they are of the right builder.
     """
-    kinds = {match[1].lower() if (match := _FILE.search(url)) else "" for url in urls}
+    kinds = {_kind(url) for url in urls}
     if kinds == {""} and builder in ("json", "parquet") and options:
         return Rows(builder, _sorted(options))
     if len({_BUILDERS.get(kind, ("", {}))[0] for kind in kinds}) > 1 or "" in kinds:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, BinaryIO, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
@@ -66,6 +66,15 @@ def address(url: str, suffix: str) -> str:
     return f"{_PROTOCOL}://{quote(url, safe='')}/file{suffix}"
 
 
+def open_content(url: str) -> BinaryIO:
+    """Open the decompressed content of a file of `job.storage` or of Hugging Face's hub."""
+    source = _open_on_hub(url) if url.startswith("hf://") else storage.open_read(url)
+    path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
+    if (compression := _COMPRESSIONS.get(Path(path).suffix.lower())) is not None:
+        return cast(BinaryIO, io.BufferedReader(_Decompressed(source, compression)))
+    return source
+
+
 class _Files(AbstractFileSystem):
     """The files of `job.storage` and of Hugging Face's hub, read only and decompressed."""
 
@@ -81,10 +90,7 @@ class _Files(AbstractFileSystem):
         return {"name": path, "size": None, "type": "file"}
 
     def open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
-        url = unquote(self._strip_protocol(path).rpartition("/")[0])
-        source = _open_on_hub(url) if url.startswith("hf://") else storage.open_read(url)
-        if (compression := _COMPRESSIONS.get(Path(url).suffix)) is not None:
-            source = cast(BinaryIO, io.BufferedReader(_Decompressed(source, compression)))
+        source = open_content(unquote(self._strip_protocol(path).rpartition("/")[0]))
         return source if "b" in mode else io.TextIOWrapper(source, self._encoding or "utf-8", self._errors)
 
 

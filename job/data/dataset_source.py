@@ -8,7 +8,8 @@ process that makes slices of one reads, and from a URL fetches, all of it up to 
 passes over. With many processes, many files are faster than one large file.
 """
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from job import storage
-from job.data.corpus import BadRecord, CorpusFile, SliceEnd, SliceItem, SliceStart, _document, _values
+from job.data.corpus import BadRecord, CorpusFile, Document, SliceEnd, SliceItem, SliceStart, _document, _text, _values
 from job.data.dataset_files import Rows
-from job.data.dataset_library import address, cache_dir, fault, library
+from job.data.dataset_library import address, cache_dir, fault, library, open_content
 
 _BATCH_ROWS = 256
 _CLASSES = {
@@ -59,6 +60,7 @@ def row_slices(
         UserError, storage.StoreError: the store or the hub refuses or fails.
     """
     assert file.rows is not None
+    is_decoded_json = file.rows.builder == "webdataset"
     current, taken, rows, size = 0, wanted(0), 0, 0
     if taken:
         yield SliceStart(0)
@@ -79,6 +81,8 @@ def row_slices(
                         rows += 1
                         try:
                             item: SliceItem = _document(record, text_field, id_field)
+                            if is_decoded_json and isinstance(item, Document):
+                                item.text.encode(), (item.id or "").encode()
                         except ValueError as error:
                             item = BadRecord(file.url, f"row {rows:,}", str(error))
                         yield item
@@ -99,33 +103,45 @@ def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[
     fields = {text_field: text_field, id_field: id_field}
     if rows.builder == "webdataset":
         yield from _sample_batches(_stream(path, rows), text_field, id_field)
+        _check_end_of_archive(path)
     elif rows.builder == "text":
         is_trimmed = dict(rows.options).get("sample_by") == "paragraph"
         for table in _tables(_stream(path, rows, {"encoding": _ENCODING})):
             yield from _arrow_batches(table, {text_field: "text"}, trims_newlines=is_trimmed)
     elif rows.builder == "csv":
-        # Other columns are not read, since their types may change in the middle; these two are text, as "007" is.
-        picked = _Columns((text_field, id_field))
-        texts = {"usecols": picked, "converters": dict.fromkeys(fields, str), "na_filter": False}
-        for table in _tables(_stream(path, rows, {"encoding": _ENCODING} | texts)):
-            yield from _arrow_batches(table, fields, picked.seen, is_empty_null=True)
+        for table in _tables(_stream(path, rows, _csv_options(path, dict(rows.options), fields))):
+            yield from _arrow_batches(table, fields, is_empty_null=True)
     else:
         tables = _mapped(path) if rows.builder == "arrow" and not storage.is_remote(path) else None
         for table in _tables(_stream(path, rows)) if tables is None else tables:
             yield from _arrow_batches(table, fields)
 
 
-class _Columns:
-    """Picks columns of a CSV file by name, and keeps all the names."""
+def _csv_options(path: str, options: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """How a CSV file is read: every value is the text that is written, as "007" is and NA.
 
-    def __init__(self, names: tuple[str, str]) -> None:
-        self._names = names
-        self.seen: list[str] = []
+    pandas would guess types anew for each chunk. It also takes the first column for the names of the rows where the
+    first of them has more values than the header, and would misplace all values: so the header is compared to it.
+    """
+    common = {"encoding": _ENCODING, "na_filter": False, "chunksize": _BATCH_ROWS}
+    if not options.keys() <= {"sep", "delimiter", "encoding"}:
+        return common | {"converters": dict.fromkeys(fields, str)}
+    import pandas
 
-    def __call__(self, name: str) -> bool:
-        if name not in self.seen:
-            self.seen.append(name)
-        return name in self._names
+    separator = options.get("delimiter") or options.get("sep", ",")
+    encoding = options.get("encoding") or _ENCODING
+    with open_content(path) as content:
+        head = pandas.read_csv(
+            content, sep=separator, header=None, nrows=2, dtype=object, na_filter=False, encoding=encoding
+        )
+    header = [str(name) for name in head.iloc[0]]
+    for name in fields:
+        if header.count(name) > 1:
+            raise _Fault(f"the column {name!r} is there {header.count(name)} times")
+    names = [name if header.index(name) == at else f"column {at + 1}: {name}" for at, name in enumerate(header)]
+    datasets = library()
+    text = datasets.Value("string")
+    return common | {"names": names, "header": 0, "features": datasets.Features(dict.fromkeys(names, text))}
 
 
 def _stream(path: str, rows: Rows, options: dict[str, Any] | None = None) -> Any:
@@ -160,7 +176,6 @@ def _mapped(path: str) -> Iterator[pa.Table] | None:
 def _arrow_batches(
     table: pa.Table,
     columns: dict[str, str],
-    names: list[str] | None = None,
     trims_newlines: bool = False,
     is_empty_null: bool = False,
 ) -> Iterator[_Batch]:
@@ -169,7 +184,6 @@ def _arrow_batches(
     Args:
         table: some rows.
         columns: for the fields of a record the columns that hold them: the text's first, then the id's, if any.
-        names: all columns of the file, where the table does not have them all.
         trims_newlines: whether line ends around a text are no part of it.
         is_empty_null: whether an empty id is none.
     """
@@ -177,7 +191,7 @@ def _arrow_batches(
     for batch in table.to_batches():
         found = {field: column for field, name in columns.items() if (column := _column(batch, name)) is not None}
         if text_field not in found:
-            there = ", ".join(map(repr, names or batch.schema.names)) or "none"
+            there = ", ".join(map(repr, batch.schema.names)) or "none"
             raise _Fault(f"no column {text_field!r}, only {there}")
 
         def records(first: int, end: int, found: dict[str, pa.Array] = found) -> list[dict[str, Any]]:
@@ -207,8 +221,9 @@ def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
 def _sizes(column: pa.Array) -> NDArray[np.int64]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    is_text = any(check(column.type) for check in _TEXT_TYPES)
-    if not is_text:
+    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+        column = column.cast(pa.large_binary())
+    if not any(is_text(column.type) for is_text in _TEXT_TYPES):
         return np.zeros(len(column), np.int64)
     return pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
@@ -229,17 +244,42 @@ def _sample_batches(stream: Any, text_field: str, id_field: str) -> Iterator[_Ba
     """The samples of a WebDataset archive; they are not cast to the types that the first five have."""
     stream.info.features = None
     samples = iter(stream)
-    while some := [_with_members(sample, (text_field, id_field)) for sample in islice(samples, _BATCH_ROWS)]:
+    damage: Exception | None = None
+    while damage is None:
+        some: list[dict[str, Any]] = []
+        try:
+            some.extend(_with_members(sample, (text_field, id_field)) for sample in islice(samples, _BATCH_ROWS))
+        except Exception as error:  # raised again below, after the samples that came before it
+            damage = error
+        if not some and damage is None:
+            return
         texts = [sample.get(text_field) for sample in some]
         sizes = [len(text.encode(errors="replace")) if isinstance(text, str) else 0 for text in texts]
         yield _Batch(np.array(sizes, np.int64), lambda first, end, some=some: some[first:end])  # type: ignore[misc]
+    raise damage
+
+
+def _check_end_of_archive(path: str) -> None:
+    """Raise `_Fault` if the end of a tar archive is missing: what is cut off between two members looks whole."""
+    if path.endswith((".gz", ".zst")):  # the compression tells
+        return
+    with open_content(path) as archive:
+        archive.seek(-min(_TAR_END_BYTES, archive.seek(0, io.SEEK_END)), io.SEEK_END)
+        if archive.read() != bytes(_TAR_END_BYTES):
+            raise _Fault("the archive is cut off here: it does not end with two empty blocks")
+
+
+_TAR_END_BYTES = 1024
 
 
 def _with_members(sample: dict[str, Any], fields: tuple[str, str]) -> dict[str, Any]:
-    """A sample with members of its JSON values under the names by which they are asked for, as ``json.text``."""
+    """A sample with what is asked for: members of its JSON values too, as ``json.text``, and bytes that are text."""
+    asked = {}
     for field in fields:
         outer, dot, member = field.partition(".")
         inner = sample.get(outer) if dot and field not in sample else None
         if isinstance(inner, dict) and member in inner:
-            sample = sample | {field: inner[member]}
-    return sample
+            asked[field] = inner[member]
+        elif isinstance(value := sample.get(field), bytes):
+            asked[field] = _text(value)
+    return sample | asked

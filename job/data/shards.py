@@ -67,19 +67,16 @@ class Recipe:
     @property
     def settings(self) -> dict[str, str | int | float]:
         """The settings that all workers of a data set must have in common, by name."""
-        documents = None if self.text_documents == "paragraph" else self.text_documents
-        chosen: dict[str, str | None] = {
-            "data.subset": self.subset,
-            "data.source_split": self.source_split,
-            "data.text_documents": documents,
-        }
-        return {name: value for name, value in chosen.items() if value is not None} | {
+        settings: dict[str, str | int | float] = {
             "data.text_field": self.text_field,
             "data.id_field": self.id_field,
             "data.slice_bytes": self.slice_bytes,
             "data.validation_fraction": self.validation_fraction,
             "data.seed": self.seed,
         }
+        documents = None if self.text_documents == "paragraph" else self.text_documents
+        chosen = [("subset", self.subset), ("source_split", self.source_split), ("text_documents", documents)]
+        return settings | {f"data.{name}": value for name, value in chosen if value is not None}
 
     def tolerate(self, record: BadRecord) -> None:
         """Raises a UserError unless bad records are to be left out."""
