@@ -155,8 +155,10 @@ class Data(Section):
         "validation_fraction like any corpus; null: the only one",
         min_length=1,
     )
-    text_documents: Literal["paragraph", "line", "file"] = setting(
-        "paragraph", "What a document is in .txt files: what lies between two empty lines, a line, or the whole file"
+    text_documents: Literal["paragraph", "line", "file"] | None = setting(
+        None,
+        "What a document is in .txt files: what lies between two empty lines, a line, or the whole file; null: "
+        "paragraph, and of a data set on a hub or with a subset what that says, which is line unless it says otherwise",
     )
     text_field: str = setting("text", "Field of a record that holds the text", min_length=1)
     id_field: str = setting("id", "Field that names a document; the train/validation split depends on it", min_length=1)

@@ -5,7 +5,8 @@
 A slice is the unit of work, and follows from the file and `slice_bytes` alone: slice k of a JSON file is all records
 that start in bytes ``[k * slice_bytes, (k + 1) * slice_bytes)`` of its decompressed content; of a Parquet file,
 consecutive row groups. Plain JSON lines and Parquet are read where the slice is; a JSON array and a compressed file can
-only be read from the start, and then the records of other slices are passed over unparsed.
+only be read from the start, and then the records of other slices are passed over unparsed. Files of other kinds, and
+configurations and splits of data sets, are for the `datasets` library: see `dataset_files` and `dataset_source`.
 """
 
 import json
@@ -96,7 +97,7 @@ def list_corpus(
     source: str,
     subset: str | None = None,
     source_split: str | None = None,
-    text_documents: dataset_files.TextDocuments = "paragraph",
+    text_documents: dataset_files.TextDocuments | None = None,
 ) -> list[CorpusFile]:
     """The files of the corpus, sorted by URL.
 
@@ -104,7 +105,7 @@ def list_corpus(
         source: a file, folder or glob, on this machine or at a URL; or a data set on a hub (see `hub.download`), which
             is downloaded to this machine now.
         subset, source_split: the configuration and the split, where `source` is a data set that has them.
-        text_documents: what of a text file is a document.
+        text_documents: what of a text file is a document; None: a paragraph, or what a data set says.
 
     Raises:
         UserError: there is nothing, or nothing readable, or the hub does not give it.

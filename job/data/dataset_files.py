@@ -68,7 +68,7 @@ def chosen_files(
     source: str,
     subset: str | None,
     split: str | None,
-    documents: TextDocuments,
+    documents: TextDocuments | None,
     reads_itself: Callable[[str], bool],
 ) -> list[Found] | None:
     """The files of a saved data set, or of a configuration and split; None if `source` names files and nothing else.
@@ -77,16 +77,17 @@ def chosen_files(
         source: data.source.
         subset: data.subset.
         split: data.source_split.
-        documents: what of a text file is a document, where the data set itself does not say.
+        documents: what of a text file is a document; None: what the data set says.
         reads_itself: tells by its name whether a file is JSON, JSON lines or Parquet.
 
     Raises:
         UserError: there is no such configuration or split, or several; or the data set is damaged or cannot be read.
     """
     local = Path(source.removeprefix("file://")).expanduser()
-    if _is_saved(source, "dataset_dict.json"):
+    may_be_folder = not reads_itself(source) and not _kind(source)
+    if may_be_folder and _is_saved(source, "dataset_dict.json"):
         return _saved(_of_split(source, split), subset)
-    if _is_saved(source, "state.json") and _is_saved(source, "dataset_info.json"):
+    if may_be_folder and _is_saved(source, "state.json") and _is_saved(source, "dataset_info.json"):
         if split is not None:
             raise UserError("data.source_split", split, f"{source} is one data set without splits", "unset it")
         return _saved(source, subset)
@@ -106,7 +107,7 @@ def is_on_hub(source: str) -> bool:
     return hub.has_scheme(source) or (hub.is_name(source) and not Path(source).exists())
 
 
-def other_files(source: str, found: Sequence[tuple[str, str, int]], documents: TextDocuments) -> list[Found]:
+def other_files(source: str, found: Sequence[tuple[str, str, int]], documents: TextDocuments | None) -> list[Found]:
     """The files that the library reads of a source without JSON and Parquet files; none if there are none.
 
     A data set on Hugging Face's hub is streamed, its only configuration and split; one on ModelScope is downloaded.
@@ -114,7 +115,7 @@ def other_files(source: str, found: Sequence[tuple[str, str, int]], documents: T
     Args:
         source: data.source.
         found: URL, path and size of the files that are there.
-        documents: what of a text file is a document.
+        documents: what of a text file is a document; None: a paragraph, in a data set on a hub what that says.
 
     Raises:
         UserError: they are of several kinds; or the data set has several configurations or splits.
@@ -139,13 +140,13 @@ def _kind(url: str) -> str:
     return match[1].lower() if match and not name.startswith(".") and not is_cache else ""
 
 
-def _rows(kind: str, documents: TextDocuments) -> Rows:
+def _rows(kind: str, documents: TextDocuments | None) -> Rows:
     builder, options = _BUILDERS[kind]
-    return Rows(builder, _sorted(options | _text_options(builder, documents)))
+    return Rows(builder, _sorted(options | _text_options(builder, documents or "paragraph")))
 
 
-def _text_options(builder: str, documents: TextDocuments) -> dict[str, Any]:
-    return {"sample_by": _SAMPLE_BY[documents]} if builder == "text" else {}
+def _text_options(builder: str, documents: TextDocuments | None) -> dict[str, Any]:
+    return {"sample_by": _SAMPLE_BY[documents]} if builder == "text" and documents else {}
 
 
 def _sorted(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -160,8 +161,7 @@ def _is_saved(source: str, name: str) -> bool:
     if any(character in source for character in "*?[") or hub.has_scheme(source):
         return False
     if storage.is_remote(source):
-        last = source.rstrip("/").rpartition("/")[2]
-        return source.startswith("s3://") and "." not in last and storage.exists(storage.join(source, name))
+        return source.startswith("s3://") and storage.exists(storage.join(source, name))
     return (Path(source.removeprefix("file://")).expanduser() / name).is_file()
 
 
@@ -231,7 +231,7 @@ def _configured(
     commit: str | None,
     subset: str | None,
     split: str | None,
-    documents: TextDocuments,
+    documents: TextDocuments | None,
     reads_itself: Callable[[str], bool],
 ) -> list[Found]:
     datasets = library()
@@ -271,7 +271,9 @@ def _configured(
     ]
 
 
-def _rows_of(source: str, urls: Sequence[str], builder: str, options: dict[str, Any], documents: TextDocuments) -> Rows:
+def _rows_of(
+    source: str, urls: Sequence[str], builder: str, options: dict[str, Any], documents: TextDocuments | None
+) -> Rows:
     """How the files of a configuration are read.
 
     The library takes the builder of the first configuration for all of them, which would read JSON as if it were CSV.
@@ -280,12 +282,16 @@ def _rows_of(source: str, urls: Sequence[str], builder: str, options: dict[str, 
     kinds = {_kind(url) for url in urls}
     if kinds == {""} and builder in ("json", "parquet") and options:
         return Rows(builder, _sorted(options))
-    if len({_BUILDERS.get(kind, ("", {}))[0] for kind in kinds}) > 1 or "" in kinds:
+    kind = kinds.pop()
+    if kinds or not kind:
         shown = ", ".join(sorted({url.rpartition("/")[2] for url in urls})[:3])
         expected = f"consists of files that are not of one readable kind, such as {shown}"
         raise UserError("data.source", source, expected, f"expected JSON, JSON lines or Parquet, or {ENDINGS}")
-    rows = _rows(kinds.pop(), documents)
-    return replace(rows, options=_sorted(dict(rows.options) | options)) if builder == rows.builder else rows
+    named, defaults = _BUILDERS[kind]
+    says = defaults | (options if builder == named else {})
+    if named == "text":
+        says = {"sample_by": "line"} | says | _text_options(named, documents)
+    return Rows(named, _sorted(says))
 
 
 def _raise_unresolved(error: Exception, source: str, subset: str | None) -> NoReturn:

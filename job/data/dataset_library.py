@@ -9,6 +9,7 @@ Zstandard frame of several for the whole file.
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,8 @@ from job.scratch import VARIABLE, private_folder, scratch_folder
 _PROTOCOL = "wikillm"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _LONGEST_REASON = 300
+_ADDRESS = re.compile(rf"{_PROTOCOL}://[^\s/]+/file\.\w+")
+"""As `address` makes it; a URL in it may hold a signature, and is spelled so that no redaction would know it."""
 NOT_UTF_8 = "not UTF-8; if it is GBK, convert it: iconv -f GB18030 -t UTF-8"
 
 
@@ -44,10 +47,14 @@ def cache_dir() -> str:
 @cache
 def library() -> ModuleType:
     """Import `datasets`, so that it prints nothing and counts no downloads."""
-    os.environ.setdefault("HF_DATASETS_CACHE", cache_dir())
-    os.environ |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    import datasets
-
+    before = os.environ.get("HF_DATASETS_CACHE")
+    os.environ["HF_DATASETS_CACHE"] = cache_dir()
+    try:
+        import datasets
+    finally:  # child processes have folders of their own
+        del os.environ["HF_DATASETS_CACHE"]
+        if before is not None:
+            os.environ["HF_DATASETS_CACHE"] = before
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it may have been imported before
     datasets.config.TORCH_AVAILABLE = False  # a stream of rows would import torch, which takes seconds
     datasets.disable_progress_bars()
@@ -145,7 +152,8 @@ def fault(error: Exception, operation: str, url: str) -> str:
             raise one
     if any(isinstance(one, UnicodeDecodeError) for one in _chain(error)):
         return NOT_UTF_8
-    return one_line(str(error) or type(error).__name__)[:_LONGEST_REASON]
+    reason = _ADDRESS.sub("the file", str(error)) or type(error).__name__
+    return one_line(reason)[:_LONGEST_REASON]
 
 
 def _chain(error: BaseException | None, with_suppressed: bool = False) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -189,11 +189,14 @@ def _differences(plan: Plan, other: Plan) -> list[str]:
     theirs = other.settings
     found = [
         f"{name} is {_shown(theirs.get(name))} there and {_shown(value)} here"
-        for name, value in plan.settings.items()
+        for name, value in {**dict.fromkeys(theirs), **plan.settings}.items()
         if theirs.get(name) != value
     ]
-    if plan.source != other.source:
-        found.append(f"data.source has {_differing_files(plan.source, other.source)}")
+    ours, others = ([replace(one, reader=None) for one in source] for source in (plan.source, other.source))
+    if ours != others:
+        found.append(f"data.source has {_differing_files(tuple(ours), tuple(others))}")
+    elif plan.source != other.source and not found:
+        found.append("data.source is read in another way there")
     return found
 
 
@@ -234,5 +237,5 @@ def _some(names: list[str]) -> str:
 
 def _shown(value: object) -> str:
     """A setting's value; of a tokenizer's fingerprint the beginning."""
-    text = repr(value)
+    text = "not set" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:13]}...'"

@@ -58,7 +58,7 @@ class Recipe:
     seed: int
     subset: str | None = None
     source_split: str | None = None
-    text_documents: TextDocuments = "paragraph"
+    text_documents: TextDocuments | None = None
 
     def files(self) -> list[CorpusFile]:
         """The files of the corpus."""
@@ -74,9 +74,8 @@ class Recipe:
             "data.validation_fraction": self.validation_fraction,
             "data.seed": self.seed,
         }
-        documents = None if self.text_documents == "paragraph" else self.text_documents
-        chosen = [("subset", self.subset), ("source_split", self.source_split), ("text_documents", documents)]
-        return settings | {f"data.{name}": value for name, value in chosen if value is not None}
+        names = ("subset", "source_split", "text_documents")
+        return settings | {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 
     def tolerate(self, record: BadRecord) -> None:
         """Raises a UserError unless bad records are to be left out."""

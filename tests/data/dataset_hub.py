@@ -16,33 +16,33 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class DatasetHub:
-    """One data set, its revisions ``main`` and `COMMIT`; its files can change while it is served."""
+    """Data sets, each with its revisions ``main`` and `COMMIT`."""
 
-    name: str
-    files: dict[str, bytes]
-    is_gated: bool = False
-    """Only requests with a token are answered."""
+    data_sets: dict[str, dict[str, bytes]]
+    """Files by path; a data set without any is given to nobody."""
     cut_off: int = 0
     """So many answers with a CSV file's bytes break off in the middle."""
     url: str = ""
     requests: list[str] = field(default_factory=list)
 
-    def entry(self, path: str) -> dict[str, Any]:
-        data = self.files[path]
-        return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
-    def tree(self, folder: str, is_recursive: bool) -> list[dict[str, Any]]:
-        prefix = f"{folder}/" if folder else ""
-        below = sorted(path for path in self.files if path.startswith(prefix))
-        folders = {
-            "/".join(path.split("/")[:depth])
-            for path in below
-            for depth in range(1, path.count("/") + 1)
-            if len("/".join(path.split("/")[:depth])) > len(folder)
-        }
-        listed = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
-        listed += [self.entry(path) for path in below]
-        return [one for one in listed if is_recursive or "/" not in one["path"].removeprefix(prefix)]
+def entry(files: dict[str, bytes], path: str) -> dict[str, Any]:
+    data = files[path]
+    return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+
+def tree(files: dict[str, bytes], folder: str, is_recursive: bool) -> list[dict[str, Any]]:
+    prefix = f"{folder}/" if folder else ""
+    below = sorted(path for path in files if path.startswith(prefix))
+    folders = {
+        "/".join(path.split("/")[:depth])
+        for path in below
+        for depth in range(1, path.count("/") + 1)
+        if len("/".join(path.split("/")[:depth])) > len(folder)
+    }
+    listed = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+    listed += [entry(files, path) for path in below]
+    return [one for one in listed if is_recursive or "/" not in one["path"].removeprefix(prefix)]
 
 
 def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
@@ -60,8 +60,7 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def send_file(self, path: str) -> None:
-            data = hub.files[path]
+        def send_file(self, path: str, data: bytes) -> None:
             headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if wanted:
@@ -82,38 +81,42 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
             address = urlsplit(self.path)
-            path, query, name = unquote(address.path), parse_qs(address.query), re.escape(hub.name)
+            path, query = unquote(address.path), parse_qs(address.query)
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if not re.match(f"(/api)?/datasets/{name}(/|$)", path):
+            named = re.match("(?:/api)?/datasets/([^/]+/[^/]+)(?=/|$)", path)
+            name = named[1] if named else ""
+            files = hub.data_sets.get(name)
+            name = re.escape(name)
+            if files is None:
                 self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-            elif hub.is_gated and not self.headers.get("Authorization"):
-                self.answer(401, b"{}", X_Error_Code="GatedRepo")
+            elif not files:
+                self.answer(403, b"{}", X_Error_Code="GatedRepo")
             elif (resolved := re.fullmatch(f"/datasets/{name}/resolve/([^/]+)/(.*)", path)) is not None:
                 if resolved[1] not in ("main", COMMIT):
                     self.answer(404, b"", X_Error_Code="RevisionNotFound")
-                elif resolved[2] in hub.files:
-                    self.send_file(resolved[2])
+                elif resolved[2] in files:
+                    self.send_file(resolved[2], files[resolved[2]])
                 else:
                     self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             elif (asked := re.fullmatch(f"/api/datasets/{name}(?:/revision/(.*))?", path)) is not None:
                 if asked[1] in (None, "main", COMMIT):
-                    self.answer(200, json.dumps({"id": hub.name, "sha": COMMIT, "siblings": []}).encode())
+                    self.answer(200, json.dumps({"id": named and named[1], "sha": COMMIT, "siblings": []}).encode())
                 else:
                     self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
             elif (asked := re.fullmatch(f"/api/datasets/{name}/tree/{COMMIT}(?:/(.*))?", path)) is not None:
-                tree = hub.tree(asked[1] or "", query.get("recursive", [""])[0].lower() in ("true", "1"))
-                if tree:
-                    self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+                listed = tree(files, asked[1] or "", query.get("recursive", [""])[0].lower() in ("true", "1"))
+                if listed:
+                    self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
                 else:
                     self.answer(404, b"{}", X_Error_Code="EntryNotFound")
-            elif path == f"/api/datasets/{hub.name}/paths-info/{COMMIT}":
+            elif re.fullmatch(f"/api/datasets/{name}/paths-info/{COMMIT}", path):
                 form = json.loads(sent) if sent.startswith(b"{") else parse_qs(sent.decode())
                 wanted = form["paths"] if isinstance(form["paths"], list) else [form["paths"]]
-                found = [hub.entry(one) for one in wanted if one in hub.files]
+                found = [entry(files, one) for one in wanted if one in files]
                 found += [
                     {"type": "directory", "path": one, "oid": "0" * 40}
                     for one in wanted
-                    if one not in hub.files and hub.tree(one, True)
+                    if one not in files and tree(files, one, True)
                 ]
                 self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
             else:
@@ -125,9 +128,9 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def dataset_hub(name: str, files: dict[str, bytes]) -> Iterator[DatasetHub]:
-    """A running hub with this data set."""
-    hub = DatasetHub(name, files)
+def dataset_hub(data_sets: dict[str, dict[str, bytes]]) -> Iterator[DatasetHub]:
+    """A running hub with these data sets."""
+    hub = DatasetHub(data_sets)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

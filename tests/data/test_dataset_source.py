@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Form:
     id_field: str = "id"
     subset: str | None = None
     source_split: str | None = None
-    text_documents: Any = "paragraph"
+    text_documents: Any = None
 
     def files(self) -> list[CorpusFile]:
         return list_corpus(self.source, self.subset, self.source_split, self.text_documents)
@@ -317,8 +317,30 @@ def test_text_gives_the_tokens_of_json_without_ids(trained: TextTokenizer, tmp_p
 def test_other_way_to_cut_text_is_another_plan(trained: TextTokenizer, tmp_path: Path) -> None:
     put(tmp_path, **{"story.txt": STORY.encode() * 20})
     prepare(Form(f"{tmp_path}/story.txt").recipe(), trained, f"{tmp_path}/shards")
-    with pytest.raises(UserError, match=r"data\.text_documents is None there and 'line' here"):
-        prepare(Form(f"{tmp_path}/story.txt", text_documents="line").recipe(), trained, f"{tmp_path}/shards")
+    other = Form(f"{tmp_path}/story.txt", text_documents="line").recipe()
+    with pytest.raises(UserError, match=r"differs: data\.text_documents is not set there and 'line' here; choose"):
+        prepare(other, trained, f"{tmp_path}/shards")
+    prepare(other, trained, f"{tmp_path}/lines")
+    with pytest.raises(UserError, match=r"differs: data\.text_documents is 'line' there and not set here; choose"):
+        prepare(Form(f"{tmp_path}/story.txt").recipe(), trained, f"{tmp_path}/lines")
+
+
+def test_options_of_a_configuration_are_followed_and_in_the_plan(trained: TextTokenizer, tmp_path: Path) -> None:
+    def describe(name: str, separator: str) -> None:
+        options = f"---\nconfigs:\n- {{config_name: {name}, data_files: {name}.*, {separator}}}\n---\n"
+        put(tmp_path / name, **{"README.md": options.encode()})
+
+    put(tmp_path / "a", **{"a.csv": b"id;text\n1;a,b\n2;c,d\n" * 9})
+    put(tmp_path / "b", **{"b.txt": "一\n二\n".encode()})
+    put(tmp_path / "c", **{"c.json": b'{"rows": [{"id": 1, "text": "a"}], "about": 1}'})
+    for name, option in (("a", 'sep: ";"'), ("b", "sample_by: line"), ("c", "field: rows")):
+        describe(name, option)
+    found = {name: [one.text for one in read_form(Form(f"{tmp_path}/{name}", subset=name))] for name in "abc"}
+    assert found["a"][:2] == ["a,b", "c,d"] and found["b"] == ["一", "二"] and found["c"] == ["a"]
+    prepare(Form(f"{tmp_path}/a", subset="a").recipe(), trained, f"{tmp_path}/shards")
+    describe("a", "encoding: gbk, sep: ';'")
+    with pytest.raises(UserError, match=r"differs: data\.source is read in another way there; choose"):
+        prepare(Form(f"{tmp_path}/a", subset="a").recipe(), trained, f"{tmp_path}/shards")
 
 
 def test_csv_values_are_the_text_that_is_written(tmp_path: Path) -> None:
@@ -501,21 +523,25 @@ for case in json.loads(sys.argv[1]):
 NAME = "owner/wiki"
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[DatasetHub]:
-    files = {
+DATA_SETS = {
+    NAME: {
         "README.md": README,
         "zh/train-0.csv": csv_table(RECORDS[:90]),
         "zh/train-1.csv": csv_table(RECORDS[90:]),
         "zh/test.csv": csv_table(RECORDS[:2]),
         "lines.jsonl": json_lines(RECORDS),
-    }
-    with dataset_hub(NAME, files) as running:
-        yield running
+    },
+    "owner/texts": {"a.txt": "第一篇\n\n第二篇\n".encode(), "b.txt.gz": compressed("第三篇\n".encode(), ".gz")},
+    "owner/gated": {},
+}
+Case = list[str | None]
 
 
-def read_from_hub(hub: DatasetHub, home: Path, *cases: list[str | None], **variables: str) -> list[str]:
-    """What a fresh process prints, which may print nothing else and leave nothing outside of its scratch folder."""
+def read_from_hub(hub: DatasetHub, home: Path, *cases: Case) -> list[tuple[str, bool]]:
+    """What a fresh process prints of each case, and whether it has imported the library by then.
+
+    It may print nothing else, and leave nothing outside of its scratch folder, and there no folder of locks.
+    """
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -527,38 +553,41 @@ def read_from_hub(hub: DatasetHub, home: Path, *cases: list[str | None], **varia
     (home / "home").mkdir(exist_ok=True)
     cleared = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "WIKILLM"))}
     command = [sys.executable, "-c", READ, json.dumps(cases)]
-    result = subprocess.run(command, env=cleared | settings | variables, capture_output=True, text=True, cwd=Path.cwd())
+    result = subprocess.run(command, env=cleared | settings, capture_output=True, text=True, cwd=Path.cwd())
     warned = [line for line in result.stderr.splitlines() if not re.search("thrown while requesting|Retrying in", line)]
     assert (result.returncode, warned) == (0, [])
     assert not list((home / "home").rglob("*"))
-    return result.stdout.splitlines()
+    assert not list((home / "scratch").glob("*/datasets-*"))
+    lines = result.stdout.splitlines()
+    return list(zip(lines[0::2], [line == "True" for line in lines[1::2]], strict=True))
 
 
-def test_configuration_and_split_of_a_hub_are_streamed_at_a_commit(hub: DatasetHub, tmp_path: Path) -> None:
-    prefix = f"hf://datasets/{NAME}@{COMMIT}"
-    hub.cut_off = 2
-    good: list[list[str | None]] = [[f"{NAME}@main", "lines"], [NAME, "zh", "train"]]
-    wrong: list[list[str | None]] = [[NAME, "zh"], [NAME, "en"], [f"{NAME}@v9", "zh"], [f"{NAME}/zh", "zh"]]
+def test_hub_is_streamed_at_a_commit_and_told_in_one_line(tmp_path: Path) -> None:
+    """Configurations, splits, plain data sets, answers that break off, and what there is not."""
     put(tmp_path, **{"plain.jsonl": json_lines(RECORDS)})
-    printed = read_from_hub(hub, tmp_path, [f"{tmp_path}/plain.jsonl"], *good, *wrong)
-    assert printed[1::2] == ["False", *["True"] * 6], "plain JSON has no need of the library"
-    lines = printed[2::2]
-    train = " ".join(f"{prefix}/zh/train-{number}.csv {COMMIT} True" for number in (0, 1))
-    assert lines[:2] == [f"200 {prefix}/lines.jsonl {COMMIT} True", f"200 {train}"]
+    good: list[Case] = [[f"{NAME}@main", "lines"], [NAME, "zh", "train"]]
+    texts: list[Case] = [["owner/texts"], ["owner/texts", None, "train", "paragraph"]]
+    wrong: list[Case] = [
+        *([NAME, "zh"], [NAME, "en"], [f"{NAME}@v9", "zh"], [f"{NAME}/zh", "zh"], ["owner/gated", "zh"]),
+        *(["owner/none", "zh"], ["modelscope://owner/wiki", "zh"]),
+    ]
+    with dataset_hub(DATA_SETS) as hub:
+        hub.cut_off = 2
+        (plain, is_imported), *others = read_from_hub(hub, tmp_path, [f"{tmp_path}/plain.jsonl"], *good, *texts, *wrong)
+    assert plain.startswith("200 ") and not is_imported, "JSON has no need of the library"
+    lines = [line for line, _ in others]
+    prefix, end = f"hf://datasets/{NAME}@{COMMIT}", f"{COMMIT} True"
+    assert lines[0] == f"200 {prefix}/lines.jsonl {end}"
+    assert lines[1] == f"200 {prefix}/zh/train-0.csv {end} {prefix}/zh/train-1.csv {end}"
     assert hub.cut_off == 0, "answers broke off"
-    complaints = ["'train', 'test'", "['zh', 'lines']", "no revision 'v9'", "neither configurations nor splits"]
-    assert all(complaint in line for line, complaint in zip(lines[2:], complaints, strict=True))
-    assert all(f"/{NAME}" in one for one in hub.requests), "nothing is asked or told beyond the data set"
+    texts_url = f"hf://datasets/owner/texts@{COMMIT}"
+    assert lines[2] == f"4 {texts_url}/a.txt {end} {texts_url}/b.txt.gz {end}"
+    assert lines[3].startswith("3 ")
+    complaints = [
+        *("'train', 'test'", "['zh', 'lines']", "no revision 'v9'", "neither configurations nor splits"),
+        *("given only to those who asked for it", "no such data set on the hub", "name files: modelscope://owner/wiki"),
+    ]
+    assert all(complaint in line for line, complaint in zip(lines[4:], complaints, strict=True))
+    assert all("/datasets/owner/" in one for one in hub.requests), "nothing is asked or told beyond the data sets"
     revisions = re.findall(r"/(?:revision|resolve|tree|paths-info)/([^/?\s]+)", "\n".join(hub.requests))
     assert set(revisions) == {"main", "v9", COMMIT}
-    assert not list((tmp_path / "scratch").glob("*/datasets-*")), "the process has cleared up"
-
-
-def test_hub_source_without_json_needs_no_configuration(tmp_path: Path) -> None:
-    files = {"a.txt": "第一篇\n\n第二篇\n".encode(), "b.txt.gz": compressed("第三篇\n".encode(), ".gz")}
-    with dataset_hub(NAME, files) as hub:
-        [line, is_imported] = read_from_hub(hub, tmp_path, [NAME])
-        hub.is_gated = True
-        [refused, _] = read_from_hub(hub, tmp_path, [NAME, None, "train"])
-    assert line.startswith(f"3 hf://datasets/{NAME}@{COMMIT}/a.txt {COMMIT} True") and is_imported == "True"
-    assert "given only to those who asked for it" in refused
