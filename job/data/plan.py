@@ -188,9 +188,9 @@ def _differences(plan: Plan, other: Plan) -> list[str]:
     """Each setting that differs, with both values."""
     theirs = other.settings
     found = [
-        f"{name} is {_shown(theirs.get(name))} there and {_shown(value)} here"
-        for name, value in {**dict.fromkeys(theirs), **plan.settings}.items()
-        if theirs.get(name) != value
+        f"{name} is {_shown(theirs.get(name))} there and {_shown(plan.settings.get(name))} here"
+        for name in dict.fromkeys([*plan.settings, *theirs])
+        if theirs.get(name) != plan.settings.get(name)
     ]
     ours, others = ([replace(one, reader=None) for one in source] for source in (plan.source, other.source))
     if ours != others:
