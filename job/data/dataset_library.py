@@ -2,8 +2,8 @@
 
 It is imported when a corpus needs it and not before: that takes seconds. Every file is opened by `job.storage`, so that
 retries, deadlines, addresses and credentials are the same as everywhere; for the library it is a file system named
-``wikillm``. That also decompresses: the library itself cannot read compressed files from S3, and takes the first
-Zstandard frame of several for the whole file.
+``wikillm``. That also decompresses: the library itself cannot read compressed files from S3, and takes a Zstandard file
+that is cut off for a whole one.
 """
 
 import io

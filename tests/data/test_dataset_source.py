@@ -413,6 +413,7 @@ SAMPLES = {f"{one['id']}.json": json.dumps(one).encode() for one in RECORDS}
         ("empty.csv", b"", 0, "No columns to parse from file"),
         ("other.csv", b"id,content\n1,a\n", 0, "no column 'text', only 'id', 'content'"),
         ("cut.csv.gz", compressed(csv_table(RECORDS), ".gz")[:-20], 0, "the compressed file is cut off here"),
+        ("cut.csv.zst", compressed(csv_table(RECORDS), ".zst", 2)[:-9], 0, "the compressed file is cut off here"),
         ("cut.tar", tar_archive(SAMPLES)[: 512 * 20 + 520], 10, "unexpected end of data"),
         ("between.tar", tar_archive(SAMPLES)[: 512 * 20 + 100], 10, "the archive is cut off here"),
         ("mixed.tar", tar_archive({"1.txt": b"a", "2.json": b"{}"}), 0, "should be in WebDataset format"),
