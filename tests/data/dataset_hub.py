@@ -122,6 +122,10 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.answer(404, b"", X_Error_Code="EntryNotFound")
 
+        def do_CONNECT(self) -> None:  # as a proxy, it hears of every other host that is asked
+            hub.requests.append(f"CONNECT {self.path}")
+            self.answer(502)
+
         do_HEAD = do_POST = do_GET
 
     return Handler

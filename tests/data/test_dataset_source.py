@@ -545,6 +545,7 @@ def read_from_hub(hub: DatasetHub, home: Path, *cases: Case) -> list[tuple[str, 
     """
     settings = {
         "HF_ENDPOINT": hub.url,
+        "HTTPS_PROXY": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HOME": str(home / "home"),
         "WIKILLM_SCRATCH": str(home / "scratch"),
@@ -592,3 +593,4 @@ def test_hub_is_streamed_at_a_commit_and_told_in_one_line(tmp_path: Path) -> Non
     assert all("/datasets/owner/" in one for one in hub.requests), "nothing is asked or told beyond the data sets"
     revisions = re.findall(r"/(?:revision|resolve|tree|paths-info)/([^/?\s]+)", "\n".join(hub.requests))
     assert set(revisions) == {"main", "v9", COMMIT}
+    assert not any("/resolve/main/" in one for one in hub.requests), "a branch may move meanwhile"
