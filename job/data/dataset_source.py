@@ -103,7 +103,6 @@ def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[
     fields = {text_field: text_field, id_field: id_field}
     if rows.builder == "webdataset":
         yield from _sample_batches(_stream(path, rows), text_field, id_field)
-        _check_end_of_archive(path)
     elif rows.builder == "text":
         is_trimmed = dict(rows.options).get("sample_by") == "paragraph"
         for table in _tables(_stream(path, rows, {"encoding": _ENCODING})):
@@ -115,6 +114,24 @@ def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[
         tables = _mapped(path) if rows.builder == "arrow" and not storage.is_remote(path) else None
         for table in _tables(_stream(path, rows)) if tables is None else tables:
             yield from _arrow_batches(table, fields)
+    _check_end(path, rows.builder)
+
+
+def _check_end(path: str, builder: str) -> None:
+    """Raise `_Fault` if the end of a file is missing: what is cut off between two members or batches looks whole."""
+    if builder not in _ENDS or path.endswith((".gz", ".zst")):  # the compression tells
+        return
+    longest = max(map(len, _ENDS[builder]))
+    with open_content(path) as content:
+        content.seek(-min(longest, content.seek(0, io.SEEK_END)), io.SEEK_END)
+        if not content.read().endswith(_ENDS[builder]):
+            raise _Fault("the file is cut off here: it lacks the mark of its end")
+
+
+_ENDS = {
+    "webdataset": (bytes(1024),),  # two empty blocks of a tar archive
+    "arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1"),  # of Arrow's stream format, and of its file format
+}
 
 
 def _csv_options(path: str, options: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
@@ -257,19 +274,6 @@ def _sample_batches(stream: Any, text_field: str, id_field: str) -> Iterator[_Ba
         sizes = [len(text.encode(errors="replace")) if isinstance(text, str) else 0 for text in texts]
         yield _Batch(np.array(sizes, np.int64), lambda first, end, some=some: some[first:end])  # type: ignore[misc]
     raise damage
-
-
-def _check_end_of_archive(path: str) -> None:
-    """Raise `_Fault` if the end of a tar archive is missing: what is cut off between two members looks whole."""
-    if path.endswith((".gz", ".zst")):  # the compression tells
-        return
-    with open_content(path) as archive:
-        archive.seek(-min(_TAR_END_BYTES, archive.seek(0, io.SEEK_END)), io.SEEK_END)
-        if archive.read() != bytes(_TAR_END_BYTES):
-            raise _Fault("the archive is cut off here: it does not end with two empty blocks")
-
-
-_TAR_END_BYTES = 1024
 
 
 def _with_members(sample: dict[str, Any], fields: tuple[str, str]) -> dict[str, Any]:

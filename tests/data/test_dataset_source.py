@@ -95,6 +95,13 @@ def tar_archive(members: dict[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
+def arrow_stream(records: list[dict[str, Any]]) -> bytes:
+    table, content = pa.Table.from_pylist(records), io.BytesIO()
+    with pa.ipc.new_stream(content, table.schema) as writer:
+        writer.write_table(table, max_chunksize=50)
+    return content.getvalue()
+
+
 def put(folder: Path, **files: bytes) -> str:
     for name, content in files.items():
         storage.write_bytes(str(folder / name), content)
@@ -415,7 +422,8 @@ SAMPLES = {f"{one['id']}.json": json.dumps(one).encode() for one in RECORDS}
         ("cut.csv.gz", compressed(csv_table(RECORDS), ".gz")[:-20], 0, "the compressed file is cut off here"),
         ("cut.csv.zst", compressed(csv_table(RECORDS), ".zst", 2)[:-9], 0, "the compressed file is cut off here"),
         ("cut.tar", tar_archive(SAMPLES)[: 512 * 20 + 520], 10, "unexpected end of data"),
-        ("between.tar", tar_archive(SAMPLES)[: 512 * 20 + 100], 10, "the archive is cut off here"),
+        ("between.tar", tar_archive(SAMPLES)[: 512 * 20 + 100], 10, "the file is cut off here"),
+        ("cut.arrow", arrow_stream(RECORDS)[:-8], len(RECORDS), "the file is cut off here"),
         ("mixed.tar", tar_archive({"1.txt": b"a", "2.json": b"{}"}), 0, "should be in WebDataset format"),
         ("noise.arrow", b"\xff" * 5000, 0, ""),
     ],
