@@ -9,6 +9,7 @@ passes over. With many processes, many files are faster than one large file.
 """
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from itertools import islice
@@ -105,6 +106,8 @@ def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[
         yield from _sample_batches(_stream(path, rows), text_field, id_field)
     elif rows.builder == "text":
         is_trimmed = dict(rows.options).get("sample_by") == "paragraph"
+        if is_trimmed:
+            _check_paragraphs(path)
         for table in _tables(_stream(path, rows, {"encoding": _ENCODING})):
             yield from _arrow_batches(table, {text_field: "text"}, trims_newlines=is_trimmed)
     elif rows.builder == "csv":
@@ -115,6 +118,19 @@ def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[
         for table in _tables(_stream(path, rows)) if tables is None else tables:
             yield from _arrow_batches(table, fields)
     _check_end(path, rows.builder)
+
+
+def _check_paragraphs(path: str) -> None:
+    """Raise `_Fault` if the beginning of a large file has no empty line: all of it would be one document in memory."""
+    with open_content(path) as content:
+        beginning = content.read(_LONGEST_PARAGRAPH_BYTES)
+    if len(beginning) == _LONGEST_PARAGRAPH_BYTES and not _EMPTY_LINE.search(beginning):
+        wrong = f"no empty line, which would end a document, in {_LONGEST_PARAGRAPH_BYTES // 2**20} MiB"
+        raise _Fault(f"{wrong}: set data.text_documents to line or file")
+
+
+_LONGEST_PARAGRAPH_BYTES = 2**24
+_EMPTY_LINE = re.compile(rb"\n\r?\n|\r\r")
 
 
 def _check_end(path: str, builder: str) -> None:

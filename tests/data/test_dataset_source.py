@@ -287,6 +287,26 @@ def test_store_gives_the_documents_and_the_identity_of_local_files(folder: Path,
         assert identify(there.files()).fingerprints == identify(here.files()).fingerprints
 
 
+def test_file_replaced_in_the_store_while_it_is_read_is_no_damage(bucket: str) -> None:
+    content = csv_table([{"text": "长江" * 3_500}] * 1_100)
+    storage.write_bytes(f"{bucket}/a.csv", content)
+    items = read_slices(*list_corpus(f"{bucket}/a.csv"), 2**30, lambda index: True, "text", "id")
+    assert isinstance(next(items), SliceStart) and isinstance(next(items), Document)
+    storage.write_bytes(f"{bucket}/a.csv", content[:-9])
+    with pytest.raises(storage.IntegrityError, match=r"a\.csv: it was replaced while it was read"):
+        for item in items:
+            assert isinstance(item, Document)
+
+
+def test_file_at_a_web_server_is_read_whatever_its_query(folder: Path) -> None:
+    with dataset_hub(DATA_SETS) as hub:
+        url = f"{hub.url}/datasets/{NAME}/resolve/main/zh/train-0.csv?download=true"
+        [file] = list_corpus(url)
+        assert file.size == len(DATA_SETS[NAME]["zh/train-0.csv"])
+        assert [one.id for one in read([file])[0]] == [one["id"] for one in RECORDS[:90]]
+        assert identify([file]).fingerprints[0].name == "train-0.csv"
+
+
 def test_name_with_characters_of_patterns_and_urls_is_read(folder: Path) -> None:
     [usual] = list_corpus(f"{folder}/table.csv")
     odd = replace(usual, path=f"{folder}/[1] odd::name #1.csv")
@@ -319,6 +339,14 @@ def test_text_gives_the_tokens_of_json_without_ids(trained: TextTokenizer, tmp_p
     for name in ("a.txt", "a.jsonl"):
         prepare(Form(f"{tmp_path}/{name}").recipe(), trained, f"{tmp_path}/shards/{name}")
     assert tokens(f"{tmp_path}/shards/a.txt") == tokens(f"{tmp_path}/shards/a.jsonl")
+
+
+def test_large_text_without_empty_lines_is_no_single_document(tmp_path: Path) -> None:
+    put(tmp_path, **{"lines.txt": "长江与黄河\n".encode() * (2**24 // 16 + 1)})
+    documents, [bad] = read(list_corpus(str(tmp_path)))
+    assert not documents and bad.reason.endswith("in 16 MiB: set data.text_documents to line or file")
+    items = read_slices(list_corpus(str(tmp_path), None, None, "line")[0], KiB, lambda index: True, "text", "id")
+    assert isinstance(next(items), SliceStart) and next(items) == Document(None, "长江与黄河")
 
 
 def test_other_way_to_cut_text_is_another_plan(trained: TextTokenizer, tmp_path: Path) -> None:
