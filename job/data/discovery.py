@@ -36,8 +36,8 @@ _HUB_PATTERNS = ["*.parquet", *(f"*.{one}{end}" for one in _JSON_NAMES for end i
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 """What hubs and the `datasets` library put beside the data."""
 _MAGIC_CHARACTERS = re.compile(r"[*?[]")
-_HEAD_BYTES = (2**16, 2**20)
-"""How much of a file is read to see what it holds: first the one, and the other if its first line is longer."""
+_HEAD_BYTES = 2**16
+"""How much of a file is read to see what it holds."""
 _BEGINS_OBJECT = re.compile(rb'\{\s*"')
 _PARALLEL_READS = 8
 
@@ -313,27 +313,24 @@ def _form_by_content(file: _File) -> Form | str:
     if file.size == 0:
         return NO_RECORDS
     try:
-        for head_bytes in _HEAD_BYTES:
-            stored = _head(file, head_bytes)
-            compression = next((name for magic, name in _MAGIC.items() if stored.startswith(magic)), None)
-            chunks = iter(ByteStream(io.BytesIO(stored), compression, head_bytes))
-            line, line_end, _ = without_blank(next(chunks, b"")).partition(b"\n")
-            if not line.startswith(b"{"):
-                return NO_RECORDS
-            if line_end or (len(stored) >= file.size and next(chunks, None) is None):
-                return ("json", compression) if isinstance(json_value(line), dict) else NO_RECORDS
-            if head_bytes == _HEAD_BYTES[-1] and _BEGINS_OBJECT.match(line):
-                return "json", compression
+        stored = _head(file)
+        compression = next((name for magic, name in _MAGIC.items() if stored.startswith(magic)), None)
+        chunks = iter(ByteStream(io.BytesIO(stored), compression, _HEAD_BYTES))
+        line, line_end, _ = without_blank(next(chunks, b"")).partition(b"\n")
+        if line_end or (len(stored) >= file.size and next(chunks, None) is None):
+            is_object = isinstance(json_value(line), dict)
+        else:  # the line is longer than the head
+            is_object = _BEGINS_OBJECT.match(line) is not None
+        return ("json", compression) if is_object else NO_RECORDS
     except Unfit:
         return NO_RECORDS
     except (PermissionError, FileNotFoundError):  # a file that another program has at work may be gone already
         return UNREADABLE
-    return NO_RECORDS
 
 
-def _head(file: _File, count: int) -> bytes:
+def _head(file: _File) -> bytes:
     try:
-        return storage.open_ranges(file.path).read(0, min(count, file.size))
+        return storage.open_ranges(file.path).read(0, min(_HEAD_BYTES, file.size))
     except storage.NoRanges:
         with storage.open_read(file.path) as source:
-            return source.read(count)
+            return source.read(_HEAD_BYTES)

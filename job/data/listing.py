@@ -11,6 +11,7 @@ Compression = Literal["gzip", "zstd"]
 Format = Literal["json", "parquet", "rows"]
 """``rows``: what the `datasets` library reads."""
 _SHOWN = 3
+_MEGABYTES_FROM = 10**5
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _format(file: CorpusFile) -> str:
 
 
 def _amount(files: int, size: int) -> str:
-    return f"{files:,} file{'s' * (files != 1)}, {size / 1e6:,.1f} MB"
+    shown = f"{size / 1e6:,.1f} MB" if size >= _MEGABYTES_FROM else f"{size / 1e3:,.1f} kB"
+    return f"{files:,} file{'s' * (files != 1)}, {shown}"
 
 
 def some(names: Sequence[str]) -> str:

@@ -311,8 +311,11 @@ def glob(pattern: str) -> list[Entry]:
     if is_remote(pattern):
         files = [Entry(*found) for found in s3.matching(pattern)]
     else:
-        found = fsspec.filesystem("file").glob(str(local.path_of(pattern)), detail=True)
-        files = [Entry(name, info["size"]) for name, info in found.items() if info["type"] == "file"]
+        files = []
+        for path in map(Path, fsspec.filesystem("file").glob(str(local.path_of(pattern)))):
+            with suppress(FileNotFoundError):  # removed since the folder was read
+                if path.is_file():
+                    files.append(Entry(str(path), path.stat().st_size))
     return sorted(entry for entry in files if not entry.url.endswith(local.PARTIAL))
 
 

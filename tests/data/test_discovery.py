@@ -10,14 +10,18 @@ import pytest
 import zstandard
 from corpus_files import Fields, json_array, json_lines, parquet
 
+from job import config as settings
 from job import report, storage
+from job.cli import main
+from job.cluster.preflight.data import _check_corpus
+from job.cluster.preflight.findings import RIGHT, UNSURE, Findings
 from job.commands import _say_listed
-from job.data import discovery
+from job.data import discovery, shards
 from job.data.corpus import Document, Listing, list_corpus, read_slices
 from job.data.folders import LOOP, SAME_FOLDER
 from job.data.shards import Recipe, prepare
 from job.data.tokenizer import TextTokenizer
-from job.errors import UserError
+from job.errors import EXIT_REFUSED, UserError
 
 DOCUMENTS: list[Fields] = [{"id": str(number), "text": f"第{number}段"} for number in range(10)]
 LINES = json_lines(DOCUMENTS)
@@ -79,6 +83,14 @@ def test_links_to_folders_are_followed(source: str, tmp_path: Path) -> None:
     write(tmp_path, "data/own/a.jsonl", "store/deep/b.jsonl")
     (tmp_path / "data/linked").symlink_to("../store/deep")
     assert names(f"{tmp_path}/data{source}") == ["linked/b.jsonl", "own/a.jsonl"]
+
+
+def test_pattern_of_the_store_lists_links_to_files(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "sub/c.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("sub/c.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to("sub")
+    expected = [storage.Entry(f"{tmp_path}/{name}.jsonl", len(LINES)) for name in ("a", "b")]
+    assert storage.glob(f"{tmp_path}/*.jsonl") == expected
 
 
 def test_corpus_of_a_hubs_cache_is_all_links(tmp_path: Path) -> None:
@@ -286,6 +298,7 @@ MARK = b"\xef\xbb\xbf"
         (VERY_LONG, 1),
         (gzip.compress(VERY_LONG), 1),
     ],
+    ids=["plain", "marked", "no end", "gzip", "zstd", "NaN", "long line", "very long line", "very long line, gzip"],
 )
 def test_json_lines_are_known_by_their_content(content: bytes, count: int, place: str) -> None:
     """As in the folders that WikiExtractor makes; the suffix of the other one says nothing either."""
@@ -309,6 +322,7 @@ def test_json_lines_are_known_by_their_content(content: bytes, count: int, place
         gzip.compress(LINES)[:20],
         b"{" * 2_000_000,
     ],
+    ids=["empty", "text", "picture", "object", "broken", "array", "string", "packed text", "cut off", "braces"],
 )
 def test_what_holds_no_json_lines_is_left_out(content: bytes, place: str) -> None:
     write(place, "other", content=content)
@@ -347,16 +361,15 @@ def test_table_names_what_is_taken_and_left_out(tmp_path: Path) -> None:
     write(tmp_path, "part/.a", "part/_b", "part/.c", "part/.d", "notes.md", content=b"text")
     write(tmp_path, "x.json", content=json_array(DOCUMENTS))
     write(tmp_path, "x.jsonl.gz", content=gzip.compress(LINES))
-    size = (1501 * len(LINES) + len(json_array(DOCUMENTS))) / 1e6
-    total = size + len(gzip.compress(LINES)) / 1e6
+    size, packed = 1501 * len(LINES) + len(json_array(DOCUMENTS)), len(gzip.compress(LINES))
     assert listed(tmp_path).rows() == [
-        ("files taken", f"1,503 files, {total:.1f} MB"),
+        ("files taken", f"1,503 files, {(size + packed) / 1e6:.1f} MB"),
         ("  names", "AA/wiki_00, part/0000.jsonl, part/0001.jsonl and 1,500 more"),
-        ("  JSON", f"1,502 files, {size:.1f} MB"),
-        ("  JSON, gzip", "1 file, 0.0 MB"),
+        ("  JSON", f"1,502 files, {size / 1e6:.1f} MB"),
+        ("  JSON, gzip", f"1 file, {packed / 1e3:.1f} kB"),
         ("  JSON lines by their content", "AA/wiki_00"),
         (f"left out: {discovery.HIDDEN}", "part/.a, part/.c, part/.d and 1 more"),
-        (f"left out: {discovery.NO_RECORDS}", "notes.md (1 file, 0.0 MB)"),
+        (f"left out: {discovery.NO_RECORDS}", "notes.md (1 file, 0.0 kB)"),
         ("the same twice?", "x.json and x.jsonl.gz"),
     ]
 
@@ -373,8 +386,36 @@ def test_table_is_plain_lines_in_a_log(
     if terminal:
         assert any("│" in line and "files taken" in line for line in said)
     else:
-        assert said[0] == f"corpus {tmp_path}: files taken: 1 file, 0.0 MB"
+        assert said[0] == f"corpus {tmp_path}: files taken: 1 file, {len(LINES) / 1e3:.1f} kB"
         assert len(said) == 3
+
+
+def test_prepare_says_what_is_taken_before_it_works(
+    tmp_path: Path, trained: TextTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "data/a.jsonl", "data/b.jsonl", "data/.c.jsonl")
+
+    def broken(*arguments: object) -> None:
+        raise UserError("test", None, "the work begins")
+
+    monkeypatch.setattr(shards, "_prepare_group", broken)
+    words = ("--data.source", f"{tmp_path}/data", "--data.shards", f"{tmp_path}/shards")
+    assert main(["prepare", *words, "--tokenizer.source", str(trained.folder)]) == EXIT_REFUSED
+    said = capsys.readouterr()
+    assert said.err == "test: the work begins\n"
+    assert f"corpus {tmp_path}/data: left out: {discovery.HIDDEN}: .c.jsonl\n" in said.out
+    assert "warning: the same content, so that each document counts 2 times: a.jsonl, b.jsonl\n" in said.out
+
+
+def test_check_says_what_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "x.json", "x.jsonl", ".c.jsonl")
+    findings = Findings()
+    _check_corpus(findings, settings.load(None, [("data.source", str(tmp_path))]))
+    assert [(row.mark, row.name, row.found) for row in findings.rows] == [
+        (RIGHT, "corpus", "2 files, 0.0 MB"),
+        (RIGHT, "corpus, left out", f"{discovery.HIDDEN}: .c.jsonl"),
+        (UNSURE, "corpus, twice?", "1 name in several forms: x.json and x.jsonl"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,11 @@ def _say_listed(findings: Findings, listing: Listing) -> None:
         findings.right("corpus, left out", what)
     if twice := listing.in_two_forms():
         shown = "; ".join(" and ".join(names) for names in twice[:_SHOWN])
-        findings.unsure("corpus, twice?", f"{len(twice)} names in several forms: {shown}", "keep one of each")
+        findings.unsure(
+            "corpus, twice?",
+            f"{len(twice)} name{'s' * (len(twice) != 1)} in several forms: {shown}",
+            "keep one of each",
+        )
 
 
 def _check_shards(findings: Findings, shards_url: str, manifest: Manifest, deep: bool) -> None:
