@@ -12,6 +12,7 @@ from job.cluster.place import find_place, part_of_array
 from job.cluster.stop import Requests, Stopped, raised
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
+from job.data.dataset_files import Choice
 from job.data.fingerprint import Identified
 from job.data.listing import Listing, some
 from job.data.manifest import load_manifest
@@ -39,6 +40,7 @@ def recipe_of(config: Config) -> Recipe:
         slice_bytes=int(data.slice_bytes),
         validation_fraction=data.validation_fraction,
         seed=data.seed,
+        choice=Choice(data.subset, data.source_split, data.text_documents),
     )
 
 
@@ -198,7 +200,7 @@ def _worker(setting: str | None) -> tuple[int, int]:
 def _training_texts(config: Config, report: Report) -> Iterator[str]:
     """Texts of the corpus that are not held out, up to tokenizer.train_bytes."""
     recipe, left = recipe_of(config), int(config.tokenizer.train_bytes)
-    for file in list_corpus(recipe.source, lambda listing: _say_listed(report, listing)):
+    for file in list_corpus(recipe.source, lambda listing: _say_listed(report, listing), recipe.choice):
         for record in read_slices(file, recipe.slice_bytes, lambda _: True, recipe.text_field, recipe.id_field):
             if isinstance(record, BadRecord):
                 recipe.tolerate(record)

@@ -140,9 +140,27 @@ class Data(Section):
     source: str = setting(
         "fjcanyue/wikipedia-zh-cn",
         "The corpus: a data set on Hugging Face (owner/name), modelscope://owner/name, or the path, folder, URL or "
-        "glob of JSON, JSON lines or Parquet files, plain, .gz or .zst. Names that begin with . or _ below it, and "
-        "what this program has written there, are left out",
+        "glob of JSON, JSON lines or Parquet files, plain, .gz or .zst; or of .txt, .csv, .tsv, .arrow or WebDataset "
+        ".tar files, or a folder made by save_to_disk. Names that begin with . or _ below it, and what this program "
+        "has written there, are left out",
         min_length=1,
+    )
+    subset: str | None = setting(
+        None,
+        "Configuration of a data set on Hugging Face or in a local folder with a README.md that lists them, such as "
+        "20231101.zh; null: its default one, or all JSON and Parquet files where source_split is null as well",
+        min_length=1,
+    )
+    source_split: str | None = setting(
+        None,
+        "Split of such a data set, or of a saved DatasetDict, that is the corpus, such as train; it is then split by "
+        "validation_fraction like any corpus; null: the only one",
+        min_length=1,
+    )
+    text_documents: Literal["paragraph", "line", "file"] | None = setting(
+        None,
+        "What a document is in .txt files: what lies between two empty lines, a line, or the whole file; null: "
+        "paragraph, and of a data set on a hub or with a subset what that says, which is line unless it says otherwise",
     )
     text_field: str = setting("text", "Field of a record that holds the text", min_length=1)
     id_field: str = setting(

@@ -6,7 +6,8 @@ A slice is the unit of work, and follows from the names and sizes of the files a
 JSON file is all records that start in bytes ``[k * slice_bytes, (k + 1) * slice_bytes)`` of its decompressed content;
 of a Parquet file, consecutive row groups. Small files that follow each other share one slice (see `share_slices`).
 Plain JSON lines and Parquet are read where the slice is; a JSON array and a compressed file can only be read from the
-start, and then the records of other slices are passed over unparsed.
+start, and then the records of other slices are passed over unparsed. Files of other kinds, and configurations and
+splits of data sets, are for the `datasets` library: see `dataset_files` and `dataset_source`.
 """
 
 import sys
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 from job import storage
 from job.data import parquet
+from job.data.dataset_files import ALL, Choice
 from job.data.discovery import discover
 from job.data.documents import BadRecord, Document, Unfit, json_document
 from job.data.listing import CorpusFile, Listing
@@ -58,18 +60,19 @@ SliceItem = SliceStart | Document | BadRecord | SliceEnd
 OnListed = Callable[[Listing], None]
 
 
-def list_corpus(source: str, on_listed: OnListed = lambda listing: None) -> list[CorpusFile]:
+def list_corpus(source: str, on_listed: OnListed = lambda listing: None, choice: Choice = ALL) -> list[CorpusFile]:
     """The files of the corpus, sorted by URL.
 
     Args:
         source: a file, folder or glob, on this machine or at a URL; or a data set on a hub (see `hub.download`), which
             is downloaded to this machine now.
         on_listed: told of all that was found, and of what is left out and why.
+        choice: the configuration and the split, where `source` is a data set that has them.
 
     Raises:
         UserError: there is nothing, or nothing readable, or the hub does not give it.
     """
-    listing = discover(source)
+    listing = discover(source, choice)
     on_listed(listing)
     return list(listing.files)
 
@@ -131,6 +134,11 @@ def read_slices(
     Yields:
         For each wanted slice `SliceStart`, its `Document`s and `BadRecord`s, `SliceEnd`.
     """
+    if file.rows is not None:
+        from job.data.dataset_source import row_slices
+
+        yield from row_slices(file, slice_bytes, wanted, text_field, id_field)
+        return
     with storage.open_read(file.path) as source:
         if file.format == "parquet":
             for index, is_last, found in parquet.slices(source, file.url, slice_bytes, wanted, text_field, id_field):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from job import storage
-from job.data import hub
+from job.data import dataset_files, hub
+from job.data.dataset_files import ALL, Choice, Found
 from job.data.documents import Unfit, json_value
 from job.data.folders import Pattern, files_below
 from job.data.listing import Compression, CorpusFile, Format, LeftOut, Listing
@@ -45,6 +46,7 @@ HIDDEN = "hidden, the name begins with . or _"
 DESCRIPTION = "describes a data set"
 NO_RECORDS = "no suffix that says what it is, and no JSON lines in it"
 UNREADABLE = "cannot be read"
+OTHER_KIND = "of another kind than JSON and Parquet, which are there"
 OTHER_NAME = "another name of a file that is taken"
 
 
@@ -72,15 +74,18 @@ class _Found:
     """Gives the content of a file by its name; None where there is none."""
 
 
-def discover(source: str) -> Listing:
+def discover(source: str, choice: Choice = ALL) -> Listing:
     """The files of the corpus, sorted by URL, and what else is there.
 
     Args:
-        source: see `corpus.list_corpus`.
+        source, choice: see `corpus.list_corpus`.
 
     Raises:
         UserError: there is nothing, or nothing readable, or the hub does not give it.
     """
+    chosen = dataset_files.chosen_files(source, choice, lambda url: _form_by_name(url) is not None)
+    if chosen is not None:
+        return _listing_of(source, chosen, [])
     found = _find(source)
     left_out = found.left_out
     candidates = found.files if found.is_named else _without_outputs(found)
@@ -89,9 +94,19 @@ def discover(source: str) -> Listing:
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         seen = dict(zip((one.url for one in unknown), pool.map(_form_by_content, unknown), strict=True))
     by_content = {url: form for url, form in seen.items() if isinstance(form, tuple)}
-    left_out += [LeftOut(one.name, one.size, str(seen[one.url])) for one in unknown if one.url not in by_content]
+    left_out += [
+        LeftOut(one.name, one.size, OTHER_KIND if dataset_files.ending(one.url) else str(seen[one.url]))
+        for one in unknown
+        if one.url not in by_content
+    ]
     readable = [one for one in candidates if one.url in forms or one.url in by_content]
     taken = _once_each(readable, lambda one: one.url in by_content, left_out)
+    of_library = {one.url for one in unknown if dataset_files.ending(one.url)}
+    if not taken:
+        others = dataset_files.other_files(source, [(one.url, one.path, one.size) for one in unknown], choice.documents)
+        if others:
+            names = {one.name for one in unknown if one.url in of_library}
+            return _listing_of(source, others, [one for one in left_out if one.name not in names])
     listing = Listing(
         redacted_urls(source),
         tuple(
@@ -106,8 +121,25 @@ def discover(source: str) -> Listing:
         expected = "there is no file"
         if left_out:
             expected = f"none of the files there is a corpus: {listing.what_is_left_out()}"
-        raise UserError("data.source", source, expected, "give .json, .jsonl, .json.gz, .json.zst or .parquet files")
+        remedy = f"give .json, .jsonl, .json.gz, .json.zst or .parquet files, or {dataset_files.ENDINGS}"
+        raise UserError("data.source", source, expected, remedy)
     return listing
+
+
+def _listing_of(source: str, files: list[Found], left_out: list[LeftOut]) -> Listing:
+    """What the `datasets` library has a say in: its files, sorted by URL."""
+    files = sorted(files, key=lambda one: one.url)
+    forms: list[Form] = [("rows", None) if one.rows else _form_by_name(one.url) or ("json", None) for one in files]
+    return Listing(
+        redacted_urls(source),
+        tuple(
+            CorpusFile(index, one.url, one.path, one.size, *form, one.rows)
+            for index, (one, form) in enumerate(zip(files, forms, strict=True))
+        ),
+        tuple(shown(_path(one.url).removeprefix(f"{source.rstrip('/')}/")) for one in files),
+        (),
+        tuple(LeftOut(shown(one.name), one.size, one.reason) for one in left_out),
+    )
 
 
 def shown(name: str) -> str:

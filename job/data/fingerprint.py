@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from job import storage
@@ -39,6 +39,8 @@ class Fingerprint:
     """Revision of the data set, if the file comes from a hub."""
     hub_hash: str | None = None
     """The hub's own hash of the content; replaces `sha256`."""
+    reader: str | None = None
+    """Builder of the `datasets` library and its options, if that reads the file."""
     version: str | None = None
     """ETag or Last-Modified of a server that does not send single blocks; replaces `sha256`."""
 
@@ -79,7 +81,10 @@ def identify(files: Sequence[CorpusFile]) -> Identified:
     with ThreadPoolExecutor(_PARALLEL_FILES) as many_files, ThreadPoolExecutor(_PARALLEL_BLOCKS) as many_blocks:
         found = list(many_files.map(lambda file, name: _identify(file, name, many_blocks), files, _names(files)))
     return Identified(
-        tuple(fingerprint for fingerprint, _, _ in found),
+        tuple(
+            replace(fingerprint, reader=None if file.rows is None else str(file.rows))
+            for file, (fingerprint, _, _) in zip(files, found, strict=True)
+        ),
         tuple(version for _, version, _ in found),
         sum(read for _, _, read in found),
         time.monotonic() - began,
@@ -96,6 +101,8 @@ def check_unchanged(files: Sequence[CorpusFile], versions: Sequence[str]) -> Non
 
     def check(file: CorpusFile) -> None:
         try:
+            if file.rows is not None and file.rows.revision:  # what a commit holds never changes
+                return
             now = storage.open_ranges(file.path).version
         except FileNotFoundError:
             now = "gone"
@@ -124,6 +131,9 @@ def sample(ranges: storage.Ranges, pool: Executor) -> str:
 
 def _identify(file: CorpusFile, name: str, pool: Executor) -> tuple[Fingerprint, str, int]:
     """The fingerprint of a file, its version, and how many bytes were read."""
+    if file.rows is not None and file.rows.revision:
+        pinned = Fingerprint(name=name, size=file.size, revision=file.rows.revision, hub_hash=file.rows.hub_hash)
+        return pinned, "", 0
     ranges = storage.open_ranges(file.path)
     revision, hub_hash = hub.identity(file.url, file.path)
     known = Fingerprint(name=name, size=ranges.size, revision=revision, hub_hash=hub_hash)

@@ -4,7 +4,11 @@ Downloaded and not streamed: a JSON array must be read from its start, so that n
 download is resumed and done once per machine; and a machine without a network finds what was fetched before.
 """
 
+import logging
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +20,10 @@ MODELSCOPE = "modelscope://"
 _HUGGING_FACE = "hf://datasets/"
 _SCHEME = re.compile(f"{_HUGGING_FACE}|{MODELSCOPE}")
 _DATA_SET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<files>.+))?")
+_FILES_AT_ONCE = 200
+
+# huggingface_hub reads this when it is imported, and then tells the hub nothing but what it needs.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def has_scheme(source: str) -> bool:
@@ -50,17 +58,12 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     Raises:
         UserError: no such data set, no permission, or the hub cannot be reached.
     """
-    scheme = _SCHEME.match(source)
-    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
-    if place is None:
-        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
+    scheme, place, repository = _parsed(source)
     if place["files"]:
         patterns = [place["files"].rstrip("/"), place["files"].rstrip("/") + "/*"]
-    revision = place["revision"] and place["revision"].replace("%2F", "/")
-    repository = Repository("dataset", place["name"], revision, "data.source", source)
-    if scheme and scheme[0] == MODELSCOPE:
+    if scheme == MODELSCOPE:
         folder = repository.from_modelscope(patterns)
-        prefix = f"{MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if revision else "")
+        prefix = f"{MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if place["revision"] else "")
     else:
         folder = repository.from_hugging_face(patterns)
         prefix = f"{_HUGGING_FACE}{place['name']}@{folder.name}"  # a snapshot's folder is named after its commit
@@ -70,6 +73,45 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
         for name, path in copies.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
+
+
+def pinned(source: str) -> tuple[str, str]:
+    """Name of a data set on Hugging Face's hub, and the commit of its revision.
+
+    Raises:
+        UserError: as `download`; or `source` is on ModelScope, or names files.
+    """
+    scheme, place, repository = _parsed(source)
+    if scheme == MODELSCOPE:
+        expected = "data.subset and data.source_split are read from Hugging Face's hub and from local folders alone"
+        raise UserError("data.source", source, expected, f"name files: {MODELSCOPE}{place['name']}/FOLDER/*.parquet")
+    if place["files"]:
+        expected = "data.subset and data.source_split are of a whole data set, and this names files"
+        raise UserError("data.source", source, expected, "name owner/name, or unset them")
+    return place["name"], repository.commit()
+
+
+def described(name: str, commit: str, files: list[str]) -> list[tuple[str, int, str]]:
+    """Path, size in bytes and the hub's own hash of files of a data set; those that are not there are left out."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    found = []
+    for first in range(0, len(files), _FILES_AT_ONCE):
+        some = files[first : first + _FILES_AT_ONCE]
+        found += HfApi().get_paths_info(name, some, revision=commit, repo_type="dataset")
+    entries = [one for one in found if isinstance(one, RepoFile)]
+    return [(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in entries]
+
+
+def _parsed(source: str) -> tuple[str, re.Match[str], "Repository"]:
+    """The scheme of a data set on a hub, or nothing; its parts; and its repository."""
+    scheme = _SCHEME.match(source)
+    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
+    if place is None:
+        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
+    revision = place["revision"] and place["revision"].replace("%2F", "/")
+    return scheme[0] if scheme else "", place, Repository("dataset", place["name"], revision, "data.source", source)
 
 
 def identity(url: str, path: str) -> tuple[str | None, str | None]:
@@ -108,26 +150,48 @@ class Repository:
         Raises:
             UserError: nothing of that name, no permission, or neither hub nor cache has it.
         """
-        from huggingface_hub import HfApi, constants, errors, snapshot_download
+        from huggingface_hub import errors, snapshot_download
 
+        # It warns of what this program tells as an error, or looks for in another way.
+        logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
         unreachable: Exception | None = None
-        try:
+        with self._explained():
             try:
-                # snapshot_download asks the same, but without any timeout.
-                asked, timeout = self.revision or constants.DEFAULT_REVISION, constants.HF_HUB_ETAG_TIMEOUT
-                HfApi().repo_info(self.name, repo_type=self.kind, revision=asked, timeout=timeout)
+                self._ask()  # snapshot_download asks the same, but without any timeout
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
                 raise
             except Exception as error:  # the hub's, its HTTP client's and the system's errors have no base in common
                 unreachable = error
-            folder = snapshot_download(
-                self.name,
-                repo_type=self.kind,
-                revision=self.revision,
-                allow_patterns=patterns,
-                local_files_only=unreachable is not None,
-            )
+            try:
+                folder = snapshot_download(
+                    self.name,
+                    repo_type=self.kind,
+                    revision=self.revision,
+                    allow_patterns=patterns,
+                    local_files_only=unreachable is not None,
+                )
+            except Exception as error:
+                raise error from (unreachable or error.__cause__)
             return Path(folder)
+
+    def commit(self) -> str:
+        """The commit of the revision, as Hugging Face's hub says now. Raises UserError as `from_hugging_face` does."""
+        with self._explained():
+            return self._ask()
+
+    def _ask(self) -> str:
+        from huggingface_hub import HfApi, constants
+
+        asked, timeout = self.revision or constants.DEFAULT_REVISION, constants.HF_HUB_ETAG_TIMEOUT
+        return str(HfApi().repo_info(self.name, repo_type=self.kind, revision=asked, timeout=timeout).sha)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Make a UserError of what the hub's library raises."""
+        from huggingface_hub import constants, errors
+
+        try:
+            yield
         except errors.GatedRepoError:
             page = f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}{self.name}"
             expected = f"this {self._what} is given only to those who asked for it"
@@ -138,7 +202,7 @@ class Repository:
         except errors.RevisionNotFoundError:
             raise self._error(f"the {self._what} has no revision {self.revision!r}") from None
         except Exception as error:
-            cause = unreachable or error.__cause__ or error
+            cause = error.__cause__ or error
             reason = one_line(f"{type(cause).__name__}: {cause}")[:200]
             if constants.HF_HUB_OFFLINE:
                 reason = "HF_HUB_OFFLINE is set, and the files are not all in the cache"

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from job.data.dataset_files import Rows
+
 Compression = Literal["gzip", "zstd"]
-Format = Literal["json", "parquet"]
+Format = Literal["json", "parquet", "rows"]
+"""``rows``: what the `datasets` library reads."""
 _SHOWN = 3
 _MEGABYTES_FROM = 10**5
 
@@ -25,6 +28,8 @@ class CorpusFile:
     """Bytes, as stored."""
     format: Format
     compression: Compression | None
+    rows: Rows | None = None
+    """How that library reads it."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ def _alike(names: Sequence[str], key: Callable[[str], object]) -> list[tuple[str
 
 
 def _format(file: CorpusFile) -> str:
+    if file.rows is not None:
+        return f"{file.rows.builder}, by the datasets library"
     name = {"json": "JSON", "parquet": "Parquet"}[file.format]
     return f"{name}, {file.compression}" if file.compression else name
 

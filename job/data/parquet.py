@@ -90,8 +90,8 @@ def _group_documents(
         row_bytes = max(1, sum(_column_bytes(described, set(columns)).values()) // max(1, described.num_rows))
         batch_rows = min(_MOST_ROWS, max(_LEAST_ROWS, _READ_BYTES // row_bytes))
         for batch in table.iter_batches(batch_rows, [group], columns, use_threads=False):
-            texts = _texts(batch.column(text_field))
-            ids = _ids(batch.column(id_field)) if id_field in columns else [None] * len(texts)
+            texts = column_texts(batch.column(text_field))
+            ids = column_ids(batch.column(id_field)) if id_field in columns else [None] * len(texts)
             for text, name in zip(texts, ids, strict=True):
                 row += 1
                 if type(text) is str and (type(name) is str or name is None):
@@ -129,9 +129,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (*tests, pa.types.is_binary, pa.types.is_large_binary))
 
 
-def _texts(column: pa.Array) -> list[Any]:
+def column_texts(column: pa.Array) -> list[Any]:
     """The values of a column. Bytes are text where they are UTF-8, as writers that name no string type mean them."""
-    return [_decoded(value) if isinstance(value, bytes) else value for value in _values(column)]
+    return [decoded(value) if isinstance(value, bytes) else value for value in _values(column)]
 
 
 def _values(column: pa.Array) -> list[Any]:
@@ -144,17 +144,18 @@ def _values(column: pa.Array) -> list[Any]:
     return values
 
 
-def _decoded(value: bytes) -> str | bytes:
+def decoded(value: bytes) -> str | bytes:
+    """Bytes as text if they are UTF-8, else as they are."""
     try:
         return value.decode()
     except UnicodeDecodeError:
         return value
 
 
-def _ids(column: pa.Array) -> list[Any]:
+def column_ids(column: pa.Array) -> list[Any]:
     """The values of a column as the text of ids; what names no document is left as it is."""
     if _is_text(column.type):
-        return [value.hex() if isinstance(value, bytes) else value for value in _texts(column)]
+        return [value.hex() if isinstance(value, bytes) else value for value in column_texts(column)]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_temporal(kind) and not pa.types.is_date(kind):
         whole = pa.types.is_duration(kind)
@@ -172,7 +173,7 @@ def _id(value: Any) -> Any:
         case Decimal():
             return format(value, "f")
         case bytes():
-            text = _decoded(value)
+            text = decoded(value)
             return text if isinstance(text, str) else value.hex()
         case int() | uuid.UUID():
             return str(value)

@@ -195,12 +195,15 @@ def _differences(plan: Plan, other: Plan) -> list[str]:
     """Each setting that differs, with both values."""
     theirs = other.settings
     found = [
-        f"{name} is {_shown(theirs.get(name))} there and {_shown(value)} here"
-        for name, value in plan.settings.items()
-        if theirs.get(name) != value
+        f"{name} is {_shown(theirs.get(name))} there and {_shown(plan.settings.get(name))} here"
+        for name in dict.fromkeys([*plan.settings, *theirs])
+        if theirs.get(name) != plan.settings.get(name)
     ]
-    if plan.source != other.source:
-        found.append(f"data.source has {_differing_files(plan.source, other.source)}")
+    ours, others = ([replace(one, reader=None) for one in source] for source in (plan.source, other.source))
+    if ours != others:
+        found.append(f"data.source has {_differing_files(tuple(ours), tuple(others))}")
+    elif plan.source != other.source and not found:
+        found.append("data.source is read in another way there")
     return found
 
 
@@ -241,5 +244,5 @@ def _some(names: list[str]) -> str:
 
 def _shown(value: object) -> str:
     """A setting's value; of a tokenizer's fingerprint the beginning."""
-    text = repr(value)
+    text = "not set" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:13]}...'"

@@ -30,6 +30,7 @@ from job.data.corpus import (
     read_group,
     share_slices,
 )
+from job.data.dataset_files import ALL, Choice
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.fingerprint import Identified, check_unchanged, identify
 from job.data.manifest import (
@@ -63,11 +64,12 @@ class Recipe:
     slice_bytes: int
     validation_fraction: float
     seed: int
+    choice: Choice = ALL
 
     @property
     def settings(self) -> dict[str, str | int | float]:
         """The settings that all workers of a data set must have in common, by name."""
-        return {
+        return self.choice.settings | {
             "data.text_field": self.text_field,
             "data.id_field": self.id_field,
             "data.slice_bytes": self.slice_bytes,
@@ -164,7 +166,7 @@ def carry_out(
         parts: which parts of how many are this worker's.
         make: makes the slices of these parts with an engine; may raise `Disagreement`.
     """
-    files = list_corpus(recipe.source, on_listed)
+    files = list_corpus(recipe.source, on_listed, recipe.choice)
     identified = identify(files)
     on_identified(identified)
     plan = make_plan(identified.fingerprints, recipe.settings | {"tokenizer.source": tokenizer.fingerprint})

@@ -515,7 +515,8 @@ def test_a_source_without_documents_is_refused_in_one_line(folder, source, compl
         list_corpus(f"{folder}/{source}")
     assert raised.value.setting == "data.source"
     assert str(raised.value) == (
-        f"data.source: '{folder}/{source}': {complaint}; give .json, .jsonl, .json.gz, .json.zst or .parquet files"
+        f"data.source: '{folder}/{source}': {complaint}; give .json, .jsonl, .json.gz, .json.zst or .parquet files, "
+        "or .txt, .csv, .tsv, .arrow or .tar"
     )
 
 

@@ -10,6 +10,7 @@ from job.cluster.preflight.findings import Findings
 from job.config import Config
 from job.data import hub
 from job.data.corpus import Listing, list_corpus
+from job.data.dataset_files import Choice, is_on_hub
 from job.data.manifest import Manifest, Shard, load_manifest
 from job.data.shard_files import copy_name
 from job.data.tokenizer import load_tokenizer
@@ -54,12 +55,13 @@ def check_data(findings: Findings, config: Config, deep: bool) -> Manifest | Non
 
 
 def _check_corpus(findings: Findings, config: Config) -> None:
-    source = config.data.source
-    if hub.has_scheme(source) or (hub.is_name(source) and not Path(source).exists()):
+    source, data = config.data.source, config.data
+    if is_on_hub(source):
         findings.unsure("corpus", f"{source} is on a hub, which is asked by `prepare`")
         return
     with findings.guard("corpus"):
-        list_corpus(source, lambda listing: _say_listed(findings, listing))
+        choice = Choice(data.subset, data.source_split, data.text_documents)
+        list_corpus(source, lambda listing: _say_listed(findings, listing), choice)
 
 
 def _say_listed(findings: Findings, listing: Listing) -> None:
