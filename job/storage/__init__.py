@@ -25,6 +25,7 @@ from job.record import Record, parse_record
 from job.storage import connection, creation, local, s3
 from job.storage.connection import StoreOptions, addressing, is_remote
 from job.storage.deadline import Cancelled, IntegrityError, StoreError, current, limits
+from job.storage.local import path_of
 from job.storage.retry import NoRanges, run, sent_whole
 from job.storage.s3 import PART_BYTES
 
@@ -53,6 +54,7 @@ __all__ = [
     "list_files",
     "open_ranges",
     "open_read",
+    "path_of",
     "read_bytes",
     "read_record",
     "sha256_file",
