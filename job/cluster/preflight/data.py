@@ -15,6 +15,7 @@ from job.data.shard_files import copy_name
 from job.data.tokenizer import load_tokenizer
 from job.errors import UserError
 from job.scratch import cache_folder
+from job.training.form import choose_form
 
 _CHUNK_BYTES = 2**20
 _PARALLEL_READS = 4
@@ -123,13 +124,14 @@ def _check_tokenizer(findings: Findings, config: Config, manifest: Manifest) -> 
     url = storage.join(config.data.shards, manifest.tokenizer)
     with TemporaryDirectory(prefix="wikillm-") as scratch:
         try:
-            found = load_tokenizer(url, scratch).fingerprint
+            tokenizer = load_tokenizer(url, scratch)
         except UserError as error:
             raise UserError("data.shards", url, error.expected, "put the tokenizer back, or prepare again") from None
-        if found != manifest.tokenizer_fingerprint:
+        if (found := tokenizer.fingerprint) != manifest.tokenizer_fingerprint:
             expected = "the tokenizer beside the shards is not the one that made them"
             findings.wrong("tokenizer", expected, "put the right one back, or prepare again")
             return
+        choose_form(config.data.shards, manifest, tokenizer)
         source = config.tokenizer.source
         if (storage.is_remote(source) and not hub.has_scheme(source)) or Path(source).expanduser().is_dir():
             try:
