@@ -20,7 +20,10 @@ from exported import read_model, run_card
 from tokenizer_kinds import KINDS, LLAMA3, QWEN2, TEXTS, made, tokenizer_of
 from tokenizers import normalizers, processors
 
+from job import config as settings
 from job.cli import main
+from job.cluster.preflight.data import check_data
+from job.cluster.preflight.findings import WRONG, Findings
 from job.data.manifest import load_manifest
 from job.data.shards import Recipe, prepare
 from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer
@@ -162,6 +165,9 @@ def test_a_run_whose_ids_nobody_would_get_does_not_start(tmp_path: Path, capfd: 
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"data.shards: '{shards}': its tokenizer.json has AutoTokenizer put {END_OF_DOCUMENT} ")
     assert not (tmp_path / "run").exists()
+    findings = Findings()
+    check_data(findings, settings.build({"data": {"shards": shards}}), deep=False)
+    assert [row.mark for row in findings.rows if row.name == "tokenizer"] == [WRONG]
     words = ["--tokenizer.source", str(tmp_path / "tokenizer"), "--data.source", str(tmp_path / "corpus.jsonl")]
     assert main(["prepare", *words, "--data.shards", str(tmp_path / "other")]) == EXIT_REFUSED
     assert capfd.readouterr().err.startswith("tokenizer.source: ")
