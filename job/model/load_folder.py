@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _WEIGHTS_PICKLE = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
-_FLOATING = ("F32", "F16", "BF16", "F64")
+_FLOATING = "F32 F16 BF16 F64"
 _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Tensors that older versions of transformers stored, and that follow from config.json."""
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
@@ -286,8 +286,8 @@ def _read_weights(found: _Tensors, spec: ModelSpec, config: _Config) -> dict[str
             raise NotAModel(f"the tensor {name} is missing")
         if found.shapes[name] != shape:
             raise NotAModel(f"the tensor {name} has shape {list(found.shapes[name])}, {CONFIG} says {list(shape)}")
-        if found.types[name] not in _FLOATING:
-            raise NotAModel(f"the tensor {name} holds {found.types[name]}, expected floating-point numbers")
+        if found.types[name] not in _FLOATING.split():
+            raise NotAModel(f"the tensor {name} holds {found.types[name]}, expected one of {_FLOATING}")
         with safe_open(found.files[name], framework="pt") as file:
             weights[name] = file.get_tensor(name).float()
         if not weights[name].isfinite().all():

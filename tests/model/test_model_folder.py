@@ -378,6 +378,19 @@ def test_both_forms_are_read(model_type: str, tied: bool, dtype: torch.dtype, fo
         assert torch.equal(parameters[name], weight.float()) and parameters[name].dtype == torch.float32
 
 
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_a_folder_that_transformers_saved_is_read(shard_size: str, folder: Path, tmp_path: Path) -> None:
+    """As earlier versions exported, and as a hub has it."""
+    (folder / "model.safetensors").unlink()
+    model = build_model(SMALL, 520, 0, CONTEXT_LENGTH, seed=3)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    assert (folder / "model.safetensors.index.json").exists() == (shard_size == "20KB")
+    found = load_trained(str(folder), "generate.model", tmp_path).model
+    assert found.config.rope_parameters["rope_theta"] == SMALL.rope_theta
+    for name, weight in model.named_parameters():
+        assert torch.equal(found.get_parameter(name), weight)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_shapes_are_those_of_the_model(tied: bool) -> None:
     spec = ModelSpec(24, 3, 6, 3, 20, tie_word_embeddings=tied)

@@ -12,6 +12,7 @@ from small_run import STEPS, DataSet, FinishedRun, checkpoint_urls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import storage
+from job.data.tokenizer import load_tokenizer
 from job.model.architecture import LanguageModel, build_model
 from job.model.spec import ModelSpec
 from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
@@ -58,6 +59,8 @@ def test_the_end_of_a_run_is_a_model_that_anybody_can_load(
             parameter.copy_(weights[name]["param"])
     folder = download(f"{finished_run.output}/final", tmp_path / "final")
     assert_computes_the_same(folder, LanguageModel(causal_lm.eval()), data_set)
+    # What the shards were made with: the model can be evaluated on them.
+    assert load_tokenizer(str(folder), tmp_path).fingerprint == data_set.manifest.tokenizer_fingerprint
 
 
 def test_the_card_holds_the_numbers_of_the_run(finished_run: FinishedRun) -> None:

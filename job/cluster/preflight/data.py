@@ -12,10 +12,9 @@ from job.data import hub
 from job.data.corpus import list_corpus
 from job.data.manifest import Manifest, Shard, load_manifest
 from job.data.shard_files import copy_name
-from job.data.tokenizer import load_tokenizer
+from job.data.tokenizer import load_tokenizer, refuse_surrounding_tokens
 from job.errors import UserError
 from job.scratch import cache_folder
-from job.training.form import choose_form
 
 _CHUNK_BYTES = 2**20
 _PARALLEL_READS = 4
@@ -131,7 +130,7 @@ def _check_tokenizer(findings: Findings, config: Config, manifest: Manifest) -> 
             expected = "the tokenizer beside the shards is not the one that made them"
             findings.wrong("tokenizer", expected, "put the right one back, or prepare again")
             return
-        choose_form(config.data.shards, manifest, tokenizer)
+        refuse_surrounding_tokens(tokenizer, "data.shards", url)
         source = config.tokenizer.source
         if (storage.is_remote(source) and not hub.has_scheme(source)) or Path(source).expanduser().is_dir():
             try:
