@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-recovery chaos test-benchmarks test-gpu test-image test-kubernetes test-slurm test-swanlab lint \
+.PHONY: help setup demo test test-recovery test-export chaos test-benchmarks test-gpu test-image test-kubernetes test-slurm test-swanlab lint \
         format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare \
         bench-identify bench-data-scale bench-loader bench-verify bench-checkpoint bench-ranks lock clean
 
@@ -36,6 +36,9 @@ chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares 
 test-recovery: setup ## runs that are stopped, fail, hang, lose their store or one of their nodes (ten minutes)
 	$(RUN) -m pytest -n 2 --dist loadfile -m recovery tests
 
+test-export: setup $(VENV)-transformers4/.installed ## that transformers 4 computes with final/ what was trained
+	$(RUN) -m pytest -m export tests/export
+
 test-benchmarks: setup ## that each measurement comes to its table, with tiny sizes, and that its arithmetic is right
 	$(RUN) -m pytest -m benchmarks tests/benchmarks
 
@@ -58,6 +61,16 @@ test-swanlab: setup ## a run on a stand-in for SwanLab's machines: sent, set up 
 $(VENV)-checkov/.installed:
 	$(PYTHON) -m venv $(VENV)-checkov
 	$(VENV)-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	touch $@
+
+# transformers 4 in an environment of its own, with the torch of .venv, which would be another gigabyte.
+$(VENV)-transformers4/.installed: $(VENV)/.installed
+	rm -rf $(VENV)-transformers4
+	$(PYTHON) -m venv $(VENV)-transformers4
+	$(VENV)-transformers4/bin/pip install --quiet --disable-pip-version-check \
+	    transformers==4.57.6 $$(grep '^numpy==' requirements.lock) jinja2 networkx sympy
+	ln -s $$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages/* | grep -E '/(torch|torchgen|functorch|nvidia|triton)$$|/torch-[^/]*$$') \
+	    $(VENV)-transformers4/lib/python*/site-packages
 	touch $@
 
 lint: setup ## style and types
@@ -142,4 +155,4 @@ lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock build
 
 clean: ## removes what the demo and the tests have made, and .venv
-	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov $(VENV)-transformers4 /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis

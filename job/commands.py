@@ -18,7 +18,13 @@ from job.data.listing import Listing, some
 from job.data.manifest import load_manifest
 from job.data.shards import Recipe, describe
 from job.data.split import is_held_out
-from job.data.tokenizer import load_tokenizer, refuse_hub_id, store_tokenizer, train_tokenizer
+from job.data.tokenizer import (
+    load_tokenizer,
+    refuse_hub_id,
+    refuse_surrounding_tokens,
+    store_tokenizer,
+    train_tokenizer,
+)
 from job.data.workers import prepare_in_processes
 from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from job.quiet import silence_libraries
@@ -57,6 +63,7 @@ def prepare(config: Config, words: Sequence[str] = ()) -> int:
 
 def _prepare(config: Config, report: Report) -> int:
     tokenizer = load_tokenizer(config.tokenizer.source, cache_folder(config.data.cache_dir))
+    refuse_surrounding_tokens(tokenizer, "tokenizer.source", config.tokenizer.source)
     started, documents, text_bytes, bad = time.monotonic(), 0, 0, 0
 
     def on_progress(more_documents: int, more_bytes: int) -> None:

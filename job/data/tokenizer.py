@@ -19,6 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from job import storage
 from job.data import hub
+from job.data.tokenizer_files import PLAIN_CLASS, PUT_BACK, QWEN2_CLASS, TOKENIZER_FILES, described, write_description
 from job.errors import UserError, one_line
 from job.record import parse_record
 from job.scratch import private_folder
@@ -26,14 +27,20 @@ from job.scratch import private_folder
 END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
-)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# Words, single digits, punctuation and white space are never merged with each other. Chinese has no blanks, so the
-# text between two punctuation marks is one piece, and merges may find words and phrases in it.
-_PIECES = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIECES = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where a tokenizer trained here cuts a text before it merges: words, single digits, punctuation and white space are
+never merged with each other. Chinese has no blanks, so the text between two punctuation marks is one piece, and merges
+may find words and phrases in it.
+
+The pattern is the one that llama.cpp calls ``qwen35`` (`LLAMA_VOCAB_PRE_TYPE_QWEN35` in its src/llama-vocab.cpp), byte
+for byte, so that other programs need not be taught a new one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class TextTokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """Entries, added tokens and gaps between ids included: one more than the largest id."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary.values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with nothing added."""
@@ -87,6 +94,26 @@ class TextTokenizer:
         return str(self._backend.normalizer.normalize_str(text)) != text
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every entry, added tokens included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def eos_token(self) -> str:
+        """The end-of-document token."""
+        return str(self._backend.id_to_token(self.eod_id))
+
+    @cached_property
+    def is_qwen2(self) -> bool:
+        """Whether its files say that it is Qwen2's, whose class in transformers ignores most of tokenizer.json."""
+        return described(self.folder, str(self.folder)).tokenizer_class in (QWEN2_CLASS, f"{QWEN2_CLASS}Fast")
+
+    @cached_property
+    def surrounding_tokens(self) -> list[str]:
+        """The tokens that tokenizer.json has other programs put around every text, and that training does not."""
+        return list(self._backend.encode("", add_special_tokens=True).tokens)
+
+    @cached_property
     def added_tokens(self) -> list[str]:
         """The tokens that were put beside the vocabulary, special ones and others."""
         return [token.content for token in self._backend.get_added_tokens_decoder().values()]
@@ -96,7 +123,7 @@ class TextTokenizer:
         """The bytes that each token stands for (`[vocab]`); special tokens and gaps stand for none."""
         spelled = [b""] * self.vocab_size
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+        for token, index in self.vocabulary.items():
             if index not in special:
                 spelled[index] = _bytes_of(token)
         return spelled
@@ -143,12 +170,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Text
     """Trains a byte-level BPE and saves it in the local `folder` as a Hugging Face fast tokenizer.
 
     The same texts give the same file. All 256 bytes are in its alphabet, so any Unicode text can be encoded.
-    Method: Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2.
+    Method: Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2; texts are cut by `PIECES` first.
     """
-    from transformers import PreTrainedTokenizerFast  # seconds of import that `prepare` can do without
-
     backend = tokenizers.Tokenizer(models.BPE())
-    pieces = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -158,10 +183,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Text
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_DOCUMENT, clean_up_tokenization_spaces=False
-    )
-    fast.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    write_description(folder, PLAIN_CLASS, END_OF_DOCUMENT)
     return _opened(folder, str(folder))
 
 
@@ -170,6 +194,13 @@ def refuse_hub_id(destination: str) -> None:
     if destination.startswith(hub.MODELSCOPE) or (_HUB_ID.fullmatch(destination) and not destination.startswith(".")):
         expected = "is a hub's owner/name; `job tokenizer` writes to a folder (./name) or a URL (s3://...)"
         raise UserError("tokenizer.source", destination, expected)
+
+
+def refuse_surrounding_tokens(tokenizer: TextTokenizer, setting: str, place: str) -> None:
+    """Raise a UserError if `AutoTokenizer` would put tokens around every text that training puts around none."""
+    if around := " ".join(tokenizer.surrounding_tokens):
+        expected = f"its tokenizer.json has AutoTokenizer put {around} around every text, and training does not"
+        raise UserError(setting, place, expected, "set post_processor in tokenizer.json to null and prepare with it")
 
 
 def store_tokenizer(tokenizer: TextTokenizer, destination: str, setting: str = "tokenizer.source") -> None:
@@ -235,10 +266,11 @@ def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
         raise UserError("tokenizer.source", source, "no tokenizer.json there", _TRAIN_ONE)
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
-    described = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    says_which = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
         try:
-            (AutoTokenizer if described else Qwen2Tokenizer).from_pretrained(folder).save_pretrained(scratch)
+            loaded = (AutoTokenizer if says_which else Qwen2Tokenizer).from_pretrained(folder, trust_remote_code=False)
+            loaded.save_pretrained(scratch)
         except Exception as error:  # whatever a file that is not a tokenizer's makes transformers raise
             raise UserError("tokenizer.source", source, f"not a tokenizer: {one_line(str(error))[:200]}") from None
         return _kept(
@@ -248,21 +280,8 @@ def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
 
 # ---- What a tokenizer must be ----
 
-_PUT_BACK = "put the right file back, or take another tokenizer"
 _LARGEST_ID = 2**24
 """Far above those of any tokenizer; a table of so many entries still fits into memory."""
-
-
-@dataclass(frozen=True)
-class _AddedToken:
-    content: str
-
-
-@dataclass(frozen=True)
-class _SpecialTokens:
-    """The part of tokenizer_config.json and special_tokens_map.json that is used."""
-
-    eos_token: str | _AddedToken | None = None
 
 
 @dataclass(frozen=True)
@@ -301,32 +320,19 @@ def _opened(folder: Path, source: str) -> TextTokenizer:
             raise ValueError(f"it has a token with the id {largest}")
     except Exception as error:  # the library raises bare Exceptions for a damaged file
         expected = f"tokenizer.json cannot be read: {one_line(str(error))[:200]}"
-        raise UserError("tokenizer.source", source, expected, _PUT_BACK) from None
+        raise UserError("tokenizer.source", source, expected, PUT_BACK) from None
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     if not _spells_every_byte(backend):
         expected = "expected a byte-level tokenizer (as GPT-2's, Qwen's, Llama 3's); this one does not give a text back"
         raise UserError("tokenizer.source", source, expected, "train one with `python -m job tokenizer`")
-    eos = _eos_token(folder, source)
+    eos = described(folder, source).eos
     eod_id = backend.token_to_id(eos) if eos else None
     if eod_id is None:
         expected = f"its eos_token ({eos!r}) is not in its vocabulary, so documents cannot be closed"
         raise UserError("tokenizer.source", source, expected, "set eos_token in tokenizer_config.json")
     return TextTokenizer(folder, eod_id, hashlib.sha256(content + str(eos).encode()).hexdigest(), backend)
-
-
-def _eos_token(folder: Path, source: str) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            try:
-                token = parse_record((folder / name).read_bytes(), _SpecialTokens).eos_token
-            except ValueError as error:
-                expected = f"{name} cannot be read: {error}"
-                raise UserError("tokenizer.source", source, expected, _PUT_BACK) from None
-            if token:
-                return token if isinstance(token, str) else token.content
-    return None
 
 
 def _spells_every_byte(backend: tokenizers.Tokenizer) -> bool:

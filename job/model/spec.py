@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from job.errors import UserError
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""Tensors of the model, named as in `Qwen2ForCausalLM`; the head is one only where it is not tied."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -49,3 +52,22 @@ class ModelSpec:
                 f"must divide model.num_attention_heads ({heads})",
                 f"take one of {[n for n in range(1, heads + 1) if heads % n == 0]}",
             )
+
+
+def tensor_shapes(spec: ModelSpec, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the model that `build_model` makes, by name."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    key_value = hidden // spec.num_attention_heads * spec.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab_size, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(spec.num_hidden_layers):
+        within = f"model.layers.{layer}."
+        shapes |= {f"{within}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        for name, width in (("q", hidden), ("k", key_value), ("v", key_value)):
+            shapes[f"{within}self_attn.{name}_proj.weight"] = (width, hidden)
+            shapes[f"{within}self_attn.{name}_proj.bias"] = (width,)
+        shapes[f"{within}self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes |= {f"{within}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{within}mlp.down_proj.weight"] = (hidden, inner)
+    if not spec.tie_word_embeddings:
+        shapes[HEAD] = (vocab_size, hidden)
+    return shapes

@@ -26,6 +26,7 @@ from job.redaction import learn_environment, redacted_tree
 from job.storage import connection, creation, local, s3
 from job.storage.connection import StoreOptions, addressing, is_remote
 from job.storage.deadline import Cancelled, IntegrityError, StoreError, current, limits
+from job.storage.local import path_of
 from job.storage.retry import NoRanges, run, sent_whole
 from job.storage.s3 import PART_BYTES
 
@@ -54,6 +55,7 @@ __all__ = [
     "list_files",
     "open_ranges",
     "open_read",
+    "path_of",
     "read_bytes",
     "read_record",
     "sha256_file",

@@ -36,7 +36,8 @@ from job.training.batching import accumulation_steps, optimizer_steps
 from job.training.checkpoint import Checkpoint, CheckpointFiles, TrainingState, download_checkpoint
 from job.training.engine import AdamW, Engine, StepResult, Strategy, start_accelerator
 from job.training.evaluation import Evaluation
-from job.training.export import export_model, model_card
+from job.training.export import export_model, model_card, usage
+from job.training.form import choose_form
 from job.training.generation import Sampling, continue_text
 from job.training.held_out import HeldOut
 from job.training.identity import identity_of
@@ -136,6 +137,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     tracking_mode, why = choose_mode(config.tracking.mode)
     accelerator = start_accelerator(strategy, log_with="swanlab")
     identity = identity_of(config, spec, manifest)
+    form = agree(world, lambda: choose_form(config.data.shards, manifest, tokenizer))
     scratch = Path(closing.enter_context(TemporaryDirectory(prefix="wikillm-", dir=scratch_dir(config))))
     opened: OpenedRun = agree(
         world,
@@ -375,8 +377,10 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         weights = {name: tensors["param"] for name, tensors in engine.full_state() if world.rank == 0}
         if world.rank == 0:
             keeper.check_is_ours()
-            card = model_card(run.name, parameters.total, manifest, evaluation, state, config.data.source)
-            export_model(storage.join(output, "final"), spec, weights, tokenizer, config.train.context_length, card)
+            length, sampling = config.train.context_length, sampling_of(config)
+            example = usage(tokenizer, config.generate.prompts[0], sampling, length)
+            card = model_card(run.name, parameters.total, manifest, evaluation, state, config.data.source, example)
+            export_model(storage.join(output, "final"), spec, weights, tokenizer, length, card, form, sampling)
     keeper.end(status, step, metrics.content())
     if status == DONE:
         report.say(f"done: {storage.join(output, 'final')}")
@@ -400,6 +404,11 @@ def strategy_of(config: Config, world_size: int) -> Strategy:
         train.gradient_clipping,
         train.spike_factor,
     )
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How continuations are made."""
+    return Sampling(**config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}))
 
 
 def check_tokenizer(tokenizer: TextTokenizer, manifest: Manifest, shards_url: str) -> None:
@@ -465,7 +474,7 @@ def _samples(
     if world.rank != 0:
         lockstep.go_on()
         return {}
-    sampling = Sampling(**config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}))
+    sampling = sampling_of(config)
     found: dict[str, str] = {}
     with engine.autocast():
         for index, prompt in enumerate(config.generate.prompts):

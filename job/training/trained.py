@@ -2,16 +2,14 @@
 
 import json
 import logging
-import math
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from safetensors import safe_open
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from job import storage
 from job.config import Model
@@ -19,6 +17,8 @@ from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
 from job.model.architecture import build_model, load_weights
 from job.model.counts import parameter_counts
+from job.model.load_folder import INDEX, NotAModel, StoredModel, files_of_index, files_of_model, read_model
+from job.model.save_folder import CONFIG, WEIGHTS
 from job.model.spec import ModelSpec
 from job.record import parse_record
 from job.training.checkpoint import (
@@ -66,7 +66,7 @@ def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
     Raises:
         UserError: nothing of the kind is there.
     """
-    names = {entry.url.removeprefix(url).strip("/") for entry in storage.list_files(url)} if _is_folder(url) else set()
+    names = _names(url)
     if "run.json" in names:
         for checkpoint in good_checkpoints(url, _pass_by):
             try:
@@ -82,14 +82,18 @@ def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
             return _from_checkpoint(open_checkpoint(url), output, setting, cache_dir)
         except DamagedCheckpoint as error:
             raise UserError(setting, url, error.expected, error.remedy) from None
-    if "config.json" in names:
+    if names & {CONFIG, WEIGHTS, INDEX}:
         return _from_folder(url, setting, cache_dir)
     expected = "expected a run, a checkpoint or a model folder, found none there"
     raise UserError(setting, url, expected, "train one with `python -m job train`")
 
 
-def _is_folder(url: str) -> bool:
-    return storage.is_remote(url) or Path(url).expanduser().is_dir()
+def _names(url: str) -> set[str]:
+    """The files below a folder; none where there is no folder."""
+    if not storage.is_remote(url):
+        folder = storage.path_of(url)
+        return {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("final/*"))}
+    return {entry.url.removeprefix(f"{url.rstrip('/')}/") for entry in storage.list_files(url)}
 
 
 def _pass_by(error: UserError) -> None:
@@ -103,7 +107,7 @@ def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_di
     except (ValueError, UserError) as error:
         expected = f"state.json is damaged: {one_line(str(error))}"
         raise DamagedCheckpoint("train.resume", checkpoint.url, expected, "name an older checkpoint") from None
-    tokenizer = load_tokenizer(storage.join(output, TOKENIZER_FOLDER), cache_dir)
+    tokenizer = _tokenizer(storage.join(output, TOKENIZER_FOLDER), setting, cache_dir)
     if tokenizer.fingerprint != identity.tokenizer:
         expected = f"the tokenizer in {output}/{TOKENIZER_FOLDER} is not the one it was trained with"
         raise UserError(setting, output, expected, "put the right one back")
@@ -131,34 +135,51 @@ def _from_checkpoint(checkpoint: Checkpoint, output: str, setting: str, cache_di
 
 
 def _from_folder(url: str, setting: str, cache_dir: Path) -> TrainedModel:
-    tokenizer = load_tokenizer(url, cache_dir)
+    try:
+        stored = _read_folder(url)
+    except NotAModel as error:
+        remedy = "name a run, a checkpoint, or the final/ of a run"
+        raise UserError(setting, url, f"not a model of this program: {error}", remedy) from None
+    tokenizer = _tokenizer(url, setting, cache_dir)
+    if tokenizer.vocab_size > stored.vocab_size:
+        expected = f"its tokenizer has {tokenizer.vocab_size:,} entries, its model {stored.vocab_size:,}"
+        raise UserError(setting, url, expected, "put the right tokenizer back")
+    model = build_model(
+        stored.spec,
+        vocab_size=stored.vocab_size,
+        eod_id=tokenizer.eod_id,
+        context_length=stored.context_length,
+        seed=0,
+    )
+    load_weights(model, stored.weights)
+    return TrainedModel(model, tokenizer, stored.context_length, url)
+
+
+def _read_folder(url: str) -> StoredModel:
+    """The model in a folder, of which no more than the files of a model are fetched, each by its exact name."""
+    if not storage.is_remote(url):
+        return read_model(storage.path_of(url))
+    sizes = {entry.url.removeprefix(f"{url.rstrip('/')}/"): entry.size for entry in storage.list_files(url)}
     with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
-        folder = Path(url).expanduser()
-        if storage.is_remote(url):
-            folder = Path(scratch)
-            for entry in storage.list_files(url):
-                storage.download_file(entry.url, folder / entry.url.rpartition("/")[2], size=entry.size)
-        try:
-            _check_size(folder)
-            loaded: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
-            model, found = loaded
-            context_length = int(model.config.max_position_embeddings)
-            # Left to itself, transformers makes up what is missing at random, and warns.
-            if wrong := [*found["missing_keys"], *found["mismatched_keys"]]:
-                raise ValueError(f"its weights are not those of config.json: {wrong[0]} is missing or of another shape")
-        except Exception as error:  # whatever a damaged folder makes transformers raise
-            raise UserError(setting, url, f"not a model: {one_line(str(error))[:200]}") from None
-    return TrainedModel(model, tokenizer, context_length, url)
+        folder = Path(scratch)
+
+        def fetch(name: str) -> None:
+            if name in sizes:  # what is missing is told by `read_model`
+                storage.download_file(storage.join(url, name), folder / name, size=sizes[name])
+
+        for name in files_of_model(sizes):
+            fetch(name)
+        if (folder / INDEX).exists():
+            for name in files_of_index((folder / INDEX).read_bytes()):
+                fetch(name)
+        return read_model(folder)
 
 
-def _check_size(folder: Path) -> None:
-    """Raises a ValueError where config.json describes a larger model than the files hold: it would be built first."""
-    config = Qwen2Config.from_pretrained(folder)
-    sizes = {one.name: getattr(config, one.name) for one in fields(ModelSpec) if one.name != "rope_theta"}
-    spec = ModelSpec(**Model(**sizes).model_dump())
-    stored = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            stored += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    if stored and (described := parameter_counts(spec, config.vocab_size).total) > stored:
-        raise ValueError(f"config.json describes {described:,} parameters, and the files hold {stored:,}")
+def _tokenizer(url: str, setting: str, cache_dir: Path) -> TextTokenizer:
+    """The tokenizer at `url`; errors name the setting that led there."""
+    try:
+        return load_tokenizer(url, cache_dir)
+    except UserError as error:
+        if error.setting != "tokenizer.source":
+            raise
+        raise UserError(setting, url, f"its tokenizer: {error.expected}", "put the right tokenizer back") from None

@@ -14,7 +14,7 @@ from typing import Any
 
 from job.data.discovery import is_corpus_name
 from job.data.manifest import MANIFEST_NAME, load_manifest
-from job.data.tokenizer import TOKENIZER_FILES
+from job.data.tokenizer_files import TOKENIZER_FILES
 from job.errors import UserError
 from launch.swanlab.leaks import secret_in, secret_name
 

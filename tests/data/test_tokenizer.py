@@ -113,6 +113,25 @@ def test_the_same_corpus_trains_the_same_tokenizer_whatever_the_hash_seed_and_th
     assert b"3,000 entries" in (runs[0].stdout.read() if runs[0].stdout else b"")
 
 
+def test_text_is_split_by_the_pattern_that_llama_cpp_calls_qwen35(trained: TextTokenizer) -> None:
+    """As it stands in llama.cpp's src/llama-vocab.cpp, read as a C string."""
+    in_c = (
+        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| "
+        r"?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+    )
+    described = json.loads((trained.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    split, to_bytes = described["pre_tokenizer"]["pretokenizers"]
+    assert split["pattern"] == {"Regex": in_c.replace("\\\\", "\\")}
+    assert (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False)
+    assert (to_bytes["type"], to_bytes["add_prefix_space"], to_bytes["use_regex"]) == ("ByteLevel", False, False)
+    assert described["normalizer"] is None
+    text = "Tom's IT'S नमस्ते 12é\u0323字，。\n\n  好"
+    splitter = Tokenizer.from_file(str(trained.folder / "tokenizer.json")).pre_tokenizer
+    assert [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] == [
+        *("Tom", "'s", " IT", "'S", " नमस्ते", " ", "1", "2", "é\u0323字", "，。\n\n", " ", " 好"),
+    ]
+
+
 @pytest.mark.parametrize("destination", ["Qwen/Qwen2-0.5B", "modelscope://Qwen/Qwen2-0.5B"])
 def test_a_hub_is_no_place_to_train_to(destination: str) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.source.*owner/name"):

@@ -25,6 +25,8 @@ from job.model.architecture import build_model
 from job.model.spec import ModelSpec
 from job.training.checkpoint import CheckpointFiles, TrainingState, save_checkpoint
 from job.training.export import export_model
+from job.training.form import choose_form
+from job.training.generation import Sampling
 from job.training.guard import Guard
 from job.training.identity import identity_of
 from job.training.loop import Interval, check_tokenizer
@@ -94,7 +96,9 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_checkpoint(config.run.output, state, snapshot, log.content())
     (folder / "run" / "logs").mkdir()
     (folder / "run" / "logs" / "metrics.jsonl").write_bytes(log.content())
-    export_model(str(folder / "run" / "final"), SPEC, weights, tokenizer, CONTEXT_LENGTH, "card")
+    form = choose_form(config.data.shards, manifest, tokenizer)
+    sampling = Sampling(8, 0.8, 0.95, 1)
+    export_model(str(folder / "run" / "final"), SPEC, weights, tokenizer, CONTEXT_LENGTH, "card", form, sampling)
     return folder
 
 

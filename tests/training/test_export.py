@@ -6,16 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from engine_worker import CONTEXT_LENGTH, SPEC
+from exported import run_card
+from small_run import CONTEXT_LENGTH as RUNS_LENGTH
 from small_run import STEPS, DataSet, FinishedRun, checkpoint_urls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import storage
+from job.data.tokenizer import load_tokenizer
 from job.model.architecture import LanguageModel, build_model
 from job.model.spec import ModelSpec
 from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
 from job.training.export import export_model
+from job.training.form import Form, choose_form
+from job.training.generation import Sampling
 from job.training.metrics import read_metrics
 
+SAMPLING = Sampling(max_new_tokens=8, temperature=0.8, top_p=0.95, seed=1)
 TEXT = "人工智能（AI）是研究如何让机器完成工作的学科。\nIt began in 1956 🤖。"
 
 
@@ -53,6 +59,8 @@ def test_the_end_of_a_run_is_a_model_that_anybody_can_load(
             parameter.copy_(weights[name]["param"])
     folder = download(f"{finished_run.output}/final", tmp_path / "final")
     assert_computes_the_same(folder, LanguageModel(causal_lm.eval()), data_set)
+    # What the shards were made with: the model can be evaluated on them.
+    assert load_tokenizer(str(folder), tmp_path).fingerprint == data_set.manifest.tokenizer_fingerprint
 
 
 def test_the_card_holds_the_numbers_of_the_run(finished_run: FinishedRun) -> None:
@@ -67,6 +75,12 @@ def test_the_card_holds_the_numbers_of_the_run(finished_run: FinishedRun) -> Non
     assert rows["context length"] == "32 tokens"
 
 
+def test_the_cards_program_continues_a_prompt_of_the_run(finished_run: FinishedRun, tmp_path: Path) -> None:
+    printed, tokens = run_card(download(f"{finished_run.output}/final", tmp_path))
+    assert printed.startswith("人工智能") and len(printed) > len("人工智能\n")
+    assert tokens <= RUNS_LENGTH
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads_are_exported(data_set: DataSet, bucket: str, tmp_path: Path, tied: bool) -> None:
     spec = ModelSpec(**(vars(SPEC) | {"tie_word_embeddings": tied}))
@@ -74,7 +88,8 @@ def test_tied_and_untied_heads_are_exported(data_set: DataSet, bucket: str, tmp_
     weights = {name: parameter.detach() for name, parameter in causal_lm.named_parameters()}
     assert ("lm_head.weight" in weights) == (not tied)
     destination = bucket if tied else str(tmp_path / "final")
-    export_model(destination, spec, weights, data_set.tokenizer, CONTEXT_LENGTH, "# 一个模型\n")
+    form = choose_form(data_set.shards, data_set.manifest, data_set.tokenizer)
+    export_model(destination, spec, weights, data_set.tokenizer, CONTEXT_LENGTH, "# 一个模型\n", form, SAMPLING)
     folder = download(bucket, tmp_path / "downloaded") if tied else Path(destination)
     assert_computes_the_same(folder, LanguageModel(causal_lm.eval()), data_set)
     assert (folder / "README.md").read_text(encoding="utf-8") == "# 一个模型\n"
@@ -87,6 +102,7 @@ def test_weights_that_do_not_fit_are_no_model(data_set: DataSet, tmp_path: Path,
     weight = weights.pop("model.norm.weight")
     if spoil == "unknown":
         weights |= {"model.norm.weight": weight, "model.norm.bias": weight}
+    form, destination = Form("llama", "PreTrainedTokenizerFast"), str(tmp_path / "final")
     with pytest.raises(RuntimeError, match=f"model.norm.{'weight' if spoil == 'missing' else 'bias'}"):
-        export_model(str(tmp_path / "final"), SPEC, weights, data_set.tokenizer, CONTEXT_LENGTH, "")
+        export_model(destination, SPEC, weights, data_set.tokenizer, CONTEXT_LENGTH, "", form, SAMPLING)
     assert not (tmp_path / "final").exists()

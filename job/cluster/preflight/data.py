@@ -13,7 +13,7 @@ from job.data.corpus import Listing, list_corpus
 from job.data.dataset_files import Choice, is_on_hub
 from job.data.manifest import Manifest, Shard, load_manifest
 from job.data.shard_files import copy_name
-from job.data.tokenizer import load_tokenizer
+from job.data.tokenizer import load_tokenizer, refuse_surrounding_tokens
 from job.errors import UserError
 from job.scratch import cache_folder
 
@@ -137,13 +137,14 @@ def _check_tokenizer(findings: Findings, config: Config, manifest: Manifest) -> 
     url = storage.join(config.data.shards, manifest.tokenizer)
     with TemporaryDirectory(prefix="wikillm-") as scratch:
         try:
-            found = load_tokenizer(url, scratch).fingerprint
+            tokenizer = load_tokenizer(url, scratch)
         except UserError as error:
             raise UserError("data.shards", url, error.expected, "put the tokenizer back, or prepare again") from None
-        if found != manifest.tokenizer_fingerprint:
+        if (found := tokenizer.fingerprint) != manifest.tokenizer_fingerprint:
             expected = "the tokenizer beside the shards is not the one that made them"
             findings.wrong("tokenizer", expected, "put the right one back, or prepare again")
             return
+        refuse_surrounding_tokens(tokenizer, "data.shards", url)
         source = config.tokenizer.source
         if (storage.is_remote(source) and not hub.has_scheme(source)) or Path(source).expanduser().is_dir():
             try:
