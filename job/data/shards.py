@@ -36,10 +36,11 @@ from job.data.plan import Plan, claimed, finished_data_set, make_plan, remove, r
 from job.data.split import SPLIT_RULE, is_held_out
 from job.data.tokenizer import TextTokenizer, replace_tokenizer
 from job.errors import UserError
+from job.invocation import command
 
 TOKENIZER_FOLDER = "tokenizer"
 _PART_NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
-_MAKE_AGAIN = "delete it and run `python -m job prepare` again, which makes that slice anew"
+_MAKE_AGAIN = f"delete it and run `{command('prepare')}` again, which makes that slice anew"
 _BATCH_CHARACTERS = 2**18  # text handed to the tokenizer at once: enough to keep its threads busy
 
 

@@ -6,6 +6,7 @@ from job import storage
 from job.cluster.preflight.findings import Findings
 from job.cluster.preflight.target import Target
 from job.config import Config
+from job.invocation import command
 
 SPEC = Path("launch/swanlab.yaml")
 VOLUMES = "/data/"
@@ -65,7 +66,9 @@ def _check_shards(findings: Findings, shards: str, volumes: list[str | None]) ->
             findings.right(name, f"{shards}, the volume {volumes[0] or ''}")
     elif not storage.is_remote(shards):
         found = f"{shards} is on this machine alone"
-        findings.wrong(name, found, f"`python -m launch.swanlab upload` it, and set data.shards to {VOLUMES}NAME")
+        findings.wrong(
+            name, found, f"`{command('upload', module='launch.swanlab')}` it, and set data.shards to {VOLUMES}NAME"
+        )
     elif shards.startswith("s3://"):
         found = f"{shards} takes credentials that a task has not"
         findings.unsure(name, found, "upload the shards as a volume, or submit with --with-credentials")
