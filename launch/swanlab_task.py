@@ -15,4 +15,4 @@ if __name__ == "__main__":
         os.environ |= json.loads(CREDENTIALS.read_text(encoding="utf-8"))
     from job.cli import main
 
-    sys.exit(main([]))
+    sys.exit(main(["train", "--config", "job.yaml"]))
