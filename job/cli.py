@@ -18,9 +18,12 @@ from job import config as settings
 from job.cluster import stop
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError, disk_error
+from job.invocation import python
+from job.origin import name_setting
 from job.redaction import redacted
 from job.scratch import use_scratch
 
+CONFIG_VARIABLE = "JOB_CONFIG"
 _DEFAULT_CONFIG = "job.yaml"
 
 
@@ -37,6 +40,8 @@ class Arguments:
     """The command's own."""
     wants_help: bool = False
     wants_config: bool = False
+    is_bare: bool = False
+    """Nothing at all was typed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +52,12 @@ def main(argv: Sequence[str]) -> int:
             _print_help(arguments.command)
             return EXIT_DONE
         command = COMMANDS[arguments.command]
-        config = settings.load(arguments.config_path or command.config_path, arguments.overrides)
+        path, named_by = find_config(arguments)
+        if named_by != "--config":
+            sys.stderr.write(f"settings: {path} ({named_by})\n")
+        arguments.config_path = path
+        options = [f"--{name}" for name in command.options]
+        config = settings.load(command.config_path if path is None else path, arguments.overrides, named_by, options)
         if arguments.wants_config:
             sys.stdout.write(redacted(settings.to_yaml(config)))
             return EXIT_DONE
@@ -70,17 +80,17 @@ def _run(command: "Command", config: Config, arguments: Arguments) -> int:
         _say_where_temporary_files_go()
         run = getattr(importlib.import_module("job.commands"), command.name)
         if command.options:
-            return int(run(config, config_path=arguments.config_path, **arguments.options))
+            return int(run(config, arguments.config_path, arguments.overrides, **arguments.options))
         return int(run(config, arguments.words))
     except UserError as error:
-        raise settings.name_setting(config, error) from None
+        raise name_setting(config, error) from None
     except storage.StoreError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
     except Exception as error:
         if (mendable := disk_error(error)) is None:
             raise
-        raise settings.name_setting(config, mendable) from None
+        raise name_setting(config, mendable) from None
 
 
 def _say_where_temporary_files_go() -> None:
@@ -91,26 +101,30 @@ def _say_where_temporary_files_go() -> None:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Takes a command line apart; with nothing on it, it trains by JOB_CONFIG or by job.yaml beside it.
+    """Takes a command line apart; where no command is named, it is `train`.
+
+    Settings that there are not are among the overrides; `config.load` refuses all of them at once.
 
     Raises:
-        UserError: an unknown command or option, or an option without its value.
+        UserError: an unknown command, a word too many, or an option without its value.
     """
-    if not argv:
-        return Arguments("train", config_path=os.environ.get("JOB_CONFIG", _DEFAULT_CONFIG))
-    for word in argv:
-        if not _is_text(word):
+    for typed in argv:
+        if not _is_text(typed):
             expected = f"these bytes are no text in this locale's encoding, {sys.getfilesystemencoding()}"
-            raise UserError("command line", os.fsencode(word), expected, "set LANG to the terminal's, such as C.UTF-8")
-    if argv[0] in ("-h", "--help"):
+            raise UserError("command line", os.fsencode(typed), expected, "set LANG to the terminal's, such as C.UTF-8")
+    if argv and argv[0] in ("-h", "--help"):
         return Arguments("", wants_help=True)
-    arguments = Arguments(argv[0])
+    has_command = bool(argv) and not argv[0].startswith("--")
+    arguments = Arguments(argv[0] if has_command else "train", is_bare=not argv)
     if arguments.command not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        close = difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"commands are {', '.join(COMMANDS)}"
         raise UserError("command", argv[0], "unknown command", remedy)
-    rest = iter(argv[1:])
-    for word in rest:
+    known = _names()
+    rest = iter(argv[has_command:])
+    unread: str | None = None  # a word that was looked at, and is yet to be taken apart
+    while (word := next(rest, None) if unread is None else unread) is not None:
+        unread = None
         if word in ("-h", "--help"):
             arguments.wants_help = True
         elif word == "--print-config":
@@ -121,13 +135,15 @@ def parse(argv: Sequence[str]) -> Arguments:
             if option is not None and option.kind is bool and not equals:
                 arguments.options[name] = True
                 continue
-            if name != "config" and option is None and name not in _names():
-                raise settings.unknown_setting(name)
             if not equals:
                 following = next(rest, None)
-                if following is None:
+                is_known = name == "config" or option is not None or name in known
+                if not is_known and (following is None or following.startswith("--")):
+                    unread = following  # it may be the name of a switch, which takes no value
+                elif following is None:
                     raise UserError(name, None, "expected a value after it")
-                value = following
+                else:
+                    value = following
             if name == "config":
                 arguments.config_path = value
             elif option is not None:
@@ -139,6 +155,28 @@ def parse(argv: Sequence[str]) -> Arguments:
     if arguments.words and arguments.command != "generate":
         raise UserError("command line", arguments.words[0], f"`{arguments.command}` takes no words", "see --help")
     return arguments
+
+
+def find_config(arguments: Arguments) -> tuple[str | None, str]:
+    """The file of settings and what names it: --config, or JOB_CONFIG, or job.yaml in the working directory.
+
+    None where there is none; a command that has a file of its own reads that, or what --config names. A JOB_CONFIG that
+    is set and empty means that no file is read.
+
+    Raises:
+        UserError: nothing was typed at all, and there is no file that says what to do.
+    """
+    if arguments.config_path is not None or COMMANDS[arguments.command].config_path is not None:
+        return arguments.config_path, "--config"
+    if (path := os.environ.get(CONFIG_VARIABLE)) is not None:
+        if path:
+            return path, CONFIG_VARIABLE
+    elif Path(_DEFAULT_CONFIG).exists():
+        return _DEFAULT_CONFIG, "in the working directory"
+    if arguments.is_bare:
+        expected = f"is not set, and neither is {CONFIG_VARIABLE}, and there is no {_DEFAULT_CONFIG} here"
+        raise UserError("--config", None, expected, "presets are in configs/; --help lists the commands")
+    return None, "--config"
 
 
 def _is_text(word: str) -> bool:
@@ -229,12 +267,15 @@ def _print_help(command: str) -> None:
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     usage = {"": "COMMAND", "generate": "generate [PROMPT ...]"}.get(command, command)
     console.print(
-        f"[bold]python -m job {escape(usage)}[/bold] --config FILE [--section.key value ...]", highlight=False
+        f"[bold]{escape(f'{python()} -m job {usage}')}[/bold] --config FILE [--section.key value ...]", highlight=False
     )
     if not command:
         for name, known in COMMANDS.items():
             console.print(f"  [bold]{name:10}[/bold] {known.about}")
-        console.print("\nWith no argument at all it trains, by the file that JOB_CONFIG names, or job.yaml.")
+        console.print(
+            "\nWithout --config, each command but demo reads the file that JOB_CONFIG names, or job.yaml here.\n"
+            "With no argument at all it trains by that file."
+        )
     else:
         console.print(f"  {COMMANDS[command].about}")
         for name, option in COMMANDS[command].options.items():

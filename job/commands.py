@@ -154,8 +154,10 @@ def train(config: Config, words: Sequence[str] = ()) -> int:
     requests = Requests()
     from job.cluster.launch import launch, world_size
     from job.training.batching import accumulation_steps
+    from job.training.rules import check_learning_rates
 
     # The workers check these as well, but they take seconds to start.
+    check_learning_rates(config.train)
     place = find_place()
     accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size(config, place))
     load_manifest(config.data.shards)
@@ -170,11 +172,13 @@ def evaluate(config: Config, words: Sequence[str] = ()) -> int:
     return launch("evaluate", config, find_place(), requests)
 
 
-def check(config: Config, config_path: str | None = None, **options: Any) -> int:
+def check(
+    config: Config, config_path: str | None = None, overrides: Sequence[tuple[str, str]] = (), **options: Any
+) -> int:
     """Settings → what is wrong with them, and the plan."""
     from job.cluster.preflight.check import check
 
-    return check(config, config_path=config_path, **options)
+    return check(config, config_path=config_path, overrides=overrides, **options)
 
 
 def demo(config: Config, words: Sequence[str] = ()) -> int:

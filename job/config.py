@@ -6,98 +6,34 @@ command line. The help texts, ``--print-config`` and the commented files in ``co
 
 import difflib
 import json
-import os
 import re
-import shutil
 import textwrap
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import ByteSize, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema
-from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from job.errors import SOME_DISK, UserError
+from job.errors import UserError, refuse
+from job.familiar import hint
 from job.redaction import learn_urls, redacted_tree
-from job.scratch import VARIABLE
+from job.setting_kinds import YEAR_SECONDS, Duration, Section, StepRange, members, setting
 from job.yaml_file import read_yaml, read_yaml_file
 
 MiB = 2**20
 GiB = 2**30
-_FULL_BYTES = 2**16
-"""A disk with less than this is full: what failed to be written may have been removed since."""
-
-
-class Duration(str):
-    """A length of time as a person writes it: ``3h50m``, ``90s``, ``01:30:00``, or a number of seconds."""
-
-    _FORM = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?|(\d+):(\d\d):(\d\d)")
-
-    @property
-    def seconds(self) -> float:
-        """Its length."""
-        found = self._FORM.fullmatch(self)
-        assert found is not None
-        days, hours, minutes, seconds = (float(found[i] or 0) for i in (1, 2, 3, 4))
-        clock = [float(found[i] or 0) for i in (5, 6, 7)]
-        return 86400 * days + 3600 * (hours + clock[0]) + 60 * (minutes + clock[1]) + seconds + clock[2]
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(cls._checked, str_schema(coerce_numbers_to_str=True))
-
-    @classmethod
-    def _checked(cls, text: str) -> "Duration":
-        if not cls._FORM.fullmatch(text) or cls(text).seconds <= 0:
-            raise ValueError("a time above 0 such as 3h50m, 90s or 01:30:00")
-        return cls(text)
-
-
-class StepRange(str):
-    """From one step to a later one, ``10:13``: three steps."""
-
-    @property
-    def ends(self) -> tuple[int, int]:
-        """Steps that are done when it begins, and when it ends."""
-        first, last = map(int, self.split(":"))
-        return first, last
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(cls._checked, str_schema(coerce_numbers_to_str=True))
-
-    @classmethod
-    def _checked(cls, text: str) -> "StepRange":
-        first, colon, last = text.partition(":")
-        if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise ValueError('a step and a later one, such as 10:13 (in a file with quotes: "10:13")')
-        return cls(text)
-
-
-def setting(default: Any, meaning: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field of the tree: its default, what it means, the unit it is counted in, and pydantic's constraints."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit}, validate_default=True, **constraints)
-
-
-class Section(BaseModel):
-    """A group of settings; unknown keys are errors, and a section never changes once it is made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yes_and_no_are_not_numbers(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for name, value in values.items():
-                field = cls.model_fields.get(name)
-                if isinstance(value, bool) and field is not None and bool not in _members(field.annotation):
-                    values = values | {name: "true" if value else "false"}
-        return values
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+_LARGEST_BATCH = 2**20
+_LARGEST_WIDTH = 2**20
+"""Of a layer: ten times that of the largest models there are."""
+_LIKENESS_OF_OPTION = 0.8
+_LONGEST_REASON = 200
+"""Characters of what is wrong with a value, which may repeat it."""
 
 
 class Run(Section):
@@ -118,9 +54,15 @@ class Store(Section):
         None, "Address of the S3 service; null: AWS_ENDPOINT_URL, else the cloud's own", pattern="^https?://"
     )
     region: str | None = setting(None, "Region of the S3 service; null: AWS_DEFAULT_REGION")
-    connect_timeout_seconds: float = setting(5.0, "Longest wait for a connection", unit="seconds", gt=0)
-    read_timeout_seconds: float = setting(30.0, "Longest silence of a server within an answer", unit="seconds", gt=0)
-    deadline_seconds: float = setting(300.0, "Longest time for one operation, retries included", unit="seconds", gt=0)
+    connect_timeout_seconds: float = setting(
+        5.0, "Longest wait for a connection", unit="seconds", gt=0, le=YEAR_SECONDS
+    )
+    read_timeout_seconds: float = setting(
+        30.0, "Longest silence of a server within an answer", unit="seconds", gt=0, le=YEAR_SECONDS
+    )
+    deadline_seconds: float = setting(
+        300.0, "Longest time for one operation, retries included", unit="seconds", gt=0, le=YEAR_SECONDS
+    )
     addressing: Literal["auto", "virtual", "path"] = setting(
         "auto",
         "How requests name a bucket: virtual: bucket.host/key, path: host/bucket/key; auto: virtual for Alibaba OSS, "
@@ -197,9 +139,9 @@ class Data(Section):
         ByteSize(16 * GiB), "Shards that are shuffled together, and on the disk at one time", unit="bytes", ge=1 * MiB
     )
     node_groups: int = setting(
-        1, "Parts of the nodes, each of which reads its own part of the shards; above about 16 nodes", ge=1
+        1, "Parts of the nodes, each of which reads its own part of the shards; above about 16 nodes", ge=1, le=2**20
     )
-    prefetch_steps: int = setting(4, "Batches prepared ahead of the training step", unit="steps", ge=1)
+    prefetch_steps: int = setting(4, "Batches prepared ahead of the training step", unit="steps", ge=1, le=2**16)
     loader_workers: int = setting(1, "Threads that cut batches from shards, per process", ge=1, le=64)
 
 
@@ -212,7 +154,9 @@ class Tokenizer(Section):
         "`job tokenizer` writes it there",
         min_length=1,
     )
-    vocab_size: int = setting(16384, "Entries of a tokenizer trained by `job tokenizer`", unit="tokens", ge=257)
+    vocab_size: int = setting(
+        16384, "Entries of a tokenizer trained by `job tokenizer`", unit="tokens", ge=257, le=2**24
+    )
     train_bytes: ByteSize = setting(
         ByteSize(200 * MiB), "Text that `job tokenizer` reads at most, from the corpus' start", unit="bytes", ge=1
     )
@@ -226,11 +170,11 @@ class Tokenizer(Section):
 class Model(Section):
     """A Qwen2 architecture; the number of vocabulary entries is the tokenizer's."""
 
-    hidden_size: int = setting(512, "Width of the residual stream", ge=1)
-    num_hidden_layers: int = setting(12, "Transformer layers", ge=1)
-    num_attention_heads: int = setting(8, "Query heads", ge=1)
-    num_key_value_heads: int = setting(2, "Key and value heads, shared by groups of query heads", ge=1)
-    intermediate_size: int = setting(2048, "Width inside the feed-forward layers", ge=1)
+    hidden_size: int = setting(512, "Width of the residual stream", ge=1, le=_LARGEST_WIDTH)
+    num_hidden_layers: int = setting(12, "Transformer layers", ge=1, le=2**16)
+    num_attention_heads: int = setting(8, "Query heads", ge=1, le=2**16)
+    num_key_value_heads: int = setting(2, "Key and value heads, shared by groups of query heads", ge=1, le=2**16)
+    intermediate_size: int = setting(2048, "Width inside the feed-forward layers", ge=1, le=_LARGEST_WIDTH)
     tie_word_embeddings: bool = setting(True, "Use the input embedding as the output head")
     rope_theta: float = setting(1_000_000.0, "Base of the rotary position embedding", gt=0)
     rms_norm_eps: float = setting(1e-6, "Added to the mean square in RMSNorm", gt=0)
@@ -250,12 +194,18 @@ class Train(Section):
     compile: bool | None = setting(
         None, "Compile the training step by torch.compile; null: on a GPU; where it cannot be, training goes on without"
     )
-    context_length: int = setting(512, "Tokens that the model sees at once", unit="tokens", ge=2)
-    micro_batch_size: int = setting(32, "Windows in one forward pass of one process", unit="sequences", ge=1)
-    global_batch_size: int = setting(
-        256, "Windows in one optimizer step, over all processes and accumulation", unit="sequences", ge=1
+    context_length: int = setting(512, "Tokens that the model sees at once", unit="tokens", ge=2, le=2**24)
+    micro_batch_size: int = setting(
+        32, "Windows in one forward pass of one process", unit="sequences", ge=1, le=_LARGEST_BATCH
     )
-    epochs: int = setting(2, "Passes over the training shards", ge=1)
+    global_batch_size: int = setting(
+        256,
+        "Windows in one optimizer step, over all processes and accumulation",
+        unit="sequences",
+        ge=1,
+        le=_LARGEST_BATCH,
+    )
+    epochs: int = setting(2, "Passes over the training shards", ge=1, le=10**9)
     max_steps: int | None = setting(None, "Stop after so many optimizer steps; null: when the epochs are done", ge=1)
     learning_rate: float = setting(5e-4, "Peak learning rate", gt=0)
     min_learning_rate: float = setting(0.0, "Learning rate at the end of the cosine", ge=0)
@@ -266,7 +216,11 @@ class Train(Section):
     epsilon: float = setting(1e-8, "AdamW's epsilon", gt=0)
     gradient_clipping: float = setting(1.0, "Largest norm of the gradient; 0: not clipped", ge=0)
     loss_chunk_tokens: int | None = setting(
-        None, "Tokens whose logits exist at once; null: as many as fit 256 MiB, on a GPU 2 GiB", unit="tokens", ge=1
+        None,
+        "Tokens whose logits exist at once; null: as many as fit 256 MiB, on a GPU 2 GiB",
+        unit="tokens",
+        ge=1,
+        le=2**40,
     )
     document_masking: bool = setting(
         False,
@@ -318,7 +272,7 @@ class Checkpoint(Section):
 
     every: int = setting(500, "Interval of the checkpoints", unit="steps", ge=1)
     every_minutes: float | None = setting(
-        None, "Longest time between two checkpoints as well; null: steps alone decide", unit="minutes", gt=0
+        None, "Longest time between two checkpoints as well; null: steps alone decide", unit="minutes", gt=0, le=525_600
     )
     keep: int = setting(10, "Checkpoints kept, the newest ones", ge=1)
     keep_every: int | None = setting(
@@ -337,7 +291,7 @@ class Evaluate(Section):
     max_windows: int | None = setting(
         None, "Windows evaluated during training, spread over the held-out shards; null: all", unit="sequences", ge=1
     )
-    batch_size: int = setting(32, "Windows in one forward pass", unit="sequences", ge=1)
+    batch_size: int = setting(32, "Windows in one forward pass", unit="sequences", ge=1, le=_LARGEST_BATCH)
     model: str | None = setting(
         None, "What `job evaluate` evaluates: a run, a checkpoint or a model folder; null: run.output"
     )
@@ -350,7 +304,7 @@ class Generate(Section):
         None, "What `job generate` continues with: a run, a checkpoint or a model folder; null: run.output"
     )
     prompts: list[str] = setting(["人工智能", "牛顿", "北京市", "亚洲历史"], "Texts to continue", min_length=1)
-    max_new_tokens: int = setting(200, "Longest continuation", unit="tokens", ge=1)
+    max_new_tokens: int = setting(200, "Longest continuation", unit="tokens", ge=1, le=2**24)
     temperature: float = setting(0.8, "Divides the logits before sampling; 0: always the likeliest token", ge=0)
     top_p: float = setting(0.95, "Sample among the likeliest tokens that hold this much probability", gt=0, le=1)
     seed: int = setting(2333, "Seed of the sampling", ge=0, lt=2**63)
@@ -404,8 +358,13 @@ class Setting:
     unit: str
 
 
-def settings() -> Iterator[Setting]:
+@cache
+def settings() -> tuple[Setting, ...]:
     """Every setting of the tree, in order."""
+    return tuple(_settings())
+
+
+def _settings() -> Iterator[Setting]:
     for section, group in _sections():
         for key, field in group.model_fields.items():
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -418,18 +377,28 @@ def settings() -> Iterator[Setting]:
             )
 
 
-def load(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def load(
+    path: str | None,
+    overrides: Sequence[tuple[str, str]] = (),
+    named_by: str = "--config",
+    options: Sequence[str] = (),
+) -> Config:
     """The settings of a file with overrides applied.
 
     Args:
         path: a YAML file, or None for the defaults alone.
         overrides: pairs of a dotted name and its value as typed on a command line.
+        named_by: the option or variable that names the file, for errors.
+        options: what else may have been meant on the command line, as ``--place``.
 
     Raises:
-        UserError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
+        UserError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range; one
+            error names all such keys, or all such values.
     """
-    tree = _read_settings(path) if path is not None else {}
-    _refuse_unknown_keys(tree)
+    tree = _read_settings(path, named_by) if path is not None else {}
+    names = {one.name for one in settings()}
+    typed = (unknown_setting(name, options=options) for name, _ in overrides if name not in names)
+    refuse(chain(_unknown_keys(tree), typed))
     for name, text in overrides:
         section, _, key = name.partition(".")
         values = tree.setdefault(section, {})
@@ -441,14 +410,16 @@ def load(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 def build(tree: dict[str, Any]) -> Config:
     """The settings of a plain nested dict; errors as in `load`."""
-    _refuse_unknown_keys(tree)
+    refuse(_unknown_keys(tree))
     try:
         return Config.model_validate({section: values or {} for section, values in tree.items()})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"][:2])
-        value = first["input"]
-        raise UserError(name, value, _expected(name, first["msg"]), "see --help") from None
+        found: dict[str, UserError] = {}
+        for one in error.errors(include_url=False):  # several of a setting where its type has alternatives
+            name = ".".join(str(part) for part in one["loc"][:2])
+            found.setdefault(name, UserError(name, one["input"], _expected(name, one["msg"]), "see --help"))
+        refuse(found.values())
+        raise
 
 
 def to_yaml(config: Config) -> str:
@@ -474,30 +445,10 @@ def to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
-def nearest(name: str) -> str | None:
-    """The setting whose name is most like `name`, if any is; the key counts for more than its section."""
-    section, _, key = name.rpartition(".")
-
-    def likeness(known: str) -> float:
-        known_section, _, known_key = known.partition(".")
-        initials = "".join(word[0] for word in known_key.split("_"))
-        same_key = 1.0 if key == initials else difflib.SequenceMatcher(None, key, known_key).ratio()
-        same_section = difflib.SequenceMatcher(None, section, known_section).ratio() if section else same_key
-        return 0.7 * same_key + 0.3 * same_section
-
-    best = max((one.name for one in settings()), key=likeness)
-    return best if likeness(best) >= 0.65 else None
-
-
 def _sections() -> Iterator[tuple[str, type[Section]]]:
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         yield name, field.annotation
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a type: (int, NoneType) of ``int | None``, otherwise the type alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def _kind(field: FieldInfo) -> str:
@@ -506,7 +457,7 @@ def _kind(field: FieldInfo) -> str:
              type(None): "null"}  # fmt: skip
     kinds = [
         " | ".join(map(str, get_args(one))) if get_origin(one) is Literal else names[one]
-        for one in _members(field.annotation)
+        for one in members(field.annotation)
     ]
     return " or ".join(kinds)
 
@@ -518,83 +469,62 @@ def _shown(value: Any) -> str:
         return f"{value // 2 ** (10 * power)}{('', 'KiB', 'MiB', 'GiB')[power]}"
     if isinstance(value, str):
         plain = yaml.safe_dump(str(value), allow_unicode=True, width=10**6).removesuffix("...\n").strip()
-        return plain if "\n" not in plain else json.dumps(value, ensure_ascii=False)
-    return json.dumps(value, ensure_ascii=False)
+        return plain if "\n" not in plain else _json(value)
+    return _json(value)
 
 
-def _read_settings(path: str) -> dict[str, Any]:
-    tree = read_yaml_file(Path(path), "--config", "presets are in configs/")
+def _json(value: Any) -> str:
+    """A value as JSON that is YAML as well: characters that break a line there, or may not stand there, are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _read_settings(path: str, named_by: str) -> dict[str, Any]:
+    tree = read_yaml_file(Path(path), named_by, "presets are in configs/")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError("--config", path, f"expected sections with settings, found {type(tree).__name__}")
+        raise UserError(named_by, path, f"expected sections with settings, found {type(tree).__name__}")
     return tree
 
 
-def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
+def _unknown_keys(tree: dict[str, Any]) -> Iterator[UserError]:
+    """An error for each key that is no section and no setting, and for each section that holds no settings."""
     sections = dict(_sections())
     for section, values in tree.items():
         if section not in sections:
-            close = difflib.get_close_matches(str(section), list(sections), n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
-            raise UserError(str(section), None, "unknown section of settings", remedy)
-        if not isinstance(values, dict | None):
-            raise UserError(section, values, "expected settings under it (key: value)", "see configs/demo.yaml")
-        for key, value in (values or {}).items():
-            if key not in sections[section].model_fields:
-                raise unknown_setting(f"{section}.{key}", value)
+            yield _unknown_section(str(section), values, list(sections))
+        elif not isinstance(values, dict | None):
+            yield UserError(section, values, "expected settings under it (key: value)", "see configs/demo.yaml")
+        else:
+            known = sections[section].model_fields
+            for key in [key for key in values or {} if key not in known]:
+                yield unknown_setting(f"{section}.{key}", (values or {})[key])
 
 
-def name_setting(config: Config, error: UserError) -> UserError:
-    """An error about a URL or path, told with the setting or variable that it comes from; any other error as it is."""
-    values = [(f"{section}.{key}", value) for section, group in config for key, value in group]
-    places = [(name, value) for name, value in values if isinstance(value, str) and value]
-    places += [(VARIABLE, os.environ[VARIABLE])] if os.environ.get(VARIABLE) else []
-    temporary = os.environ.get("TMPDIR") or "/tmp"
-    if error.setting == SOME_DISK:
-        full = [(name, place) for name, place in (*places, ("TMPDIR", temporary)) if "/" in place and _is_full(place)]
-        name, place = full[-1] if full else (error.setting, None)
-        return UserError(name, place, error.expected, error.remedy)
-    places.append(("TMPDIR", f"{temporary}/wikillm-"))  # as the program names its temporary folders
-    origins = [(name, place) for name, place in places if _is_below(error.setting, place)]
-    if not origins:
-        return error
-    name, _ = max(origins, key=lambda origin: len(origin[1]))
-    return UserError(name, error.setting, error.expected, error.remedy)
+def _unknown_section(name: str, values: Any, sections: list[str]) -> UserError:
+    if not isinstance(values, dict | None):  # a setting that stands outside of any section
+        return unknown_setting(name, values)
+    close = difflib.get_close_matches(name, sections, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
+    return UserError(name, None, "unknown section of settings", remedy)
 
 
-def _is_below(path: str, place: str) -> bool:
-    if "/" in place and path.startswith(place):
-        return True
-    return f"{path}/".startswith(f"{place.removeprefix('file://').rstrip('/')}/")
-
-
-def _is_full(place: str) -> bool:
-    if "://" in place.removeprefix("file://"):
-        return False
-    path = Path(place.removeprefix("file://")).expanduser().absolute()
-    there = next((one for one in (path, *path.parents) if one.exists()), path)
-    return shutil.disk_usage(there).free < _FULL_BYTES
-
-
-def unknown_setting(name: str, value: Any = None) -> UserError:
-    """The error for a setting that does not exist, with the nearest one that does."""
-    close = nearest(name)
-    return UserError(
-        name, value, "unknown setting", f"did you mean {close}?" if close else "see --help for all of them"
-    )
+def unknown_setting(name: str, value: Any = None, options: Sequence[str] = ()) -> UserError:
+    """The error for a setting that does not exist, with the one, or the option, that may have been meant."""
+    remedy = hint(name, [one.name for one in settings()])
+    if close := difflib.get_close_matches(f"--{name}", options, n=1, cutoff=_LIKENESS_OF_OPTION):
+        remedy = f"did you mean {close[0]}?"
+    return UserError(name, value, "unknown setting", remedy or "see --help for all of them")
 
 
 def _parse(name: str, text: str) -> Any:
     """What was typed for a setting, as the value that YAML would have given."""
     section, _, key = name.partition(".")
-    group = dict(_sections()).get(section)
-    if group is None or key not in group.model_fields:
-        raise unknown_setting(name)
-    members = _members(group.model_fields[key].annotation)
-    if type(None) in members and text.lower() in ("null", "none", ""):
+    kinds = members(dict(_sections())[section].model_fields[key].annotation)
+    if type(None) in kinds and text.lower() in ("null", "none", ""):
         return None
-    if list[str] in members:
+    if list[str] in kinds:
         try:
             return read_yaml(text)
         except ValueError:
@@ -606,5 +536,5 @@ def _expected(name: str, message: str) -> str:
     one = next((one for one in settings() if one.name == name), None)
     if one is None:
         return message
-    reason = message.removeprefix("Input ").removeprefix("Value error, ")
+    reason = message.removeprefix("Input ").removeprefix("Value error, ")[:_LONGEST_REASON]
     return f"expected {one.kind}{f' in {one.unit}' if one.unit else ''}: {reason}"

@@ -1,8 +1,12 @@
 """What ends a command: the exit codes, and the one-line error for whatever a person can mend."""
 
+import codecs
 import errno
 import os
 import re
+import sys
+from collections.abc import Iterable
+from itertools import islice
 
 from job.redaction import redacted
 
@@ -22,6 +26,8 @@ EXIT_REFUSED = 78
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_VALUE = 300
 """Characters of a value that an error shows."""
+_MOST_MISTAKES = 20
+"""Mistakes that one line lists."""
 
 
 class UserError(Exception):
@@ -45,9 +51,7 @@ class UserError(Exception):
         return UserError, (self.setting, value, self.expected, self.remedy)
 
     def __str__(self) -> str:
-        shown = self.setting
-        if self.value is not None:
-            shown = f"{self.setting}: {_shortened(redacted(repr(self.value)))}"
+        shown = f"{self.setting}: {_shown(self.value)}" if self.value is not None else self.setting
         line = f"{shown}: {self.expected}" + (f"; {self.remedy}" if self.remedy else "")
         return one_line(line)
 
@@ -80,6 +84,9 @@ def disk_error(error: Exception) -> UserError | None:
 
     For every other one it is None: that may be a mistake of the program, whose traceback is wanted.
     """
+    if isinstance(error, UnicodeEncodeError) and _is_for_names_of_files(error.encoding):
+        expected = f"the names of files are in {error.encoding} here (LANG, LC_ALL), which lacks characters of this one"
+        return UserError(str(error.object), None, expected, "set LC_ALL=C.UTF-8")
     number, found = _system_error(error)
     if number == errno.ENOENT and "No usable temporary directory" in str(error):
         return UserError("TMPDIR", os.environ.get("TMPDIR"), "no folder for temporary files can be written", _NO_ROOM)
@@ -90,6 +97,12 @@ def disk_error(error: Exception) -> UserError | None:
         return UserError(SOME_DISK, None, expected, remedy) if number in (errno.ENOSPC, errno.EDQUOT) else None
     path = found.decode(errors="replace") if isinstance(found, bytes) else str(found)
     return None if "://" in path else UserError(path, None, expected, remedy)
+
+
+def _is_for_names_of_files(encoding: str) -> bool:
+    """Whether it is the locale's, and one that lacks characters."""
+    own = codecs.lookup(sys.getfilesystemencoding()).name
+    return own != "utf-8" and codecs.lookup(encoding).name in (own, "ascii")
 
 
 def _system_error(error: Exception) -> tuple[int | None, object]:
@@ -108,5 +121,21 @@ def one_line(text: str) -> str:
     return " ".join(redacted(text).split())
 
 
-def _shortened(text: str) -> str:
+def refuse(mistakes: Iterable[UserError]) -> None:
+    """Raise one error, which is one line, for all mistakes in the settings; none: raise nothing."""
+    found = list(islice(mistakes, _MOST_MISTAKES + 1))
+    if len(found) == 1:
+        raise found[0] from None
+    if found:
+        said = [f"({number}) {error}" for number, error in enumerate(found[:_MOST_MISTAKES], 1)]
+        is_all = len(found) <= _MOST_MISTAKES
+        count, rest = (str(len(found)), []) if is_all else (f"more than {_MOST_MISTAKES}", ["and more"])
+        raise UserError("settings", None, f"{count} mistakes: {' '.join([*said, *rest])}") from None
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

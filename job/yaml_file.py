@@ -1,6 +1,7 @@
 """YAML that a person has written: no key twice, and nothing in it that takes more memory than a file of settings."""
 
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from job.errors import UserError, one_line
 _LARGEST_FILE_BYTES = 2**20
 _MOST_VALUES = 100_000
 _DEEPEST = 20
+_LONGEST_NUMBER_BITS = 2**12
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -28,6 +30,17 @@ class UniqueKeys(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number, unless it is so long that Python cannot write it again."""
+        with suppress(ValueError):  # Python reads no more than 4,300 digits
+            number: int = super().construct_yaml_int(node)
+            if number.bit_length() <= _LONGEST_NUMBER_BITS:
+                return number
+        raise yaml.constructor.ConstructorError(None, None, "a number of thousands of digits", node.start_mark)
+
+
+UniqueKeys.add_constructor("tag:yaml.org,2002:int", UniqueKeys.construct_yaml_int)
+
 
 def read_yaml(text: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
     """Read one YAML document, such as a person writes.
@@ -35,8 +48,9 @@ def read_yaml(text: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
     Raises:
         ValueError: it is not YAML, or aliases in it stand for more than any file of settings holds.
     """
-    loader = loader_type(text)
+    loader: UniqueKeys | None = None
     try:
+        loader = loader_type(text)
         document = loader.get_single_node()
         if document is None:
             return None
@@ -47,7 +61,8 @@ def read_yaml(text: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date or number may be one that Python has not
         raise ValueError(one_line(str(error))) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _check_extent(document: yaml.Node) -> None:

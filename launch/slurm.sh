@@ -1,7 +1,7 @@
 #!/bin/bash
 # WikiLLM on a Slurm cluster: one node or many, started again until the run is done. Submit it from the repository:
 #
-#   sbatch launch/slurm.sh                                               trains configs/wiki-123m.yaml
+#   sbatch launch/slurm.sh                        trains by JOB_CONFIG, job.yaml here, or configs/wiki-123m.yaml
 #   sbatch --nodes=4 launch/slurm.sh configs/x.yaml --train.learning_rate 1e-3     on four nodes, with a setting
 #   sbatch --array=0-15 --gpus-per-node=0 launch/slurm.sh prepare configs/x.yaml   corpus → shards, in 16 parts
 #   sbatch launch/slurm.sh check configs/x.yaml                          any other command of `python -m job`
@@ -53,7 +53,8 @@ trap 'heard=1 ended=1; forward' TERM # the limit, scancel, requeue, preemption: 
 # ---- What to run ----
 command=train
 [[ ${1:-} =~ ^[a-z]+$ ]] && { command=$1 && shift; }
-config=configs/wiki-123m.yaml
+config=${JOB_CONFIG:-} # as `python -m job` has it: JOB_CONFIG, then job.yaml here, then the example
+[[ $config ]] || { [[ -r job.yaml ]] && config=job.yaml || config=configs/wiki-123m.yaml; }
 [[ ${1:---} != --* ]] && { config=$1 && shift; }
 [[ -r $config ]] || refuse "no config file $config in $PWD"
 # shellcheck source=/dev/null

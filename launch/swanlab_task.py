@@ -18,4 +18,4 @@ if __name__ == "__main__":
     console.install()  # with the credentials in the environment, which it lets nobody print
     from job.cli import main
 
-    sys.exit(main([]))
+    sys.exit(main(["train", "--config", "job.yaml"]))

@@ -9,6 +9,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "JOB_CONFIG": "",  # no file of settings but those that a test names
 }
 
 import pytest

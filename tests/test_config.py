@@ -1,5 +1,7 @@
 """The tree of settings: what it accepts, what it refuses in one line, and that it explains itself."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,10 @@ def test_printed_settings_read_back_as_the_same_settings() -> None:
             ("data.slice_bytes", "1MiB"),
             ("run.name", "no: 1"),
             ("train.profile_steps", "10:13"),
+            ("run.output", "a: b #c\u2028\x7f\U0001f642"),
+            ("generate.prompts", json.dumps(["a: b #c\u2028\x7f\x85\U0001f642", "null", "", "1", "北京\n"])),
+            ("tracking.log_dir", "null "),
+            ("data.source", "~"),
         ],
     )
     assert settings.build(yaml.safe_load(settings.to_yaml(changed))) == changed
@@ -67,7 +73,6 @@ def test_numbers_in_yaml_may_be_written_as_people_write_them(tmp_path: Path, wri
         ("learning_rate", "train.learning_rate"),
         ("train.lr", "train.learning_rate"),
         ("model.hiden_size", "model.hidden_size"),
-        ("train.batch_size", "train.micro_batch_size"),
         ("data.shard", "data.shards"),
         ("checkpoint.evry", "checkpoint.every"),
     ],
@@ -75,6 +80,73 @@ def test_numbers_in_yaml_may_be_written_as_people_write_them(tmp_path: Path, wri
 def test_an_unknown_setting_is_answered_with_the_nearest_one(typed: str, meant: str) -> None:
     with pytest.raises(UserError, match=rf"^{typed}: unknown setting; did you mean {meant}\?$"):
         settings.load(None, [(typed, "1")])
+
+
+def test_all_wrong_keys_of_file_and_command_line_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train:\n  lr: 1\n  epochs: many\nblock_size: 8\ntrian:\n  epochs: 1\nmodel: 3\n")
+    with pytest.raises(UserError) as caught:
+        settings.load(str(path), [("train.fp16", "true"), ("train.epochs", "3")])
+    assert str(caught.value) == (
+        "settings: 5 mistakes: "
+        "(1) train.lr: 1: unknown setting; did you mean train.learning_rate? "
+        "(2) block_size: 8: unknown setting; did you mean train.context_length? "
+        "(3) trian: unknown section of settings; did you mean train? "
+        "(4) model: 3: expected settings under it (key: value); see configs/demo.yaml "
+        "(5) train.fp16: unknown setting; did you mean train.precision, which is bf16, tf32 or fp32: there is no fp16?"
+    )
+
+
+def test_all_wrong_values_are_told_at_once_and_each_once() -> None:
+    with pytest.raises(UserError, match=r"^settings: 3 mistakes: \(1\) train.compile: .*\(2\) .*\(3\) train.max_time"):
+        settings.load(None, [("train.epochs", "many"), ("train.compile", "perhaps"), ("train.max_time", "soon")])
+
+
+def test_a_page_of_mistakes_is_not_listed_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("".join(f"a{number}: 1\n" for number in range(2_000)))
+    with pytest.raises(UserError, match=r"^settings: more than 20 mistakes: .* \(20\) [^(]* and more$"):
+        settings.load(str(path))
+
+
+ABSURD = ["1" + "0" * 400, "-1" + "0" * 400, "nan", "inf", "-inf", "1e999", "9" * 6000, "1e19GiB", "9" * 400 + "h"]
+
+
+@pytest.mark.parametrize("one", [one for one in settings.settings() if re.search("number|size|length|range", one.kind)],
+                         ids=lambda one: one.name)  # fmt: skip
+def test_no_number_is_absurd(one: settings.Setting, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    section, _, key = one.name.partition(".")
+    in_yaml = [*ABSURD, ".nan", ".inf", "-.inf", "0x" + "f" * 20000]
+    for value in ABSURD:
+        with pytest.raises(UserError, match=rf"^{one.name}: .*expected") as caught:
+            settings.load(None, [(one.name, value)])
+        assert len(str(caught.value)) < 700
+    for value in in_yaml:
+        path.write_text(f"{section}: {{{key}: {value}}}")
+        with pytest.raises(UserError, match=rf"^({one.name}: .*expected|--config: .*thousands of digits)") as caught:
+            settings.load(str(path))
+        assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.hidden_size", "0"),
+        ("model.hidden_size", "-8"),
+        ("model.hidden_size", "100000000000"),
+        ("model.num_hidden_layers", "1000000"),
+        ("train.context_length", "1000000000"),
+        ("train.micro_batch_size", "10000000"),
+        ("train.learning_rate", "1e300"),
+        ("tokenizer.train_bytes", "1:30"),
+        ("run.output", "a\0b"),
+        ("generate.prompts", '["a\\0b"]'),
+    ],
+)
+def test_a_value_that_nothing_can_have_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: .*: expected"):
+        settings.load(None, [(name, value)])
 
 
 @pytest.mark.parametrize(
@@ -157,6 +229,8 @@ MERGES = ALIASES.replace("[1]", "{k: 1}").replace(" [*", " {<<: [*").replace("]"
         (b"train: {seed: " + b"9" * 5000 + b"}", "not valid YAML"),
         (b"train: {seed: 2026-99-99}", "not valid YAML"),
         (b"? [a]\n: b", "a key is a list"),
+        (b"train: {seed: 3\0}", "not valid YAML"),
+        (b"train: {weight_decay: .nan}", "should be a finite number"),
         (b"train: 3", "expected settings under it"),
         (b"train: [3]", "expected settings under it"),
         (b"- train", "found list"),

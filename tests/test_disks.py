@@ -15,6 +15,7 @@ from test_bad_input import GOOD, _job, _lines, _options
 from job import cli, commands
 from job import config as settings
 from job.errors import EXIT_REFUSED, disk_error
+from job.origin import name_setting
 
 Mount = Callable[..., Path]
 
@@ -125,7 +126,7 @@ def test_an_error_of_a_disk_names_its_setting(monkeypatch: pytest.MonkeyPatch, e
     config = settings.build(tree | {"tracking": {"log_dir": "relative"}})
     found = disk_error(error)
     assert found is not None
-    assert str(settings.name_setting(config, found)).startswith(said)
+    assert str(name_setting(config, found)).startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from job.cluster.family import ANY_PORT, FOLDER_VARIABLE, PARENT_VARIABLE, STOP_
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place, world_from_environment
 from job.cluster.task import Task
-from job.config import Config, name_setting
+from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, NoProgress, UserError, disk_error
+from job.origin import name_setting
 from job.quiet import silence_libraries
 from job.training.start import Start
 from job.training.world import World

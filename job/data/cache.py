@@ -27,6 +27,7 @@ from job.data.manifest import Shard
 from job.data.room import NEXT, NOW, Room, locked
 from job.data.shard_files import ShardFiles
 from job.errors import UserError, one_line
+from job.invocation import command
 
 _PARALLEL_FETCHES = 4
 """Threads that fetch and verify; reading and hashing do not hold Python's lock."""
@@ -289,7 +290,7 @@ class ShardCache:
                 return False
             raise self._files.missing(index) from None
         if wrong and not self._files.are_copies:
-            raise UserError("data.shards", str(path), wrong, "delete it and run `python -m job prepare` again")
+            raise UserError("data.shards", str(path), wrong, f"delete it and run `{command('prepare')}` again")
         if wrong:
             logger.warning("%s: %s; it is fetched again", path, wrong)
             self._room.drop(path)

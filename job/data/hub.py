@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from job.errors import UserError, one_line
+from job.invocation import python
 
 MODELSCOPE = "modelscope://"
 _HUGGING_FACE = "hf://datasets/"
+OWN_FOLDER = "data/"
+"""No owner on a hub: the defaults are data/shards and data/run, and `job tokenizer` may write data/tokenizer."""
 _SCHEME = re.compile(f"{_HUGGING_FACE}|{MODELSCOPE}")
 _DATA_SET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<files>.+))?")
 _FILES_AT_ONCE = 200
@@ -32,9 +35,14 @@ def has_scheme(source: str) -> bool:
 
 
 def is_name(source: str) -> bool:
-    """Whether `source` reads as ``owner/name`` or ``owner/name@revision``."""
+    """Whether `source` reads as ``owner/name`` or ``owner/name@revision``, and not as a path of ours."""
     match = _DATA_SET.fullmatch(source)
-    return match is not None and match["files"] is None
+    return match is not None and match["files"] is None and not is_own_path(source)
+
+
+def is_own_path(source: str) -> bool:
+    """Whether `source` lies in ``data/``, the folder of our defaults: that is a path, whether it is there or not."""
+    return source.startswith(OWN_FOLDER)
 
 
 def files_of(source: str) -> str | None:
@@ -220,7 +228,7 @@ class Repository:
         try:
             from modelscope import snapshot_download
         except ImportError:
-            raise self._error("needs a package that is not here", "pip install modelscope") from None
+            raise self._error("needs a package that is not here", f"{python()} -m pip install modelscope") from None
         try:
             folder = snapshot_download(self.name, repo_type=self.kind, revision=self.revision, allow_patterns=patterns)
         except Exception as error:  # modelscope documents no error types

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 
 from job import storage
 from job.errors import UserError
+from job.invocation import command
 from job.record import Versioned, parse_record
 
 FORMAT_VERSION = 1
@@ -84,7 +85,7 @@ def load_manifest(shards_url: str) -> Manifest:
     Raises:
         UserError: there is none, it is not ours, a newer version wrote it, or it contradicts itself.
     """
-    prepare = "run `python -m job prepare` first"
+    prepare = f"run `{command('prepare')}` first"
     try:
         content = storage.read_bytes(storage.join(shards_url, MANIFEST_NAME))
     except FileNotFoundError:
@@ -111,7 +112,7 @@ def load_manifest(shards_url: str) -> Manifest:
 
 
 def _damaged(shards_url: str, what: str) -> UserError:
-    remedy = "put the right one back, or delete it: `python -m job prepare` makes it again of what is done"
+    remedy = f"put the right one back, or delete it: `{command('prepare')}` makes it again of what is done"
     return UserError("data.shards", shards_url, f"its {MANIFEST_NAME} {what}", remedy)
 
 

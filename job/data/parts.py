@@ -11,9 +11,10 @@ from job.data.corpus import Group
 from job.data.manifest import Shard
 from job.data.plan import Plan
 from job.errors import UserError
+from job.invocation import command
 
 _NAME = re.compile(r".*/(\d+)-(\d+)(-last)?\.json")
-_MAKE_AGAIN = "delete it and run `python -m job prepare` again, which makes that slice anew"
+_MAKE_AGAIN = f"delete it and run `{command('prepare')}` again, which makes that slice anew"
 
 
 @dataclass

@@ -12,6 +12,7 @@ from job.data.manifest import Shard
 from job.data.room import Room
 from job.data.verified import Changed, Signature, hash_file, is_noted, signature, write_note
 from job.errors import UserError
+from job.invocation import command
 
 _CHUNK_BYTES = 2**20
 _COPIES = 2
@@ -140,13 +141,13 @@ class ShardFiles:
                     self._room.keep(partial, self.paths[index])
                     self._note(index, signature(os.fstat(file.fileno())))
                     return
-        remedy = "delete it and run `python -m job prepare` again"
+        remedy = f"delete it and run `{command('prepare')}` again"
         raise UserError("data.shards", self.urls[index], _damaged(shard, found), remedy)
 
     def missing(self, index: int) -> UserError:
         """Say that there is no such shard."""
         wrong = "the manifest names this shard and it is not there"
-        return UserError("data.shards", self.urls[index], wrong, "run `python -m job prepare` again")
+        return UserError("data.shards", self.urls[index], wrong, f"run `{command('prepare')}` again")
 
     def explained(self, error: OSError) -> Exception:
         """Return what a person has to mend in the cache's folder, or the error itself if that is not known."""

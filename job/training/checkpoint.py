@@ -30,6 +30,7 @@ from job import storage
 from job.errors import UserError, one_line
 from job.record import Versioned, parse_record, record_bytes
 from job.training.attempts import Attempts
+from job.training.identity import differences
 from job.training.metrics import parse_rows
 from job.training.moments import MOMENTS
 
@@ -420,11 +421,9 @@ class CheckpointFiles(Mapping[str, Mapping[str, "Tensor"]]):
 
 def check_identity(state: TrainingState, identity: Mapping[str, Any], url: str) -> None:
     """Raises a UserError if the run cannot go on from a checkpoint because it is made of something else now."""
-    different = [key for key, value in identity.items() if state.identity.get(key) != value]
-    if different:
-        said = ", ".join(f"{key} was {state.identity.get(key)!r}, is {identity[key]!r}" for key in different)
+    if different := list(differences(state.identity, identity)):
         remedy = "set it back, choose another run.output, or start over with --train.resume never"
-        raise UserError("train.resume", url, f"the checkpoint is of another run: {said}", remedy)
+        raise UserError("train.resume", url, f"the checkpoint is of another run: {', '.join(different)}", remedy)
 
 
 def _read(url: str, name: str, files: Mapping[str, File]) -> bytes:

@@ -33,6 +33,7 @@ from job.scratch import cache_folder, loading_folder, log_folder
 from job.training.agreement import Lockstep, agree
 from job.training.attempts import DONE, STOPPED
 from job.training.batching import accumulation_steps, optimizer_steps
+from job.training.changes import change_of_schedule
 from job.training.checkpoint import Checkpoint, CheckpointFiles, TrainingState, download_checkpoint
 from job.training.engine import AdamW, Engine, StepResult, Strategy, start_accelerator
 from job.training.evaluation import Evaluation
@@ -45,6 +46,7 @@ from job.training.keeper import Follower, Keeper
 from job.training.metrics import MetricsLog
 from job.training.profile import StepProfile
 from job.training.resume import OpenedRun, open_run
+from job.training.rules import Length, remarks
 from job.training.schedule import learning_rate
 from job.training.skips import Skips
 from job.training.start import Start
@@ -196,6 +198,14 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         ],
     )
 
+    length = Length(total_steps, epochs_steps, order.windows_per_epoch)
+    for remark in remarks(config, manifest, length, nodes=world.world_size // world.local_world_size):
+        report.say(str(remark))
+    if opened.settings_before and checkpoint is not None:
+        changed = change_of_schedule(opened.settings_before, config, order.windows_per_epoch, state.step)
+        if changed is not None:
+            report.say(f"! schedule: {changed}")
+
     # ---- What watches it, and what may stop it ----
     metrics = MetricsLog(opened.metrics)
     tracker = start_tracker(
@@ -330,7 +340,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         interval.add(result, batch.global_targets)
         skips.take(step, result, batch)
         is_evaluation_due = step % config.evaluate.every == 0
-        is_logged = step % config.train.log_every == 0 or step == total_steps
+        is_logged = step % config.train.log_every == 0 or step in (1, total_steps)
         summed = interval.summed(engine) if is_logged else None  # waits for the device: its time belongs to the step
         interval.seconds += time.perf_counter() - began
         interval.waited_seconds += loader.wait_seconds - waited
@@ -362,7 +372,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             seconds_left = (total_steps - step) * train_seconds / (step - started_at_step)
             report.say(metrics_line(step, total_steps, values, seconds_left))
             report.advance(step, f"{tokens_per_second:,.0f} tokens/s")
-            if values["speed/data_wait"] > _MOST_DATA_WAIT and step - started_at_step > interval.steps:
+            if values["speed/data_wait"] > _MOST_DATA_WAIT and step - started_at_step > config.train.log_every:
                 report.say(f"    waited for data {values['speed/data_wait']:.1%} of the time: {loader.advice()}")
             interval = Interval()
 
@@ -377,10 +387,10 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         weights = {name: tensors["param"] for name, tensors in engine.full_state() if world.rank == 0}
         if world.rank == 0:
             keeper.check_is_ours()
-            length, sampling = config.train.context_length, sampling_of(config)
-            example = usage(tokenizer, config.generate.prompts[0], sampling, length)
+            context_length, sampling = config.train.context_length, sampling_of(config)
+            example = usage(tokenizer, config.generate.prompts[0], sampling, context_length)
             card = model_card(run.name, parameters.total, manifest, evaluation, state, config.data.source, example)
-            export_model(storage.join(output, "final"), spec, weights, tokenizer, length, card, form, sampling)
+            export_model(storage.join(output, "final"), spec, weights, tokenizer, context_length, card, form, sampling)
     keeper.end(status, step, metrics.content())
     if status == DONE:
         report.say(f"done: {storage.join(output, 'final')}")

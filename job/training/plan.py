@@ -46,6 +46,8 @@ class Workload:
     """Held-out targets, each time that they are evaluated."""
     flops_per_token: int
     """Forward and backward."""
+    steps_of_epochs: int
+    """Steps that all of its epochs would have."""
 
     @property
     def flops(self) -> float:
@@ -107,4 +109,5 @@ def plan(
         tokens=round(targets * share),
         evaluated_tokens=evaluations * of_each + held_out,
         flops_per_token=flops.total,
+        steps_of_epochs=steps_of_epochs,
     )

@@ -10,6 +10,7 @@ from job.data.tokenizer import TextTokenizer, store_tokenizer
 from job.errors import NoProgress, UserError
 from job.redaction import redacted
 from job.training.attempts import Attempt, Attempts
+from job.training.changes import changes
 from job.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -37,6 +38,8 @@ class OpenedRun:
     """Where it goes on from; None: from the beginning."""
     metrics: bytes
     """The run's log up to there."""
+    settings_before: dict[str, Any] | None = None
+    """Those of the attempt before, or of the checkpoint of another run; None: this one begins."""
 
 
 def open_run(
@@ -64,7 +67,7 @@ def open_run(
         start: this one.
         tokenizer: of the data.
         identity: what the run is made of.
-        config: all settings, for its record.
+        config: all settings, for its record and that of the attempt.
         max_attempts: starts without a new checkpoint after which to give up.
         folder: local, takes the checkpoint's tensors.
         say: takes a line for the log.
@@ -102,12 +105,17 @@ def open_run(
     if resume != AUTO and begun_at is not None:
         say(f"train.resume is {resume}, and attempt {begun_at} has begun from there: going on")
 
+    before, since = (None, "") if starts_over else _settings_before(newest, run, first)
+    changed = changes(before or {}, config)
+    for one in changed:
+        say(f"changed since {since}: {one}")
+
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
     if run is None:
         run = recorded = begin_run(output, name, config)
     elif starts_over:
         run = new_record(output, name, config)
-    attempt = attempts.claim(run.id, start.name, start.job_id, resume)
+    attempt = attempts.claim(run.id, start.name, start.job_id, resume, config, changed)
     if run != recorded:
         attempts.check_is_ours(attempt)
         replace_run(output, run)
@@ -120,7 +128,18 @@ def open_run(
 
     checkpoint = _choose(candidates, output, fetch, say)
     attempt = attempts.update(replace(attempt, from_step=0 if checkpoint is None else checkpoint.state.step))
-    return OpenedRun(run, attempt, checkpoint, metrics)
+    return OpenedRun(run, attempt, checkpoint, metrics, before)
+
+
+def _settings_before(
+    newest: Attempt | None, run: RunRecord | None, checkpoint: Checkpoint | None
+) -> tuple[dict[str, Any] | None, str]:
+    """The settings of the start before, and what that is; records of earlier versions have none."""
+    if newest is not None and run is not None and newest.run_id == run.id and newest.config:
+        return newest.config, f"attempt {newest.number}"
+    if checkpoint is not None and checkpoint.state.config:
+        return checkpoint.state.config, checkpoint.url.rpartition("/")[2]
+    return None, ""
 
 
 def _begun_at(attempts: Attempts, resume: str, start: Start) -> int | None:

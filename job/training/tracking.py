@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from pydantic import ValidationError
 
 from job.errors import UserError, one_line
+from job.invocation import program, python
 from job.redaction import learn_value, redacted
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ def choose_mode(setting: Literal["auto", "cloud", "local", "offline", "disabled"
             return "offline", "no API key, and the dashboard is not installed"
         name, wanted = "SWANLAB_MODE", {"online": "cloud"}.get(swanlab_settings.mode, swanlab_settings.mode)
     if wanted == "cloud" and not has_key:
-        remedy = "set SWANLAB_API_KEY, run `swanlab login`, or choose offline"
+        remedy = f"set SWANLAB_API_KEY, run `{program('swanlab')} login`, or choose offline"
         raise UserError(name, wanted, "needs an API key, and there is none", remedy)
     if wanted == "local" and not has_dashboard:
-        remedy = "pip install 'swanlab[dashboard]', or choose offline"
+        remedy = f"{python()} -m pip install 'swanlab[dashboard]', or choose offline"
         raise UserError(name, wanted, "needs the dashboard, which is not installed", remedy)
     return cast(Mode, wanted), f"{name} is {wanted}"
 
@@ -281,7 +282,7 @@ def start_tracker(
         raise
     except Exception as error:
         return give_up(f"SwanLab does not start: {error!r}")
-    watch = f"swanlab watch {shlex.quote(str(folder))}" if mode == "local" else _sync_command(run)
+    watch = f"{program('swanlab')} watch {shlex.quote(str(folder))}" if mode == "local" else _sync_command(run)
     return Tracker(watch, accelerator, thread)
 
 
@@ -366,7 +367,7 @@ def _end(run: Any, **how: Any) -> None:
 
 
 def _sync_command(run: Any) -> str:
-    return f"swanlab sync --id {run.id} {shlex.quote(str(run.dir))}"
+    return f"{program('swanlab')} sync --id {run.id} {shlex.quote(str(run.dir))}"
 
 
 def _color(run_id: str) -> str:

@@ -15,6 +15,7 @@ from job import storage
 from job.config import Model
 from job.data.tokenizer import TextTokenizer, load_tokenizer
 from job.errors import UserError, one_line
+from job.invocation import command
 from job.model.architecture import build_model, load_weights
 from job.model.counts import parameter_counts
 from job.model.load_folder import INDEX, NotAModel, StoredModel, files_of_index, files_of_model, read_model
@@ -75,7 +76,7 @@ def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
                 _pass_by(error)
         if "final/config.json" in names:
             return _from_folder(storage.join(url, "final"), setting, cache_dir)
-        raise UserError(setting, url, "the run has no whole checkpoint yet", "train it first: `python -m job train`")
+        raise UserError(setting, url, "the run has no whole checkpoint yet", f"train it first: `{command('train')}`")
     if "state.json" in names:
         output = url.rstrip("/").rpartition("/checkpoints/")[0]
         try:
@@ -85,7 +86,7 @@ def load_trained(url: str, setting: str, cache_dir: Path) -> TrainedModel:
     if names & {CONFIG, WEIGHTS, INDEX}:
         return _from_folder(url, setting, cache_dir)
     expected = "expected a run, a checkpoint or a model folder, found none there"
-    raise UserError(setting, url, expected, "train one with `python -m job train`")
+    raise UserError(setting, url, expected, f"train one with `{command('train')}`")
 
 
 def _names(url: str) -> set[str]:

@@ -33,8 +33,11 @@ def check_place(
     """
     kind, _, folder = place.partition("/")
     if kind == "slurm":
-        from launch.checks.slurm import check_slurm
+        from launch.checks.slurm import DEFAULT_CONFIG, check_slurm
 
+        if config_path is None:
+            found = f"none is named: {SLURM_SCRIPT} takes {DEFAULT_CONFIG}, and these are the defaults"
+            findings.unsure("config", found, "name it with --config")
         return check_slurm(findings, config, SLURM_SCRIPT), config
     if kind == "swanlab":
         from launch.checks.swanlab import check_swanlab

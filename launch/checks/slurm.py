@@ -15,6 +15,8 @@ from job.errors import EXIT_STOPPED, UserError
 from job.training.plan import GPUS
 from launch.checks.kubernetes import PLACEHOLDER
 
+DEFAULT_CONFIG = "configs/wiki-123m.yaml"
+"""Of the script, where there is neither JOB_CONFIG nor job.yaml."""
 _SHORT = {"N": "nodes", "n": "ntasks", "t": "time", "G": "gpus", "J": "job-name", "p": "partition", "o": "output"}
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _KILL_WAIT_SECONDS = 30

@@ -6,6 +6,7 @@ from job import storage
 from job.cluster.preflight.findings import Findings
 from job.cluster.preflight.target import SWANLAB_CREDENTIALS, SWANLAB_VOLUMES, Target
 from job.config import Config
+from job.invocation import command
 from launch.swanlab.service import find_account
 from launch.swanlab.settle import MAX_TIME
 from launch.swanlab.spec import load_spec
@@ -61,7 +62,9 @@ def _check_shards(findings: Findings, shards: str, volumes: list[str | None]) ->
     elif not storage.is_remote(shards):
         found = f"{shards} is on this machine alone"
         findings.wrong(
-            name, found, f"`python -m launch.swanlab upload` it, and set data.shards to {SWANLAB_VOLUMES}NAME"
+            name,
+            found,
+            f"`{command('upload', module='launch.swanlab')}` it, and set data.shards to {SWANLAB_VOLUMES}NAME",
         )
     elif shards.startswith("s3://"):
         found = f"{shards} takes credentials that a task has not"

@@ -11,6 +11,7 @@ from pathlib import Path
 from job import config as settings
 from job.config import Config
 from job.errors import UserError
+from job.invocation import command
 from launch.swanlab.leaks import secret_in, secret_name
 from launch.swanlab.requirements import requirements
 from launch.swanlab.spec import Spec
@@ -116,7 +117,7 @@ _REMEDY = "move it away, or name it in spec.exclude"
 def _content(path: Path, name: str) -> bytes:
     content = path.read_bytes()
     if len(content) > _LARGEST_BYTES:
-        remedy = f"upload it with `python -m launch.swanlab upload`; {_REMEDY}"
+        remedy = f"upload it with `{command('upload', module='launch.swanlab')}`; {_REMEDY}"
         raise UserError(name, None, f"is data, not code: {len(content):,} bytes", remedy)
     return content
 

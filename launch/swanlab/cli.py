@@ -14,6 +14,7 @@ from job import cli as job_cli
 from job import storage
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError
+from job.invocation import command, python
 from job.report import make_console
 from launch.swanlab.bundle import REPOSITORY, Bundle, make_bundle
 from launch.swanlab.cos import CodeStore, UploadFailed
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m launch.swanlab", description=__doc__, allow_abbrev=False)
+    parser = _Parser(f"{python()} -m launch.swanlab", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(name: str, run: Callable[..., None], about: str) -> argparse.ArgumentParser:
@@ -93,7 +94,10 @@ def _submit(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if given.words or given.wants_help or given.wants_config:
         raise UserError("command line", None, "expected --config FILE and --section.key value", "see submit --help")
     spec, credentials = load_spec(arguments.spec), _credentials(arguments.with_credentials)
-    config = settle(given.config_path, given.overrides, spec, bool(credentials))
+    path, named_by = job_cli.find_config(given)
+    if named_by != "--config":
+        _say(f"settings: {path} ({named_by})")
+    config = settle(path, given.overrides, spec, bool(credentials))
     if arguments.until_done:
         _check_can_go_on(config)
     account = None if arguments.dry_run else find_account()
@@ -107,7 +111,7 @@ def _submit(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     store = CodeStore(service.store_keys)
     if not arguments.until_done:
         cuid, _ = _start(service, store, bundle, spec)
-        _say(f"task {cuid} submitted: python -m launch.swanlab status {cuid}")
+        _say(f"task {cuid} submitted: {command('status', cuid, module='launch.swanlab')}")
         return
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     sent: list[str] = []

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from job import config as settings
 from job.config import Config, Duration
 from job.errors import UserError
+from job.invocation import command
 from job.storage import is_remote
 from job.training.batching import accumulation_steps
 from launch.swanlab.leaks import secret_in
@@ -97,7 +98,7 @@ def _refuse_shards_elsewhere(config: Config, spec: Spec) -> None:
     if is_remote(shards):
         return
     if VOLUMES not in PurePosixPath(shards.removeprefix("file://")).parents:
-        remedy = "upload it with `python -m launch.swanlab upload` and give /data/NAME"
+        remedy = f"upload it with `{command('upload', module='launch.swanlab')}` and give /data/NAME"
         raise UserError("data.shards", shards, "is a folder of this machine", remedy)
     if not spec.spec.volumes:
         raise UserError("spec.volumes", None, f"names no data set, but data.shards is {shards}", "put its id there")

@@ -39,6 +39,8 @@ from job.training.checkpoint import TrainingState, save_checkpoint
 from job.training.identity import identity_of
 from job.training.run import begin_run
 
+PYTHON = sys.executable
+"""As it is printed where it lies elsewhere than below the working directory."""
 IMAGE = "registry.internal/wikillm@sha256:" + 64 * "0"
 
 
@@ -483,10 +485,10 @@ def test_without_data_and_without_a_gpu_it_says_what_is_to_be_done_first(
     scene.set(data__shards=f"{scene.bucket}/none", data__source=str(SAMPLE))
     assert check(scene.config, config_path="mine.yaml") == EXIT_REFUSED
     shown = capsys.readouterr().out
-    assert re.search(r"^✗ +data set .* run `python -m job prepare` first *$", shown, re.MULTILINE)
+    assert re.search(rf"^✗ +data set .* run `{PYTHON} -m job prepare` first *$", shown, re.MULTILINE)
     assert re.search(r"^✓ +corpus +1 files", shown, re.MULTILINE)
     assert re.search(r"^! +GPUs +none", shown, re.MULTILINE)
-    assert shown.endswith("not yet: python -m job train --config mine.yaml\n")
+    assert shown.endswith(f"not yet: {PYTHON} -m job train --config mine.yaml\n")
 
 
 def test_the_plan_names_its_assumptions_and_takes_those_that_it_is_given(
@@ -497,23 +499,28 @@ def test_the_plan_names_its_assumptions_and_takes_those_that_it_is_given(
     for gpu in ("A100 80GB", "H100", "RTX 3090", "RTX 4090"):
         assert re.search(rf"^{gpu} +40% .* 7\.25 ", shown, re.MULTILINE)
     assert "parameters" in shown and "FLOPs per token" in shown
-    assert shown.endswith("run it: python -m job train --config mine.yaml\n")
+    assert shown.endswith(f"run it: {PYTHON} -m job train --config mine.yaml\n")
     assert check(scene.config) == EXIT_DONE
     assert "an assumption" in capsys.readouterr().out
+
+
+TYPED = "--train.seed 3 --generate.prompts '[\"a b\"]' --run.name http://***@h"
 
 
 @pytest.mark.parametrize(
     ("place", "command"),
     [
-        (SLURM, "sbatch launch/slurm.sh mine.yaml"),
+        (HERE, f"{PYTHON} -m job train --config mine.yaml {TYPED}"),
+        (SLURM, f"sbatch launch/slurm.sh mine.yaml {TYPED}"),
         (NODES, "kubectl apply -k launch/kubernetes/multi-node"),
-        (SWANLAB, "python -m launch.swanlab submit --config mine.yaml --until-done --with-credentials AWS_"),
+        (SWANLAB, f"{PYTHON} -m launch.swanlab submit --config mine.yaml {TYPED} --until-done --with-cred"),
     ],
 )
 def test_the_command_that_would_run_is_the_last_line(
-    scene: Scene, capsys: pytest.CaptureFixture[str], place: str, command: str
+    scene: Scene, capsys: pytest.CaptureFixture[str], place: str | None, command: str
 ) -> None:
-    assert check(scene.config, place, config_path="mine.yaml") == EXIT_DONE
+    typed = [("train.seed", "3"), ("generate.prompts", '["a b"]'), ("run.name", "http://me:hunter2@h")]
+    assert check(scene.config, place, config_path="mine.yaml", overrides=typed) == EXIT_DONE
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"run it: {command}")
 
 
@@ -539,6 +546,15 @@ def test_a_run_that_is_there_is_planned_from_where_it_is_and_at_the_rate_it_had(
     assert re.search(r"as this run was measured +1,000 ", capsys.readouterr().out)
     scene.set(train__resume="never")
     assert marks(scene.rows(HERE), "run") == [UNSURE]
+
+
+def test_the_shape_of_another_run_is_told_by_its_sizes(scene: Scene) -> None:
+    scene.begin_run()
+    scene.set(model__intermediate_size=64, train__warmup_steps=100_000)
+    rows = scene.rows(HERE)
+    (run,) = [row for row in rows if row.name == "run"]
+    assert "model.intermediate_size was 48, is 64" in run.found and "hidden_size" not in run.found
+    assert UNSURE in marks(rows, "schedule"), "the rules of `train` are among the rows"
 
 
 def test_a_run_that_may_still_be_written_is_only_a_warning(scene: Scene) -> None:

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from job import storage
+from job.data import hub
+from job.data.corpus import list_corpus
 from job.data.shards import Recipe, prepare
 from job.data.tokenizer import (
     END_OF_DOCUMENT,
@@ -140,6 +142,17 @@ def test_a_hub_is_no_place_to_train_to(destination: str) -> None:
         refuse_hub_id(place)
 
 
+def test_a_path_below_a_folder_that_is_there_is_a_place_to_train_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuse_hub_id("data/tokenizer")
+    with pytest.raises(UserError, match=r"'out/tok': reads as .* no folder out here; write \./out/tok for a folder"):
+        refuse_hub_id("out/tok")
+    Path("out").mkdir()
+    refuse_hub_id("out/tok")
+
+
 # ── where a tokenizer may be ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -151,6 +164,31 @@ def test_a_tokenizer_in_object_storage_is_the_same_one(trained: TextTokenizer, b
     assert (loaded.fingerprint, loaded.eod_id) == (trained.fingerprint, trained.eod_id)
     assert loaded.encode(TEXTS) == trained.encode(TEXTS)
     assert load_tokenizer(f"file://{loaded.folder}", tmp_path) == loaded
+
+
+def test_what_lies_below_data_is_a_path_and_never_a_hubs_name(
+    trained: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_name("owner/name") and not hub.is_name("data/wiki")
+    with pytest.raises(
+        UserError, match=r"no such folder; what begins with data/ is a path here, and no hub's owner/na"
+    ):
+        load_tokenizer("data/tokenizer", tmp_path)
+    with pytest.raises(UserError, match=r"^data\.source: 'data/wiki': (?!.*hub)"):
+        list_corpus("data/wiki")
+    store_tokenizer(trained, "data/tokenizer")
+    assert load_tokenizer("data/tokenizer", tmp_path).fingerprint == trained.fingerprint
+
+
+def test_a_folder_that_is_there_wins_over_a_hubs_name(
+    trained: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"'owner/name': no such path here, and the hub "):
+        load_tokenizer("owner/name", tmp_path)
+    store_tokenizer(trained, "owner/name")
+    assert load_tokenizer("owner/name", tmp_path).fingerprint == trained.fingerprint
 
 
 def test_a_tokenizer_that_changed_in_object_storage_is_not_taken_from_the_cache(

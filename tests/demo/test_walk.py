@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from printed_commands import REASONS, blocks_of, checkout, fresh_shell, run_in_fresh_shell
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SETTINGS = {
@@ -21,17 +22,15 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which it ran, and what it said."""
-    folder = tmp_path_factory.mktemp("demo")
+    """The folder in which it ran, a checkout, and what it said."""
+    folder = checkout(tmp_path_factory.mktemp("demo"))
     words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
-    # Whatever a user has set for S3 must not get in the way.
-    variables = os.environ | {
-        "PYTHONPATH": str(Path.cwd()),
-        "AWS_PROFILE": "nobody",
-        "AWS_ENDPOINT_URL": "http://nowhere",
-    }
+    # Whatever a user has set for S3, or has in job.yaml, must not get in the way.
+    (folder / "job.yaml").write_text("run: {output: data/elsewhere}\n")
+    variables = {name: value for name, value in os.environ.items() if name != "JOB_CONFIG"}
+    variables |= {"AWS_PROFILE": "nobody", "AWS_ENDPOINT_URL": "http://nowhere"}
     ended = subprocess.run(
-        [sys.executable, "-m", "job", "demo", *words],
+        [".venv/bin/python", "-m", "job", "demo", *words],
         cwd=folder,
         env=variables,
         capture_output=True,
@@ -71,3 +70,43 @@ def test_no_line_shows_the_servers_secret(walked: tuple[Path, str]) -> None:
 def test_lines_are_plain_where_there_is_no_terminal(walked: tuple[Path, str]) -> None:
     assert "\x1b" not in walked[1]
     assert "\r" not in walked[1]
+
+
+def test_the_commands_it_ends_with_work_in_a_fresh_shell(walked: tuple[Path, str]) -> None:
+    lines = last_commands(walked[1])
+    assert len(lines) == 4
+    for line in lines:
+        command, _, note = line.partition("  # ")
+        if note.startswith("needs: "):
+            assert note.removeprefix("needs: ") in REASONS
+        elif note == "until Ctrl-C":
+            show_until_it_answers(command, walked[0])
+        else:
+            assert run_in_fresh_shell(command, walked[0])
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_what_the_pages_do_with_its_model_is_among_its_last_commands(walked: tuple[Path, str], page: str) -> None:
+    known = [shlex.split(line, comments=True) for line in last_commands(walked[1])]
+    (block,) = (one for one in blocks_of(page) if one.after)
+    assert all(shlex.split(line) in known for line in block.commands.splitlines())
+
+
+def last_commands(printed: str) -> list[str]:
+    """The commands that the demonstration ends with."""
+    return [line.strip() for line in printed.partition("what to try next\n")[2].splitlines()]
+
+
+def show_until_it_answers(command: str, folder: Path) -> None:
+    """Runs a command that shows something until it is interrupted, which it is once it says where."""
+    words = fresh_shell(f"exec {command}", folder)
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "http://" in line:
+                break
+        process.terminate()  # Ctrl-C is ignored by what a shell starts in the background
+        said += process.stdout.readlines()
+    assert any("http://" in line for line in said), "".join(said)

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -39,7 +38,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run = end(begin(place, {}, mode="local", run_id=run_id, first_step=10))
     port = free_port()
     program, *arguments = shlex.split(run.how_to_watch)
-    command = [str(Path(sys.executable).with_name(program)), *arguments, "-p", str(port)]
+    command = [str(Path(program).absolute()), *arguments, "-p", str(port)]
     with (place / "watch.log").open("w") as log:
         process = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"

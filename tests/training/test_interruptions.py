@@ -3,6 +3,7 @@
 import signal
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from statistics import fmean
 
 import pytest
 from fault_proxy import SLOW_DOWN, Fault, FaultProxy
@@ -69,7 +70,8 @@ def test_what_is_measured_between_two_lines_of_the_log_outlives_a_stop(settings:
     losses = {row["step"]: row["train/loss"] for row in read_metrics(f"{output}-2")}
     found = {row["step"]: row["train/loss"] for row in read_metrics(output)}
     # Each batch of this data holds nearly the same number of targets: windows at the ends of shards are shorter.
-    expected = {last: sum(losses[step] for step in range(last - 99, last + 1)) / 100 for last in (100, 200)}
+    intervals = ((1, 1), (2, 100), (101, 200))
+    expected = {last: fmean(losses[step] for step in range(first, last + 1)) for first, last in intervals}
     assert found == pytest.approx(expected, rel=1e-3)
 
 

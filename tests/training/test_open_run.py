@@ -1,6 +1,7 @@
 """Where a start goes on from: what is chosen, what is passed by, and what is refused before anything is touched."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ class Opener:
 
     def start(self, resume: str = "auto", job_id: str | None = None, **changes: Any) -> OpenedRun:
         self.said.clear()
-        told = {"identity": IDENTITY, "max_attempts": 100} | changes
+        told = {"identity": IDENTITY, "max_attempts": 100, "config": {"train": {"epochs": 1}}} | changes
         return open_run(
             self.output,
             name=None,
             resume=resume,
             start=Start("a-start", 0.0, None, job_id, lambda: False, lambda line: None),
             tokenizer=self._tokenizer,
-            config={"a": 1},
             folder=self._folder,
             say=self.said.append,
             **told,
@@ -121,6 +121,42 @@ def test_one_that_has_not_said_that_it_ended_is_named(opener: Opener) -> None:
     opener.start()
     opener.start()
     assert opener.said[0].startswith("taking the run over from attempt 1 (process ")
+
+
+# ---- Other settings ----
+
+
+def test_a_setting_that_differs_from_before_is_said_and_recorded(opener: Opener) -> None:
+    opener.start()
+    assert opener.said[1:] == []
+    opened = opener.start(config={"train": {"epochs": 3}})
+    assert opener.said[1:] == ["changed since attempt 1: train.epochs: 1 → 3"]
+    record = read_json(f"{opener.output}/attempts/00000002.json")
+    assert (record["config"], record["changed"]) == ({"train": {"epochs": 3}}, {"train.epochs": [1, 3]})
+    assert opened.settings_before == {"train": {"epochs": 1}}
+    opener.start(config={"train": {"epochs": 3}})
+    assert opener.said[1:] == []
+    assert read_json(f"{opener.output}/attempts/00000003.json")["changed"] is None
+
+
+def test_a_checkpoint_tells_the_settings_of_an_earlier_version(opener: Opener) -> None:
+    first = opener.start()
+    storage.write_bytes(
+        f"{opener.output}/attempts/00000001.json",
+        json.dumps(
+            {key: value for key, value in asdict(first.attempt).items() if key not in ("config", "changed")}
+        ).encode(),
+    )
+    state = replace(STATE, run_id=first.record.id, attempt=1, step=10, config={"train": {"epochs": 1}})
+    save_checkpoint(opener.output, state, dict(parameters()), METRICS)
+    opener.start(config={"train": {"epochs": 3}})
+    assert opener.said[1:] == ["changed since step-00000010-a1: train.epochs: 1 → 3"]
+
+
+def test_a_run_that_begins_anew_has_no_settings_before(opener: Opener) -> None:
+    opener.start()
+    opened = opener.start("never", config={"train": {"epochs": 3}})
+    assert opened.settings_before is None and not any("changed" in line for line in opener.said)
 
 
 # ---- never ----

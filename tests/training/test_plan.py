@@ -66,7 +66,7 @@ def test_the_tutorials_hours_follow_from_its_tokens_and_its_utilization() -> Non
     """It took 2 h 49 min for 3,516 steps of 131,072 tokens on one A100, at about 11 % MFU, without its evaluations."""
     spec = ModelSpec(512, 12, 8, 2, 2048)
     flops = flops_per_token(spec, 151_646, 512).total
-    work = Workload(3516, 2, 0, 3516 * 131_072, 0, flops)
+    work = Workload(3516, 2, 0, 3516 * 131_072, 0, flops, 3516)
     a100 = peak_flops("NVIDIA A100-SXM4-80GB")
     assert a100 is not None
     assert work.hours(a100, 0.11, gpus=1) == pytest.approx(2 + 49 / 60, rel=0.02)

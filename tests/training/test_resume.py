@@ -113,7 +113,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(
     (line,) = err.splitlines()
     assert line.startswith(f"train.resume: '{checkpoint}'")
     assert "global_batch_size was 8, is 16" in line
-    assert "'intermediate_size': 48" in line and "'intermediate_size': 64" in line
+    assert "model.intermediate_size was 48, is 64" in line and "hidden_size" not in line
     assert "context_length" not in line
     assert stored(bucket) == {}
     assert stored(finished_run.output) == origin

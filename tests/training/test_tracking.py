@@ -273,7 +273,7 @@ def test_signals_and_the_excepthook_stay_with_whoever_trains(restarted: SimpleNa
 
 def test_the_way_to_watch_an_offline_run_is_a_sync_under_its_id(restarted: SimpleNamespace) -> None:
     for folder, start in zip(folders(restarted.place), restarted.starts, strict=True):
-        assert start.how_to_watch == f"swanlab sync --id {restarted.run_id} {shlex.quote(str(folder))}"
+        assert start.how_to_watch.endswith(f"bin/swanlab sync --id {restarted.run_id} {shlex.quote(str(folder))}")
 
 
 # ---- The cloud, well and ill ----
@@ -370,7 +370,7 @@ def clouds(begun: dict[str, SimpleNamespace]) -> dict[str, SimpleNamespace]:
 def test_a_run_goes_on_offline_where_the_cloud(kind: str, clouds: dict[str, SimpleNamespace]) -> None:
     run = clouds[kind]
     (folder,) = folders(run.place)
-    assert run.seen.how_to_watch == f"swanlab sync --id {run.run_id} {shlex.quote(str(folder))}"
+    assert run.seen.how_to_watch.endswith(f"bin/swanlab sync --id {run.run_id} {shlex.quote(str(folder))}")
     assert sum(record.HasField("scalar") for record in records(folder)) >= 20
     assert run.seen.hooks_kept
     (warning,) = run.seen.warnings
@@ -396,7 +396,7 @@ def test_the_cloud_is_told_the_runs_own_id(clouds: dict[str, SimpleNamespace]) -
 def test_an_end_does_not_wait_for_a_cloud_that(kind: str, clouds: dict[str, SimpleNamespace]) -> None:
     run = clouds[kind]
     (folder,) = folders(run.place)
-    assert f"swanlab sync --id {run.run_id} {shlex.quote(str(folder))}" in run.seen.output
+    assert f"bin/swanlab sync --id {run.run_id} {shlex.quote(str(folder))}" in run.seen.output
     assert any(record.HasField("finish") for record in records(folder))
 
 

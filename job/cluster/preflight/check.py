@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from job.cluster.preflight import data, machine, run, store, world
 from job.cluster.preflight.elsewhere import check_elsewhere
 from job.cluster.preflight.findings import Findings, show
 from job.cluster.preflight.plan import show_plan
-from job.cluster.preflight.settings import check_cache, check_schedule, check_settings
+from job.cluster.preflight.settings import check_run_rules, check_settings
 from job.cluster.preflight.target import (
     KUBERNETES_FOLDER,
     PLACES,
@@ -25,8 +26,10 @@ from job.cluster.preflight.world import Shape
 from job.config import Config
 from job.data.manifest import Manifest
 from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
+from job.invocation import python
 from job.model.counts import flops_per_token, parameter_counts
 from job.model.spec import ModelSpec
+from job.redaction import redacted
 from job.report import make_console
 from job.training.plan import Workload, plan
 
@@ -56,6 +59,7 @@ def check(
     mfu: float | None = None,
     price_per_gpu_hour: float | None = None,
     config_path: str | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
 ) -> int:
     """Prints what is found and the plan; returns the exit code: 78 if anything is wrong, else 0.
 
@@ -67,19 +71,21 @@ def check(
         mfu: model FLOPs utilization to plan with; None: a typical one.
         price_per_gpu_hour: dollars; None: typical ones.
         config_path: the file of the settings, as it stands in the command that is printed.
+        overrides: dotted names and values as typed, which stand there as well.
 
     Raises:
         UserError: there is no such place, or no such MFU.
     """
     if mfu is not None and mfu > 1:
         raise UserError("--mfu", mfu, "expected a share of the card's peak, at most 1")
-    found = preflight(config, place, deep=deep, mfu=mfu, config_path=config_path)
+    found = preflight(config, place, deep=deep, mfu=mfu, config_path=config_path, overrides=overrides)
     console = make_console(_LOG_WIDTH)
     show(console, f"preflight{f', {place}' if place else ''}", found.findings.rows)
     if found.shape is not None and found.work is not None and found.target is not None:
         show_plan(console, found.config, found.shape, found.work, found.target, found.earlier, mfu, price_per_gpu_hour)
     is_wrong = found.findings.are_wrong
-    console.print(f"\n{'not yet' if is_wrong else 'run it'}: {shlex.join(found.command)}", soft_wrap=True)
+    command = redacted(shlex.join(found.command))
+    console.print(f"\n{'not yet' if is_wrong else 'run it'}: {command}", soft_wrap=True)
     return EXIT_REFUSED if is_wrong else EXIT_DONE
 
 
@@ -90,6 +96,7 @@ def preflight(
     deep: bool = False,
     mfu: float | None = None,
     config_path: str | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
 ) -> Preflight:
     """Looks at everything, as `check` describes it; leaves nothing behind."""
     kind, _, folder = (place or "").partition("/")
@@ -115,18 +122,19 @@ def preflight(
     # ---- Where it would go ----
     target: Target | None
     named = ["--config", config_path] if config_path else []
+    typed = [word for name, value in overrides for word in (f"--{name}", value)]
     if is_here:
         target = _check_here(findings, config, manifest, shape)
-        command = ["python", "-m", "job", "train", *named]
+        command = [python(), "-m", "job", "train", *named, *typed]
     else:
         checkpoint_bytes = None if shape is None else shape.checkpoint_bytes
         target, config = check_elsewhere(findings, config, place or "", config_path, manifest, checkpoint_bytes)
         if kind == "slurm":
-            command = ["sbatch", str(SLURM_SCRIPT), *named[1:]]
+            command = ["sbatch", str(SLURM_SCRIPT), *named[1:], *typed]
         elif kind == "kubernetes":
             command = ["kubectl", "apply", "-k", str(KUBERNETES_FOLDER / (folder or "single"))]
         else:
-            command = ["python", "-m", "launch.swanlab", "submit", *named]
+            command = [python(), "-m", "launch.swanlab", "submit", *named, *typed]
             if storage.is_remote(config.run.output):
                 command += ["--until-done", "--with-credentials", SWANLAB_CREDENTIALS]
     if target is not None:
@@ -160,8 +168,7 @@ def _work(findings: Findings, config: Config, shape: Shape, manifest: Manifest) 
             evaluate_every=config.evaluate.every,
             evaluate_max_windows=config.evaluate.max_windows,
         )
-        check_schedule(findings, config, work)
-        check_cache(findings, config, manifest)
+        check_run_rules(findings, config, manifest, work)
         return work
     return None
 

@@ -15,6 +15,7 @@ from job.data.manifest import Manifest, Shard, load_manifest
 from job.data.shard_files import copy_name
 from job.data.tokenizer import load_tokenizer, refuse_surrounding_tokens
 from job.errors import UserError
+from job.invocation import command
 from job.scratch import cache_folder
 
 _CHUNK_BYTES = 2**20
@@ -49,8 +50,6 @@ def check_data(findings: Findings, config: Config, deep: bool) -> Manifest | Non
             _check_copies(findings, cache_folder(config.data.cache_dir), manifest)
     with findings.guard("tokenizer"):
         _check_tokenizer(findings, config, manifest)
-    if not any(shard.tokens > 1 for shard in manifest.validation):
-        findings.unsure("held-out data", "there is none: no evaluation", "prepare with data.validation_fraction 0.1")
     return manifest
 
 
@@ -84,7 +83,7 @@ def _check_shards(findings: Findings, shards_url: str, manifest: Manifest, deep:
     damaged = [shard.name for shard in shards if sizes.get(shard.name, shard.size) != shard.size]
     if deep and not missing and not damaged:
         damaged = _with_another_sha256(shards_url, shards)
-    remedy = "delete what is damaged and run `python -m job prepare` again, which makes what is missing"
+    remedy = f"delete what is damaged and run `{command('prepare')}` again, which makes what is missing"
     if missing:
         findings.wrong("shards", f"{len(missing)} of {len(shards)} are missing: {_some(missing)}", remedy)
     elif damaged:

@@ -1,11 +1,14 @@
 """The settings against each other, and against the length of the run."""
 
+from collections.abc import Iterable
+
 from job import storage
 from job.cluster.preflight.findings import Findings
 from job.config import Config
 from job.data.manifest import Manifest
 from job.model.spec import ModelSpec
 from job.training.plan import Workload
+from job.training.rules import Length, Remark, about_data, about_schedule, check_learning_rates
 from job.training.tracking import choose_mode
 
 
@@ -19,9 +22,8 @@ def check_settings(findings: Findings, config: Config, is_here: bool) -> ModelSp
     """
     findings.right("config", "every setting is known and in its range")
     train = config.train
-    if train.min_learning_rate > train.learning_rate:
-        found = f"train.min_learning_rate {train.min_learning_rate} is above train.learning_rate {train.learning_rate}"
-        findings.wrong("learning rate", found, "let it end where it is lower")
+    with findings.guard("learning rate"):
+        check_learning_rates(train)
     with findings.guard("tracking"):
         if is_here or config.tracking.mode != "cloud":
             mode, why = choose_mode(config.tracking.mode)
@@ -38,28 +40,18 @@ def check_settings(findings: Findings, config: Config, is_here: bool) -> ModelSp
     return None
 
 
-def check_schedule(findings: Findings, config: Config, work: Workload) -> None:
-    """Intervals against the number of steps."""
-    train, checkpoint = config.train, config.checkpoint
+def check_run_rules(findings: Findings, config: Config, manifest: Manifest, work: Workload) -> None:
+    """The rules that `train` goes by as well, and the number of steps."""
+    train = config.train
     found = (
         f"{work.steps:,} steps of {train.global_batch_size} x {train.context_length} tokens, {work.epochs:.2f} epochs"
     )
-    if train.warmup_steps >= work.steps:
-        remedy = f"set train.warmup_steps to {max(1, work.steps // 20)} or so"
-        findings.unsure("schedule", f"{found}: all of them in the warm-up ({train.warmup_steps} steps)", remedy)
-    elif checkpoint.every > work.steps and checkpoint.every_minutes is None:
-        remedy = f"set checkpoint.every to {max(1, work.steps // 10)} or so"
-        findings.unsure("schedule", f"{found}, but a checkpoint every {checkpoint.every}: none before the end", remedy)
-    else:
-        findings.right("schedule", found)
+    findings.right("schedule", found)
+    length = Length(work.steps, work.steps_of_epochs, work.windows_per_epoch)
+    show_remarks(findings, [*about_schedule(config, length), *about_data(config, manifest, length)])
 
 
-def check_cache(findings: Findings, config: Config, manifest: Manifest) -> None:
-    """What is shuffled together has to be on the disk together."""
-    sizes = [shard.size for shard in manifest.train]
-    most = max([*sizes, min(int(config.data.shuffle_bytes), sum(sizes))])
-    if storage.is_remote(config.data.shards) and config.data.node_groups == 1:
-        room = int(config.data.cache_bytes)
-        found = f"{most:,} bytes of shards are shuffled together, data.cache_bytes has room for {room:,}"
-        remedy = f"set data.cache_bytes to {most} or more, or data.shuffle_bytes to less"
-        findings.judge("shard cache", most <= room, found, remedy)
+def show_remarks(findings: Findings, remarks: Iterable[Remark]) -> None:
+    """A row for each."""
+    for one in remarks:
+        (findings.wrong if one.is_wrong else findings.unsure)(one.name, one.found, one.remedy)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from job.cluster.preflight.findings import Findings
+from job.cluster.preflight.settings import show_remarks
 from job.cluster.preflight.target import Target
 from job.config import Config
 from job.errors import UserError
@@ -12,6 +13,7 @@ from job.model.spec import ModelSpec
 from job.training.batching import accumulation_steps
 from job.training.budget import TimeBudget
 from job.training.plan import GPUS, TYPICAL_MFU, Workload
+from job.training.rules import about_nodes
 
 _SLOWEST = min(GPUS, key=lambda gpu: peak_flops(gpu.cuda_name) or 0)
 _LEAVING_SECONDS = 20
@@ -61,11 +63,7 @@ def check_batch(findings: Findings, config: Config, target: Target) -> None:
     tokens = train.global_batch_size * train.context_length
     found = f"{on} x {steps} accumulation x {train.micro_batch_size} = {train.global_batch_size} windows"
     findings.right("global batch", f"{found}, {tokens:,} tokens a step")
-    if config.data.node_groups > target.nodes:
-        remedy = f"set data.node_groups to {target.nodes} or less"
-        findings.unsure(
-            "node groups", f"{config.data.node_groups} for {target.nodes} nodes: each reads several", remedy
-        )
+    show_remarks(findings, about_nodes(config, target.nodes))
 
 
 def check_gpu_memory(findings: Findings, config: Config, target: Target, shape: Shape) -> None:
