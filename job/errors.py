@@ -138,4 +138,5 @@ def _shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return "a number of thousands of digits"
+    text = redacted(text)  # before it is cut: of half a secret nothing would say what it is
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from job.redaction import redacted, redacted_tree, secrets_of, source_name
 from job.report import make_console
 from job.training.attempts import Attempts, note_failure
 from job.training.export import export_model
+from job.training.generation import Sampling
 
 VALUE = "hs/7Q+planted=ü"
 """Spelled in another way by a URL, by JSON and by Python."""
@@ -291,21 +293,12 @@ def test_an_attempt_records_its_origin_and_failure_without_one(tmp_path: Any) ->
 def test_a_model_card_has_none(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from job.training import export
 
-    class Model:
-        def save_pretrained(self, folder: Any) -> None:
-            (folder / "config.json").write_text("{}")
-
-    class Tokenizer:
-        vocab_size = eod_id = 1
-
-        def files(self) -> list[Any]:
-            return []
-
-    monkeypatch.setattr(export, "build_model", lambda *_, **__: Model())
-    monkeypatch.setattr(export, "load_weights", lambda *_: None)
-    tokenizer: Any = Tokenizer()
-    spec: Any = None
-    export_model(str(tmp_path / "final"), spec, {}, tokenizer, 32, f"pretrained on `{URL}`")
+    for name in ("write_model", "write_tokenizer", "other_ids"):  # what else the folder holds, and its check
+        monkeypatch.setattr(export, name, lambda *_, **__: None)
+    nothing: Any = SimpleNamespace(vocab_size=1, eod_id=1, model_type="qwen2", texts=[])
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, top_p=1.0, seed=0)
+    card = f"pretrained on `{URL}`"
+    export_model(str(tmp_path / "final"), nothing, {}, nothing, 32, card, nothing, sampling)
     assert (tmp_path / "final" / "README.md").read_text() == f"pretrained on `{SHOWN}`"
 
 

@@ -245,7 +245,12 @@ def start_tracker(
             _swanlab().login(timeout=_LOGIN_SECONDS)
         settings = _settings(**values, mode="online" if mode == "cloud" else mode)
         accelerator.trackers.clear()
-        accelerator.init_trackers(project, init_kwargs={"swanlab": {"settings": settings, "config": config}})
+        try:
+            accelerator.init_trackers(project, init_kwargs={"swanlab": {"settings": settings, "config": config}})
+        except BaseException:
+            if _swanlab().has_run():  # half begun: what makes its start fail would make its end fail when we exit
+                atexit.unregister(_swanlab().get_run()._handle_atexit)
+            raise
         return accelerator.get_tracker("swanlab", unwrap=True)
 
     def abandon() -> None:

@@ -44,9 +44,9 @@ def settle(
     Raises:
         UserError: the config is wrong, holds a secret, or cannot work in a task.
     """
+    config = settings.load(path, overrides)
     if path is None:
         raise UserError("--config", None, "is not set", "presets are in configs/")
-    config = settings.load(path, overrides)
     _refuse_secrets(config, environment)
     places = {name: value for name in _READ if (value := _value(config, name)) is not None}
     stored = [name for name, value in places.items() if value.startswith("s3://")]

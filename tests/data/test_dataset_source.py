@@ -299,13 +299,13 @@ def test_file_replaced_in_the_store_while_it_is_read_is_no_damage(bucket: str) -
             assert isinstance(item, Document)
 
 
-def test_file_at_a_web_server_is_read_whatever_its_query(folder: Path) -> None:
+def test_file_at_a_web_server_is_read_and_named_with_its_query(folder: Path) -> None:
     with dataset_hub(DATA_SETS) as hub:
         url = f"{hub.url}/datasets/{NAME}/resolve/main/zh/train-0.csv?download=true"
         [file] = list_corpus(url)
         assert file.size == len(DATA_SETS[NAME]["zh/train-0.csv"])
         assert [one.id for one in read([file])[0]] == [one["id"] for one in RECORDS[:90]]
-        assert identify([file]).fingerprints[0].name == "train-0.csv"
+        assert identify([file]).fingerprints[0].name == "train-0.csv?download=true"
 
 
 def test_name_with_characters_of_patterns_and_urls_is_read(folder: Path) -> None:

@@ -132,5 +132,5 @@ def test_a_damaged_foreign_or_newer_manifest_is_refused(tmp_path: Path, change: 
 
 def test_a_folder_without_a_manifest_is_no_data_set(bucket: str, tmp_path: Path) -> None:
     for url in (str(tmp_path / "absent"), f"{bucket}/absent"):
-        with pytest.raises(UserError, match=r"^data\.shards: .*run `python -m job prepare` first"):
+        with pytest.raises(UserError, match=r"^data\.shards: .*run `.*python -m job prepare` first"):
             load_manifest(url)

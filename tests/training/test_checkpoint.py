@@ -388,5 +388,5 @@ def test_what_differs_is_named_and_nothing_else() -> None:
     now = IDENTITY | {"data": "d2", "global_batch_size": 16}
     with pytest.raises(UserError) as refused:
         check_identity(STATE, now, "s3://b/step")
-    assert "data was 'd1', is 'd2', global_batch_size was 8, is 16;" in str(refused.value)
+    assert "the data set was d1, is d2 (fingerprints), train.global_batch_size was 8, is 16;" in str(refused.value)
     assert "model" not in str(refused.value)

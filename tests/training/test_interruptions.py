@@ -153,6 +153,7 @@ def test_superseded_attempt_never_writes_the_final_model(
         times=float("inf"),
     )
     with Job("train", settings(train=ALONE), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
+        job.read_until(f"step {STEPS}/")
         proxy.wait_for(lambda request: request.fault is SLOW_DOWN, 240)
         Attempts(output).claim("a-run", "a-start", None, "auto")
         claimed.append(True)
