@@ -32,7 +32,7 @@ def taken(folder: Path, *words: str, **variables: str) -> str:
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     _, _, name, _, config, *_ = ended.stdout.split()
-    assert f": {name} {config}\n" in ended.stderr, "it says which file it takes"
+    assert f": {name} {config}" in ended.stderr, "it says which file it takes"
     return ended.stdout.strip()
 
 
