@@ -152,12 +152,15 @@ def test_superseded_attempt_never_writes_the_final_model(
         lambda request: not claimed and request.method == "PUT" and "/logs/metrics.jsonl" in request.path,
         times=float("inf"),
     )
-    with Job("train", settings(train=ALONE), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
-        job.read_until(f"step {STEPS}/")
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Job("train", settings(train=ALONE), AWS_ENDPOINT_URL=proxy.endpoint_url) as job,
+    ):
+        end = pool.submit(job.end)  # reads its lines meanwhile
         proxy.wait_for(lambda request: request.fault is SLOW_DOWN, 240)
         Attempts(output).claim("a-run", "a-start", None, "auto")
         claimed.append(True)
-        code, out, err = job.end()
+        code, out, err = end.result()
     assert code == EXIT_REFUSED, out + err
     assert "attempt 2 (process" in err
     assert storage.list_files(f"{output}/final") == []
