@@ -18,10 +18,12 @@ from typing import BinaryIO
 from job import storage
 from job.data import parquet
 from job.data.dataset_files import ALL, Choice
+from job.data.dataset_source import row_slices
 from job.data.discovery import discover
 from job.data.documents import BadRecord, Document, Unfit, json_document
 from job.data.listing import CorpusFile, Listing
 from job.data.records import CHUNK_BYTES, ByteStream, Record, elements, holds_array, lines
+from job.data.slices import Cursor, SliceEnd, SliceItem, SliceStart
 
 __all__ = [
     "BadRecord",
@@ -40,23 +42,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class SliceStart:
-    """The records of this slice follow."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class SliceEnd:
-    """That was the whole slice."""
-
-    index: int
-    is_last: bool
-    """Whether the file, or the group of files, has no slice after it."""
-
-
-SliceItem = SliceStart | Document | BadRecord | SliceEnd
 OnListed = Callable[[Listing], None]
 
 
@@ -135,8 +120,6 @@ def read_slices(
         For each wanted slice `SliceStart`, its `Document`s and `BadRecord`s, `SliceEnd`.
     """
     if file.rows is not None:
-        from job.data.dataset_source import row_slices
-
         yield from row_slices(file, slice_bytes, wanted, text_field, id_field)
         return
     with storage.open_read(file.path) as source:
@@ -192,26 +175,13 @@ def _scanned_slices(
     wanted: Callable[[int], bool],
     document: Callable[[Record], Document | BadRecord],
 ) -> Iterator[SliceItem]:
-    current, taken = 0, wanted(0)
-    if taken:
-        yield SliceStart(0)
-
-    def advance(target: int) -> Iterator[SliceItem]:
-        nonlocal current, taken
-        while current < target:
-            if taken:
-                yield SliceEnd(current, False)
-            current, taken = current + 1, wanted(current + 1)
-            if taken:
-                yield SliceStart(current)
-
+    cursor = Cursor(wanted)
     for record in records:
-        yield from advance(record.offset // slice_bytes)
-        if taken:
+        yield from cursor.advance(record.offset // slice_bytes)
+        if cursor.is_wanted:
             yield document(record)
-    yield from advance(_slice_count(stream.offset, slice_bytes) - 1)
-    if taken:
-        yield SliceEnd(current, True)
+    yield from cursor.advance(_slice_count(stream.offset, slice_bytes) - 1)
+    yield from cursor.finish()
 
 
 def _position(record: Record, unit: str) -> str:

@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from job import storage
-from job.data.corpus import SliceEnd, SliceItem, SliceStart
 from job.data.dataset_files import Rows
 from job.data.dataset_library import address, cache_dir, fault, library, open_content
 from job.data.documents import BadRecord, Document, Unfit, document, likely_text_field, no_text_field
 from job.data.listing import CorpusFile
 from job.data.parquet import column_ids, column_texts, decoded
+from job.data.slices import Cursor, SliceItem
 
 _BATCH_ROWS = 256
 _CLASSES = {
@@ -61,22 +61,16 @@ def row_slices(
     """
     assert file.rows is not None
     is_decoded_json = file.rows.builder == "webdataset"
-    current, taken, rows, size = 0, wanted(0), 0, 0
-    if taken:
-        yield SliceStart(0)
+    cursor, rows, size = Cursor(wanted), 0, 0
+    yield from cursor.advance(0)
     batches = _batches(file.path, file.rows, text_field, id_field)
     try:
         while (batch := next(batches, None)) is not None:
             slices = (size + np.cumsum(batch.sizes) - batch.sizes) // slice_bytes
             first = 0
             for end in (np.flatnonzero(np.diff(slices, append=-1)) + 1).tolist():
-                while current < slices[first]:
-                    if taken:
-                        yield SliceEnd(current, False)
-                    current, taken = current + 1, wanted(current + 1)
-                    if taken:
-                        yield SliceStart(current)
-                if taken:
+                yield from cursor.advance(slices[first])
+                if cursor.is_wanted:
                     for record in batch.records(first, end):
                         rows += 1
                         try:
@@ -94,10 +88,9 @@ def row_slices(
             size += int(batch.sizes.sum())
     except Exception as error:  # the builders and what they are built on raise without any base in common
         unfit = error if isinstance(error, Unfit) else Unfit(fault(error, "read", file.url))
-        if taken:
+        if cursor.is_wanted:
             yield unfit.at(file.url, f"row {rows + 1:,} and all after it")
-    if taken:
-        yield SliceEnd(current, True)
+    yield from cursor.finish()
 
 
 def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[_Batch]:
