@@ -47,32 +47,42 @@ class Part:
     """Digest of the plan that the slice was made by."""
 
 
-def parts_url(shards_url: str, plan: Plan) -> str:
-    """Folder of the part records of a plan."""
-    return storage.join(shards_url, "parts", plan.label)
+@dataclass(frozen=True)
+class Parts:
+    """The part records of one plan."""
 
+    shards_url: str
+    """Folder or URL of the data set."""
+    plan: Plan
 
-def part_url(shards_url: str, plan: Plan, group: int, number: int, is_last: bool) -> str:
-    """URL of the record of a slice."""
-    return storage.join(parts_url(shards_url, plan), f"{group:05d}-{number:05d}{'-last' if is_last else ''}.json")
+    @property
+    def url(self) -> str:
+        """Folder that holds them."""
+        return storage.join(self.shards_url, "parts", self.plan.label)
 
+    def url_of(self, group: int, number: int, is_last: bool) -> str:
+        """URL of the record of a slice."""
+        return storage.join(self.url, f"{group:05d}-{number:05d}{'-last' if is_last else ''}.json")
 
-def finished_parts(shards_url: str, plan: Plan) -> dict[tuple[int, int], bool]:
-    """(group, slice) of every finished slice of this plan, and whether it is its group's last."""
-    found = (_NAME.fullmatch(entry.url) for entry in storage.list_files(parts_url(shards_url, plan)))
-    return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
+    def finished(self) -> dict[tuple[int, int], bool]:
+        """Return (group, slice) of every finished slice, and whether it is its group's last."""
+        found = (_NAME.fullmatch(entry.url) for entry in storage.list_files(self.url))
+        return {(int(part[1]), int(part[2])): part[3] is not None for part in found if part}
 
+    def read(self, group: int, number: int, is_last: bool) -> Part:
+        """Return the record of a finished slice. Raises a UserError if it is damaged, or of another plan or slice."""
+        url = self.url_of(group, number, is_last)
+        try:
+            part = storage.read_record(url, Part)
+        except ValueError as error:
+            raise UserError("data.shards", url, f"this part record is damaged: {error}", _MAKE_AGAIN) from None
+        if (part.plan, part.group, part.slice, part.is_last) != (self.plan.digest, group, number, is_last):
+            raise UserError("data.shards", url, "this part record is of another plan or slice", _MAKE_AGAIN)
+        return part
 
-def read_part(shards_url: str, plan: Plan, group: int, number: int, is_last: bool) -> Part:
-    """The record of a finished slice. Raises a UserError if it is damaged, or of another plan or slice."""
-    url = part_url(shards_url, plan, group, number, is_last)
-    try:
-        part = storage.read_record(url, Part)
-    except ValueError as error:
-        raise UserError("data.shards", url, f"this part record is damaged: {error}", _MAKE_AGAIN) from None
-    if (part.plan, part.group, part.slice, part.is_last) != (plan.digest, group, number, is_last):
-        raise UserError("data.shards", url, "this part record is of another plan or slice", _MAKE_AGAIN)
-    return part
+    def write(self, part: Part) -> None:
+        """Write the record of a slice whose shards are written."""
+        storage.write_json(self.url_of(part.group, part.slice, part.is_last), asdict(part))
 
 
 def slices_of(group: Group, done: dict[tuple[int, int], bool]) -> int | None:

@@ -42,7 +42,7 @@ from job.data.manifest import (
     load_manifest,
     manifest_bytes,
 )
-from job.data.parts import Counts, Part, finished_parts, part_url, parts_url, read_part, slices_of
+from job.data.parts import Counts, Part, Parts, slices_of
 from job.data.plan import Plan, claimed, finished_data_set, make_plan, remove, renew
 from job.data.split import SPLIT_RULE, is_held_out
 from job.data.tokenizer import TextTokenizer, replace_tokenizer
@@ -104,6 +104,11 @@ class Work:
     groups: tuple[Group, ...]
     versions: tuple[str, ...]
     """`storage.Ranges.version` of each file when the plan was made."""
+
+    @property
+    def parts(self) -> Parts:
+        """The records of its finished slices."""
+        return Parts(self.shards_url, self.plan)
 
 
 def prepare(
@@ -176,7 +181,7 @@ def carry_out(
     sized = [replace(file, size=one.size) for file, one in zip(files, plan.source, strict=True)]
     groups = share_slices(sized, recipe.slice_bytes)
     work = Work(recipe, tokenizer, shards_url, plan, groups, identified.versions)
-    with claimed(plan, shards_url, lambda: bool(finished_parts(work.shards_url, work.plan))):
+    with claimed(plan, shards_url, lambda: bool(work.parts.finished())):
         _make_exactly(work, parts, engine, make, on_notice)
         return _publish_manifest(work)
 
@@ -188,17 +193,15 @@ def _make_exactly(
 
     The slices of these parts that the first try finished count as never made.
     """
-    before = finished_parts(work.shards_url, work.plan)
+    before = work.parts.finished()
     try:
         make(work, engine)
     except Disagreement as found:
         on_notice(f"{found}: what was made in this run is made again with the reference, slowly")
         mine, workers = parts
-        made = {
-            part: is_last for part, is_last in finished_parts(work.shards_url, work.plan).items() if part not in before
-        }
+        made = {part: is_last for part, is_last in work.parts.finished().items() if part not in before}
         storage.delete(
-            part_url(work.shards_url, work.plan, group, number, is_last)
+            work.parts.url_of(group, number, is_last)
             for (group, number), is_last in made.items()
             if (group + number) % workers in mine
         )
@@ -218,7 +221,7 @@ def make_slices(
         UserError: as `prepare`.
         Disagreement: the encoder's engine turned out to be wrong.
     """
-    done = finished_parts(work.shards_url, work.plan)
+    done = work.parts.finished()
     index, workers = worker
     for group in work.groups:
 
@@ -366,7 +369,7 @@ def _prepare_group(
                     validation=validation.store(work.shards_url, f"validation/{name}"),
                     plan=work.plan.digest,
                 )
-                storage.write_json(part_url(work.shards_url, work.plan, group.index, number, is_last), asdict(part))
+                work.parts.write(part)
 
 
 # ---- The data set that the parts make ----
@@ -384,7 +387,7 @@ def _is_finished(group: Group, done: dict[tuple[int, int], bool], mine: Callable
 def _publish_manifest(work: Work) -> Manifest | None:
     """Write the manifest if every slice is finished, and the tokenizer before it."""
     recipe, tokenizer, shards_url = work.recipe, work.tokenizer, work.shards_url
-    done = finished_parts(work.shards_url, work.plan)
+    done = work.parts.finished()
     wanted: list[tuple[int, int]] = []
     for group in work.groups:
         slices = slices_of(group, done)
@@ -392,7 +395,7 @@ def _publish_manifest(work: Work) -> Manifest | None:
             return None
         wanted += [(group.index, number) for number in range(slices)]
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(lambda part: read_part(shards_url, work.plan, part[0], part[1], done[part]), wanted))
+        parts = list(pool.map(lambda part: work.parts.read(part[0], part[1], done[part]), wanted))
     counts = Counts()
     for part in parts:
         counts.add(part.counts)
@@ -401,7 +404,7 @@ def _publish_manifest(work: Work) -> Manifest | None:
     if not train:
         # The same place can be used with other settings: nothing of this plan stays.
         storage.delete(storage.join(shards_url, shard.name) for shard in validation)
-        storage.delete_tree(parts_url(shards_url, work.plan))
+        storage.delete_tree(work.parts.url)
         remove(work.plan, shards_url)
         expected = f"no text to train on ({counts.documents} documents, {counts.empty} empty, {counts.bad} bad)"
         raise UserError("data.source", recipe.source, expected, f"is data.text_field {recipe.text_field!r} right?")
