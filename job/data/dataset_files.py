@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
-from urllib.parse import urlsplit
 
 from job import storage
 from job.data import hub
@@ -22,7 +21,7 @@ from job.errors import UserError
 
 TextDocuments = Literal["paragraph", "line", "file"]
 _SAMPLE_BY = {"paragraph": "paragraph", "line": "line", "file": "document"}
-"""What the library's text builder calls them."""
+"""Name of each kind of text document in the library's text builder."""
 _FILE = re.compile(r"\.(txt|csv|tsv|arrow|tar)(?:\.(?:gz|zst))?$", re.IGNORECASE)
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "txt": ("text", {}),
@@ -38,7 +37,7 @@ _NOT_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "fea
 
 @dataclass(frozen=True)
 class Rows:
-    """How the library reads a file."""
+    """The builder of the library that reads a file, and its options."""
 
     builder: str
     """``text``, ``csv``, ``arrow``, ``webdataset``, ``json`` or ``parquet``"""
@@ -55,12 +54,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is taken of a source that has parts."""
+    """The configuration, the split and the kind of text document that the user asks for."""
 
     subset: str | None = None
     split: str | None = None
     documents: TextDocuments | None = None
-    """What of a text file is a document; None: a paragraph, or what a data set says."""
+    """The part of a text file that is a document; None: a paragraph, or the part that the data set names."""
 
     @property
     def settings(self) -> dict[str, str | int | float]:
@@ -77,7 +76,7 @@ class Found(NamedTuple):
 
     url: str
     path: str
-    """What is opened."""
+    """The path or URL that is opened."""
     size: int
     rows: Rows | None
     """None: it is JSON, JSON lines or Parquet, and read without the library."""
@@ -115,7 +114,7 @@ def chosen_files(source: str, choice: Choice, reads_itself: Callable[[str], bool
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether `source` names a data set on a hub."""
+    """Return True if `source` names a data set on a hub."""
     return hub.has_scheme(source) or (hub.is_name(source) and not Path(source).exists())
 
 
@@ -146,7 +145,7 @@ def other_files(source: str, found: Sequence[tuple[str, str, int]], documents: T
 
 def ending(url: str) -> str:
     """How the name of a file ends, compression apart; nothing if the library is not to read it."""
-    path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
+    path = storage.url_path(url)
     name, match = path.rpartition("/")[2], _FILE.search(path)
     is_cache = name.startswith("cache-") and name.endswith(".arrow")  # of datasets.map, beside a saved data set
     return match[1].lower() if match and not name.startswith(".") and not is_cache else ""

@@ -16,18 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, BinaryIO, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from job import storage
-from job.data.records import ByteStream
+from job.data.records import COMPRESSIONS, ByteStream
 from job.errors import UserError, one_line
 from job.scratch import VARIABLE, private_folder, scratch_folder
 
 _PROTOCOL = "wikillm"
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _LONGEST_REASON = 300
 _ADDRESS = re.compile(rf"{_PROTOCOL}://[^\s/]+/file\.\w+")
 """As `address` makes it; a URL in it may hold a signature, and is spelled so that no redaction would know it."""
@@ -76,8 +75,8 @@ def address(url: str, suffix: str) -> str:
 def open_content(url: str) -> BinaryIO:
     """Open the decompressed content of a file of `job.storage` or of Hugging Face's hub."""
     source = _open_on_hub(url) if url.startswith("hf://") else storage.open_read(url)
-    path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
-    if (compression := _COMPRESSIONS.get(Path(path).suffix.lower())) is not None:
+    suffix = Path(storage.url_path(url)).suffix
+    if (compression := COMPRESSIONS.get(suffix.removeprefix(".").lower())) is not None:
         return cast(BinaryIO, io.BufferedReader(_Decompressed(source, compression)))
     return source
 

@@ -12,26 +12,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from job import storage
 from job.data import dataset_files, hub
 from job.data.dataset_files import ALL, Choice, Found
 from job.data.documents import Unfit, json_value
 from job.data.folders import Pattern, files_below
-from job.data.listing import Compression, CorpusFile, Format, LeftOut, Listing
+from job.data.listing import CorpusFile, Format, LeftOut, Listing
 from job.data.outputs import Outputs
-from job.data.records import ByteStream, without_blank
+from job.data.records import COMPRESSIONS, ByteStream, Compression, without_blank
 from job.errors import UserError
 from job.redaction import redacted_urls
 from job.storage.local import PARTIAL
 
 Form = tuple[Format, Compression | None]
-_COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "zst": "zstd"}
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _JSON_NAMES = ("json", "jsonl", "ndjson")
 _DATA_FILE = re.compile(
-    rf"\.(?:(?:{'|'.join(_JSON_NAMES)})(?:\.({'|'.join(_COMPRESSIONS)}))?|(parquet))$", re.IGNORECASE
+    rf"\.(?:(?:{'|'.join(_JSON_NAMES)})(?:\.({'|'.join(COMPRESSIONS)}))?|(parquet))$", re.IGNORECASE
 )
 _HUB_PATTERNS = ["*.parquet", *(f"*.{one}{end}" for one in _JSON_NAMES for end in ("", ".gz", ".zst"))]
 _DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
@@ -69,7 +67,7 @@ class _Found:
     files: list[_File] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     is_named: bool = False
-    """Whether the source names this one file: then it is the corpus, whatever its name."""
+    """True if the source names this one file: then it is the corpus, whatever its name."""
     read: Callable[[str], bytes | None] = lambda name: None
     """Gives the content of a file by its name; None where there is none."""
 
@@ -101,11 +99,10 @@ def discover(source: str, choice: Choice = ALL) -> Listing:
     ]
     readable = [one for one in candidates if one.url in forms or one.url in by_content]
     taken = _once_each(readable, lambda one: one.url in by_content, left_out)
-    of_library = {one.url for one in unknown if dataset_files.ending(one.url)}
     if not taken:
         others = dataset_files.other_files(source, [(one.url, one.path, one.size) for one in unknown], choice.documents)
         if others:
-            names = {one.name for one in unknown if one.url in of_library}
+            names = {one.name for one in unknown if dataset_files.ending(one.url)}
             return _listing_of(source, others, [one for one in left_out if one.name not in names])
     listing = Listing(
         redacted_urls(source),
@@ -136,7 +133,7 @@ def _listing_of(source: str, files: list[Found], left_out: list[LeftOut]) -> Lis
             CorpusFile(index, one.url, one.path, one.size, *form, one.rows)
             for index, (one, form) in enumerate(zip(files, forms, strict=True))
         ),
-        tuple(shown(_path(one.url).removeprefix(f"{source.rstrip('/')}/")) for one in files),
+        tuple(shown(storage.url_path(one.url).removeprefix(f"{source.rstrip('/')}/")) for one in files),
         (),
         tuple(LeftOut(shown(one.name), one.size, one.reason) for one in left_out),
     )
@@ -153,7 +150,7 @@ def shown(name: str) -> str:
 def _find(source: str) -> _Found:
     if hub.has_scheme(source):
         return _on_hub(source)
-    if _is_web(source):
+    if storage.is_web(source):
         return _named(source, storage.size(source)) if storage.exists(source) else _Found()
     if storage.is_remote(source):
         return _in_store(source)
@@ -164,16 +161,7 @@ def _find(source: str) -> _Found:
 
 
 def _named(url: str, size: int) -> _Found:
-    return _Found([_File(_path(url).rpartition("/")[2], url, url, size)], is_named=True)
-
-
-def _is_web(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-def _path(url: str) -> str:
-    """The part of a URL that names a file: a query may hold a signature."""
-    return urlsplit(url).path if _is_web(url) else url
+    return _Found([_File(storage.url_path(url).rpartition("/")[2], url, url, size)], is_named=True)
 
 
 def _on_hub(source: str) -> _Found:
@@ -249,6 +237,11 @@ def _pattern(source: str, path: str) -> tuple[str, Pattern]:
     return folder, Pattern(source, path.removeprefix(folder))
 
 
+def is_hidden_name(name: str) -> bool:
+    """Return whether a file or folder of this name is no part of a corpus."""
+    return name.startswith((".", "_"))
+
+
 def _hidden_part(name: str, pattern: Pattern | None) -> str | None:
     """The part of a name down to the first hidden folder or file in it, with ``/`` after a folder; None if none is.
 
@@ -256,7 +249,7 @@ def _hidden_part(name: str, pattern: Pattern | None) -> str | None:
     """
     parts = name.split("/")
     for depth, part in enumerate(parts, 1):
-        if part.startswith((".", "_")) and not (pattern is not None and pattern.names_hidden(part)):
+        if is_hidden_name(part) and not (pattern is not None and pattern.names_hidden(part)):
             return "/".join(parts[:depth]) + "/" * (depth < len(parts))
     return None
 
@@ -304,10 +297,10 @@ def is_corpus_name(name: str) -> bool:
 
 def _form_by_name(url: str) -> Form | None:
     """How the name says that a file is read: format and compression."""
-    match = _DATA_FILE.search(_path(url).rpartition("/")[2])
+    match = _DATA_FILE.search(storage.url_path(url).rpartition("/")[2])
     if match is None:
         return None
-    return "parquet" if match[2] else "json", _COMPRESSIONS.get((match[1] or "").lower())
+    return "parquet" if match[2] else "json", COMPRESSIONS.get((match[1] or "").lower())
 
 
 def _form_by_content(file: _File) -> Form | str:

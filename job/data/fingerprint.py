@@ -170,7 +170,7 @@ def _names(files: Sequence[CorpusFile]) -> list[str]:
 
 def _folders(url: str) -> list[str]:
     """The parts of a file's path; the last one is its name, with the query of an https:// URL."""
-    if not url.startswith(("http://", "https://")):
+    if not storage.is_web(url):
         return url.split("/")
     path, mark, query = source_name(url).partition("?")
     folders = path.split("/")

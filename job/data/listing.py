@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from job.data.dataset_files import Rows
+from job.data.records import Compression
 
-Compression = Literal["gzip", "zstd"]
 Format = Literal["json", "parquet", "rows"]
 """``rows``: what the `datasets` library reads."""
 _SHOWN = 3
@@ -29,7 +29,7 @@ class CorpusFile:
     format: Format
     compression: Compression | None
     rows: Rows | None = None
-    """How that library reads it."""
+    """How the `datasets` library reads it; None if it does not."""
 
 
 @dataclass(frozen=True)

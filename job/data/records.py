@@ -7,7 +7,7 @@ the bytes of the decompressed file from 0; numbers count lines or elements from 
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import zstandard
@@ -83,6 +83,11 @@ _DECOMPRESSORS: dict[str | None, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(wbits=31),
     "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
 }
+
+
+Compression = Literal["gzip", "zstd"]
+COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "zst": "zstd"}
+"""Compression by the suffix of a file's name."""
 
 
 def holds_array(source: BinaryIO, compression: str | None) -> bool:

@@ -24,7 +24,7 @@ from job.errors import UserError
 from job.record import Record, parse_record
 from job.redaction import learn_environment, redacted_tree
 from job.storage import connection, creation, local, s3
-from job.storage.connection import StoreOptions, addressing, is_remote
+from job.storage.connection import StoreOptions, addressing, is_remote, is_web, url_path
 from job.storage.deadline import Cancelled, IntegrityError, StoreError, current, limits
 from job.storage.local import path_of
 from job.storage.retry import NoRanges, run, sent_whole
@@ -50,6 +50,7 @@ __all__ = [
     "exists",
     "glob",
     "is_remote",
+    "is_web",
     "join",
     "limits",
     "list_files",
@@ -61,6 +62,7 @@ __all__ = [
     "sha256_file",
     "size",
     "upload_file",
+    "url_path",
     "write_bytes",
     "write_from",
     "write_json",

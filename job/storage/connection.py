@@ -70,6 +70,16 @@ def is_remote(url: str) -> bool:
     return "://" in url and not url.startswith("file://")
 
 
+def is_web(url: str) -> bool:
+    """Return whether `url` is an address of the web, which can be read and not listed."""
+    return url.startswith(("http://", "https://"))
+
+
+def url_path(url: str) -> str:
+    """Return the part of a path or URL that names the file: the query of a web address may hold a signature."""
+    return urlsplit(url).path if is_web(url) else url
+
+
 def protocol(url: str) -> str:
     """Return the protocol of a remote URL; refuse the ones that nothing here speaks."""
     found = url.partition("://")[0]

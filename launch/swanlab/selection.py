@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.data.discovery import is_corpus_name
+from job.data.discovery import is_corpus_name, is_hidden_name
 from job.data.manifest import MANIFEST_NAME, load_manifest
 from job.data.tokenizer_files import TOKENIZER_FILES
 from job.errors import UserError
@@ -99,18 +99,14 @@ def _walk(source: Path, root: Path) -> Iterator[tuple[str, Path, str]]:
     for folder, folders, names in os.walk(source):
         for name in sorted(folders):
             path = Path(folder, name)
-            if reason := "hidden" if _is_hidden(name) else _why_no_link(path, root):
+            if reason := "hidden" if is_hidden_name(name) else _why_no_link(path, root):
                 folders.remove(name)
                 yield path.relative_to(source).as_posix(), path, reason
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
-            reason = "hidden" if _is_hidden(name) else _why_no_link(path, root)
+            reason = "hidden" if is_hidden_name(name) else _why_no_link(path, root)
             yield path.relative_to(source).as_posix(), path, reason or ("" if path.is_file() else "no file")
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
 
 
 def _why_no_link(path: Path, root: Path) -> str:
@@ -120,7 +116,7 @@ def _why_no_link(path: Path, root: Path) -> str:
     target = path.resolve()
     if not target.is_relative_to(root):
         return "a link that leads out of the folder"
-    if any(map(_is_hidden, target.relative_to(root).parts)):
+    if any(map(is_hidden_name, target.relative_to(root).parts)):
         return "a link to something hidden"
     return "a link to a folder" if target.is_dir() else ""
 
@@ -132,7 +128,7 @@ def _why_no_corpus(path: Path) -> str:
     """What a file is that is no corpus file; empty if it is one."""
     if secret_name(path.name):
         return "a file whose name says that it holds secrets"
-    if _is_hidden(path.name):
+    if is_hidden_name(path.name):
         return "hidden"
     if not is_corpus_name(path.name):
         return "no corpus file by its name"

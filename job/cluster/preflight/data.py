@@ -95,7 +95,7 @@ def _check_shards(findings: Findings, shards_url: str, manifest: Manifest, deep:
 
 def _sizes(shards_url: str, shards: tuple[Shard, ...]) -> dict[str, int]:
     """The sizes of the shards that are there, by name."""
-    if shards_url.startswith(("http://", "https://")):  # can be read, but not listed
+    if storage.is_web(shards_url):  # can be read, but not listed
 
         def size(shard: Shard) -> tuple[str, int] | None:
             url = storage.join(shards_url, shard.name)
