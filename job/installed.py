@@ -1,8 +1,10 @@
-"""Whether this interpreter can run the program. Needs nothing but Python's own library, also an old one's."""
+"""Tells whether this interpreter can run the program; needs nothing but the standard library, even of an old Python."""
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from job.invocation import shown
 
 OLDEST_PYTHON = (3, 11)
 """As `requires-python` in pyproject.toml."""
@@ -29,14 +31,7 @@ def problem():  # type: ignore[no-untyped-def]  # an old Python refuses the anno
     own = folder / ".venv" / "bin" / "python"
     is_running = Path(sys.prefix) == own.parent.parent
     if own.exists() and not is_running:
-        remedy = f"use {_shown(own)} -m job, which `make setup` has made"
+        remedy = f"use {shown(own)} -m job, which `make setup` has made"
     else:
-        remedy = f"run `make setup` in {folder}, then use {_shown(own)} -m job"
+        remedy = f"run `make setup` in {folder}, then use {shown(own)} -m job"
     return f"python: {sys.executable!r}: {lacks}; {remedy}"
-
-
-def _shown(path):  # type: ignore[no-untyped-def]
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

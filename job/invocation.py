@@ -1,4 +1,7 @@
-"""The program as a person starts it: a printed command works where it is pasted, with no virtual environment active."""
+"""Commands as they are printed: they work where they are pasted, with no virtual environment active.
+
+Needs nothing but the standard library, even of an old Python: `job.installed` uses it.
+"""
 
 import shlex
 import sys
@@ -6,22 +9,23 @@ from pathlib import Path
 
 
 def command(*words: str, module: str = "job") -> str:
-    """``.venv/bin/python -m job WORDS``, quoted for a shell, with the interpreter that runs this process."""
+    """Return ``.venv/bin/python -m job WORDS``, quoted for a shell, with the interpreter that runs this process."""
     return shlex.join([python(), "-m", module, *words])
 
 
 def python() -> str:
-    """The path of this process' interpreter, from the working directory where it lies below that."""
-    return _shown(Path(sys.executable or "python3"))
+    """Return the path of this process' interpreter, from the working directory if it lies below that."""
+    return shown(Path(sys.executable or "python3"))
 
 
 def program(name: str) -> str:
-    """The path of a program that was installed with this interpreter; the name alone where there is none."""
+    """Return the path of a program that was installed with this interpreter; its name alone if there is none."""
     path = Path(sys.executable).with_name(name)
-    return shlex.quote(_shown(path)) if path.is_file() else name
+    return shlex.quote(shown(path)) if path.is_file() else name
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
+    """Return a path from the working directory if it lies below that, else as it is."""
     try:
         below = path.relative_to(Path.cwd())
     except (ValueError, OSError):  # it lies elsewhere, or the working directory is gone
