@@ -228,7 +228,7 @@ def test_a_signal_to_all_its_processes_ends_it_with_the_code_that_starts_it_agai
     number: signal.Signals, bucket: str, tokenizer: TextTokenizer
 ) -> None:
     source, url = f"{bucket}/corpus.jsonl", f"{bucket}/stopped"
-    storage.write_bytes(source, json_lines(SAMPLE * 8))
+    storage.write_bytes(source, json_lines(SAMPLE * 80))  # far more slices than are made before the signal comes
     words = prepare_command(source, url, tokenizer, slice_bytes=KiB, processes=2)
     run = job(*words, start_new_session=True)
     deadline = time.monotonic() + 60
