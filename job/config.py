@@ -30,7 +30,7 @@ GiB = 2**30
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _LARGEST_BATCH = 2**20
 _LARGEST_WIDTH = 2**20
-"""Of a layer: ten times that of the largest models there are."""
+"""Upper limit of a layer's width: ten times the width of the largest models there are."""
 _LIKENESS_OF_OPTION = 0.8
 _LONGEST_REASON = 200
 """Characters of what is wrong with a value, which may repeat it."""

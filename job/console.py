@@ -7,7 +7,7 @@ away. Each process installs these streams first (`install`), and from then on no
 * what cannot be written is counted, and reported on the other stream: the reason at once, the count at the end;
 * a stream that was closed before the start stays closed, also for the processes that this one starts, and no file that
   is opened later takes its number;
-* a secret (see `job.redaction`) is written as ``***``, whoever prints it: also a library, or Python in a traceback.
+* a secret (see `job.redaction`) is written as ``***``, also when a library or a traceback prints it.
 """
 
 import atexit
@@ -74,7 +74,7 @@ class _RawStream(io.RawIOBase):
         self.patience_seconds: float | None = None
         """Longest wait for a reader; None: no limit."""
         self.is_closed = False
-        """Whether the stream was closed before the start."""
+        """True if the stream was closed when this process started: its number may be another file's by now."""
         self._lost_bytes, self._lost_lines, self._reason = 0, 0, ""
         self._is_stuck = False
         self.report: Callable[[str], None] = lambda line: None

@@ -38,7 +38,7 @@ def is_foreign(name: str, is_worker: bool = False) -> bool:
 
 
 def without_foreign(environment: Mapping[str, str], is_worker: bool = False) -> dict[str, str]:
-    """Return `environment` without the foreign variables, and print the names of those that have no effect."""
+    """Return `environment` without variables of other programs, and print the names of those that have no effect."""
     removed = [name for name in environment if is_foreign(name, is_worker)]
     ignored = sorted(set(removed) - set(_READ))
     if ignored:

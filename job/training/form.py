@@ -110,7 +110,7 @@ def other_ids(folder: Path, tokenizer: TextTokenizer, texts: Sequence[str]) -> s
 def _sample_texts(shards_url: str, manifest: Manifest, tokenizer: TextTokenizer) -> list[str]:
     """The first documents of the validation shards, of the training shards if nothing is held out.
 
-    None where the shard cannot be opened: whoever reads it for training says why.
+    Empty if the shard cannot be opened: its reader in training says why.
     """
     shards = [shard for shard in [*manifest.validation, *manifest.train] if shard.tokens > 1]
     if not shards:
