@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 os.environ |= {
     "DS_ACCELERATOR": "cpu",
@@ -15,6 +17,26 @@ os.environ |= {
 import pytest
 
 from job.demo.server import S3Server
+
+_REPEAT_SECONDS = 60
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
+    """Fail a test that is not done in time, and again if it then hangs in its cleaning up."""
+
+    def fail(number: int, frame: object) -> None:
+        pytest.fail(f"not done after {settings.timeout:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, settings.timeout, _REPEAT_SECONDS)
+
+    def cancel() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    item.cancel_timeout = cancel  # type: ignore[attr-defined]
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ CONTEXT_LENGTH = 32
 STEPS = 80
 """Of every run here that is not stopped."""
 _EXIT_SECONDS = 240
+_CLOSED_SECONDS = 60
 _PIPE_BYTES = 4096
 """The least that a pipe can hold: a run whose lines are not read stands still a few steps later."""
 _STANDARD_ERROR_BYTES = 2**16
@@ -139,7 +140,7 @@ class Job:
         for process in [*self.descendants(), self.process]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.communicate()
+        self.process.communicate(timeout=_CLOSED_SECONDS)  # as long as anything of it lives, a pipe is open
 
     def read_until(self, beginning: str) -> str:
         """The first further line on standard output that begins so; what comes after it is left in the pipe."""
