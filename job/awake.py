@@ -5,6 +5,7 @@ every deadline seems to be over. A thread of this clock measures its own sleep. 
 asked for, the process was paused, and the time is not counted.
 """
 
+import os
 import threading
 import time
 from typing import NamedTuple
@@ -24,8 +25,8 @@ class _Mark(NamedTuple):
 
 
 class _Clock:
-    def __init__(self) -> None:
-        self.mark = _Mark(0.0, time.monotonic(), 0)
+    def __init__(self, counted_seconds: float = 0.0, pauses: int = 0) -> None:
+        self.mark = _Mark(counted_seconds, time.monotonic(), pauses)
         threading.Thread(target=self._tick, name="awake", daemon=True).start()
 
     def _tick(self) -> None:
@@ -58,3 +59,14 @@ def _started() -> _Clock:
         if _clock is None:
             _clock = _Clock()
         return _clock
+
+
+def _go_on_in_child() -> None:
+    """Start the thread again after a fork, which takes only the forking thread along: the clock would stand still."""
+    global _clock, _lock  # noqa: PLW0603
+    _lock = threading.Lock()  # another thread may have held the old one
+    if _clock is not None:
+        _clock = _Clock(_clock.mark.counted_seconds, _clock.mark.pauses)
+
+
+os.register_at_fork(after_in_child=_go_on_in_child)

@@ -88,6 +88,15 @@ def test_time_awake_is_counted() -> None:
     assert 1 < awake.seconds() - awake_began < time.monotonic() - began + 0.5
 
 
+def test_clock_goes_on_in_a_forked_process() -> None:
+    program = (
+        "import os, time\nfrom job import awake\nbegan = awake.seconds()\n"
+        "if child := os.fork():\n    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "while awake.seconds() - began < 2: time.sleep(0.01)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60).returncode == 0
+
+
 @pytest.mark.recovery
 def test_collectives_have_no_timeout_of_their_own_once_there_is_a_watchdog() -> None:
     program = """
