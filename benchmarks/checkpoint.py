@@ -138,10 +138,11 @@ def _go_on(engine: "Engine", rank: int) -> dict[str, Any]:
 
 def measure(strategy: str, sizes: Mapping[str, Any], output: str) -> dict[str, dict[str, list[float]]]:
     """What the first process measured, by part; each part in new processes."""
+    from job.cluster.device import ON_CPU
     from job.cluster.launch import worker_environment
     from job.config import Config
 
-    environment = os.environ | worker_environment(0, PROCESSES, Config())
+    environment = os.environ | worker_environment(ON_CPU, PROCESSES, Config())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command += ["-m", "benchmarks.checkpoint", "--worker"]
     measured = {}

@@ -170,13 +170,14 @@ def place(file: str, name: str) -> str:
 
 def measure(case: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What the first process of a case prints."""
+    from job.cluster.device import ON_CPU
     from job.cluster.launch import worker_environment
     from job.config import Config
 
     way, processes = CASES[case]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "benchmarks.ranks", "--worker", way, json.dumps(dict(sizes))]
-    environment = os.environ | worker_environment(0, processes, Config()) | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | worker_environment(ON_CPU, processes, Config()) | {"OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return dict(json.loads(printed.strip().splitlines()[-1]))
 

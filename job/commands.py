@@ -152,24 +152,26 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
 def train(config: Config, words: Sequence[str] = ()) -> int:
     """Shards → model."""
     requests = Requests()
-    from job.cluster.launch import launch, world_size
-    from job.training.batching import accumulation_steps
+    from job.cluster.launch import find_device, launch, world_size
+    from job.training.batching import cut_batch
     from job.training.rules import check_learning_rates
 
     # The workers check these as well, but they take seconds to start.
     check_learning_rates(config.train)
     place = find_place()
-    accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size(config, place))
+    device = find_device(config, place)
+    cut_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size(config, place, device))
     load_manifest(config.data.shards)
-    return launch("train", config, place, requests)
+    return launch("train", config, place, device, requests)
 
 
 def evaluate(config: Config, words: Sequence[str] = ()) -> int:
     """A trained model → held-out loss."""
     requests = Requests()
-    from job.cluster.launch import launch
+    from job.cluster.launch import find_device, launch
 
-    return launch("evaluate", config, find_place(), requests)
+    place = find_place()
+    return launch("evaluate", config, place, find_device(config, place), requests)
 
 
 def check(

@@ -185,6 +185,9 @@ class Train(Section):
     """The training run."""
 
     strategy: Literal["zero2", "ddp"] = setting("zero2", "DeepSpeed ZeRO stage 2, or PyTorch's data parallel")
+    device: Literal["auto", "cuda", "cpu"] = setting(
+        "auto", "What it computes on; auto: the GPUs of this machine, where there are none its CPU"
+    )
     processes: int | None = setting(
         None, "Training processes on this machine; null: one for each GPU, or 1 where there is none", ge=1, le=1024
     )

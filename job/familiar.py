@@ -17,7 +17,7 @@ _LAYERS, _HEADS, _WIDTH = "model.num_hidden_layers", "model.num_attention_heads"
 _CONTEXT, _STEPS, _OUTPUT, _RESUME = "train.context_length", "train.max_steps", "run.output", "train.resume"
 _SAVE, _EVALUATE, _LOG, _CLIPPING = "checkpoint.every", "evaluate.every", "train.log_every", "train.gradient_clipping"
 _STRATEGY, _TRACKING, _TOKENIZER = "train.strategy, which is zero2 or ddp", "tracking.mode", "tokenizer.source"
-_TIME = "train.max_time, such as 3h50m"
+_TIME, _DEVICE = "train.max_time, such as 3h50m", "train.device, which is auto, cuda or cpu"
 
 FAMILIAR = {
     # transformers' Trainer, and what many scripts call it
@@ -40,6 +40,8 @@ FAMILIAR = {
     "output_dir": _OUTPUT, "save_dir": _OUTPUT, "logging_dir": "tracking.log_dir", "run_name": "run.name",
     "report_to": _TRACKING, "resume_from_checkpoint": _RESUME, "resume_from": _RESUME, "ckpt_path": _RESUME,
     "deepspeed": _STRATEGY, "fsdp": _STRATEGY, "zero_stage": _STRATEGY, "torch_compile": "train.compile",
+    "device": _DEVICE, "gpu": _DEVICE, "gpus": _DEVICE, "cuda": _DEVICE, "use_cuda": _DEVICE, "no_cuda": _DEVICE,
+    "use_cpu": _DEVICE, "device_map": _DEVICE,
     "num_gpus": "train.processes", "n_gpu": "train.processes", "nproc_per_node": "train.processes",
     "dataloader_num_workers": "data.loader_workers, which are threads", "num_workers": "data.loader_workers, threads",
     "num_proc": "data.processes", "preprocessing_num_workers": "data.processes", "dataset_name": "data.source",
@@ -74,10 +76,6 @@ FAMILIAR = {
 """Another program's name for a setting → our setting, and what differs."""
 
 NOT_A_SETTING = {
-    **dict.fromkeys(
-        ("device", "gpu", "gpus", "cuda", "use_cuda", "no_cuda", "use_cpu", "device_map"),
-        "there is no such setting: training takes the GPUs of CUDA_VISIBLE_DEVICES, or all there are, else the CPU",
-    ),
     **dict.fromkeys(
         ("backend", "local_rank", "world_size", "master_port", "ddp_backend"),
         "there is no such setting: the processes find each other by themselves, or as torchrun or the place says",

@@ -363,7 +363,7 @@ def test_a_run_goes_on_from_a_checkpoint_whose_url_is_signed_anew(tmp_path: Any)
     attempts = Attempts(str(tmp_path))
     attempt = attempts.claim("run", "a-start", None, resume=signed_anew(1))
     attempts.update(type(attempt)(**{**vars(attempt), "from_step": 3}))
-    start = Start("another", 0.0, None, None, lambda: False, lambda line: None)
+    start = Start("another", 0.0, None, None, lambda: False, lambda line: None, "cpu", "a test")
     assert _begun_at(Attempts(str(tmp_path)), signed_anew(2), start) == attempt.number
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from job.cluster import family, outcome, stop, worker
+from job.cluster.device import Device, ask_torch, choose_device
 from job.cluster.foreign_environment import without_foreign
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place
 from job.cluster.task import Task
 from job.config import Config
-from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
+from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED, UserError
 from job.training.attempts import note_failure
 
 
-def launch(command: str, config: Config, place: Place, requests: stop.Requests) -> int:
+def launch(command: str, config: Config, place: Place, device: Device, requests: stop.Requests) -> int:
     """Runs `command` (``train`` or ``evaluate``) over the processes of this node; returns the exit code.
 
     The code is that of all nodes. A process that torchrun has started is a worker itself, and does not return.
@@ -29,14 +30,15 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         command: what to run.
         config: all settings.
         place: where this is.
+        device: what the workers compute on.
         requests: the first asks the workers to stop, and they are waited for; the second kills them.
     """
     if place.world is not None:
         own = without_foreign(os.environ, is_worker=True)
         for name in os.environ.keys() - own.keys():
             del os.environ[name]
-        os.environ |= worker_environment(place.gpus, place.world.local_world_size, config)
-        status = worker.work_alone(command, config, place, requests)
+        os.environ |= worker_environment(device, place.world.local_world_size, config)
+        status = worker.work_alone(command, config, place, device, requests)
         family.leave(EXIT_STOPPED if status == outcome.STOPPED else EXIT_DONE)
     task = Task(
         command=command,
@@ -47,15 +49,16 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         job_id=place.job_id,
         node_rank=place.node_rank,
         nodes=place.nodes,
-        processes=processes(config, place),
+        processes=processes(config, place, device),
         rendezvous=place.rendezvous,
+        device=device,
     )
     # A worker that is dying may still write into it.
     with tempfile.TemporaryDirectory(prefix="wikillm-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         killed_by: list[int] = []
         task.write(folder)
-        environment = without_foreign(os.environ) | worker_environment(place.gpus, task.processes, config)
+        environment = without_foreign(os.environ) | worker_environment(device, task.processes, config)
         environment |= {family.FOLDER_VARIABLE: str(folder), family.PARENT_VARIABLE: str(os.getpid())}
         agent = subprocess.Popen(
             [sys.executable, "-m", "job.cluster.agent"],
@@ -81,25 +84,46 @@ def launch(command: str, config: Config, place: Place, requests: stop.Requests) 
         return ending.code
 
 
-def processes(config: Config, place: Place) -> int:
-    """How many workers each node runs."""
-    return config.train.processes or place.processes
+def find_device(config: Config, place: Place) -> Device:
+    """What the workers of this node compute on; errors as `choose_device`."""
+    if place.world is None:
+        return choose_device(config.train.device, place.gpus)
+    own = place.world.local_rank
+    return choose_device(config.train.device, place.gpus, lambda: ask_torch(own))
 
 
-def world_size(config: Config, place: Place) -> int:
+def processes(config: Config, place: Place, device: Device) -> int:
+    """How many workers each node runs.
+
+    Raises:
+        UserError: they are more than its GPUs, of which each takes one.
+    """
+    gpus = len(device.gpus)
+    wanted = config.train.processes or place.processes or max(1, gpus)
+    if device.kind == "cuda" and wanted > gpus:
+        expected = f"expected at most {gpus}: each process takes a GPU of its own"
+        raise UserError("train.processes", wanted, expected, f"set it to {gpus}, or to null")
+    return wanted
+
+
+def world_size(config: Config, place: Place, device: Device) -> int:
     """How many workers there are on all nodes."""
-    return place.world.world_size if place.world else place.nodes * processes(config, place)
+    return place.world.world_size if place.world else place.nodes * processes(config, place, device)
 
 
-def worker_environment(gpus: int, processes: int, config: Config) -> dict[str, str]:
-    """What the libraries in a worker have to be told before they are imported; a user's own settings win."""
+def worker_environment(device: Device, processes: int, config: Config) -> dict[str, str]:
+    """What the libraries in a worker have to be told before they are imported; a user's own settings win.
+
+    Only the choice of the device is above them: on a CPU, no library sees a GPU.
+    """
+    on_gpu = device.kind == "cuda"
     wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
     # torch's C++ side tells of every lost connection with a stack of its own; what it means is said by ours.
     wanted |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if not config.train.compiles(gpus > 0):
+    if not config.train.compiles(on_gpu):
         # DeepSpeed would still load torch's compiler, for seconds and 50 MiB, to offer an optimizer.
         wanted |= {"TORCHDYNAMO_DISABLE": "1"}
-    if gpus:
+    if on_gpu:
         wanted |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # blocks of all sizes share what is free
         # NCCL's own search for a hang takes a pause for one; ours does not. A week, as milliseconds have 31 bits there.
         wanted |= {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(7 * 24 * 3600)}
@@ -109,7 +133,8 @@ def worker_environment(gpus: int, processes: int, config: Config) -> dict[str, s
             "OMP_NUM_THREADS": str(max(1, _cpus() // processes)),
         }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {name: value for name, value in wanted.items() if name not in os.environ} | {"PATH": path}
+    unset = {name: value for name, value in wanted.items() if name not in os.environ}
+    return unset | {"PATH": path} | device.environment()
 
 
 def _cpus() -> int:

@@ -4,6 +4,7 @@ One process of each node asks: it starts the workers of its node, and all nodes 
 What should be many is never taken for one: a variable that is missing or contradicts another is an error that names it.
 """
 
+import itertools
 import os
 import re
 import time
@@ -38,6 +39,18 @@ class Rendezvous(NamedTuple):
         return f"{self.address}:{self.port}"
 
 
+class Gpus(NamedTuple):
+    """GPUs of this node as the environment and the driver's files have them: a promise, which torch may not keep."""
+
+    number: int
+    source: str
+    """Where the number is from."""
+    is_by_name: bool = False
+    """Each of them was given to this process by somebody; device files may be those of others as well."""
+    may_be: bool = False
+    """There may be some where none are counted."""
+
+
 class Fact(NamedTuple):
     """One thing that was found out."""
 
@@ -57,10 +70,9 @@ class Place:
     nodes: int
     rendezvous: Rendezvous | None
     """None for one node."""
-    processes: int
-    """Workers of this node, unless `train.processes` says otherwise: its GPUs, or 1 where there are none."""
-    gpus: int
-    """GPUs that this process may use."""
+    processes: int | None
+    """Workers of this node that its launcher asks for; None: one for each GPU, or 1 where there is none."""
+    gpus: Gpus
     world: World | None
     """Of a process that torchrun has started: it is a worker itself."""
     job_id: str | None
@@ -89,12 +101,12 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         facts.append(Fact("nodes", f"this is {nodes.rank} of {nodes.nodes} (counted from 0)", sources))
         if nodes.rendezvous is not None:
             facts.append(Fact("rendezvous", str(nodes.rendezvous), sources))
-    gpus, source = _find_gpus(environment)
-    facts.append(Fact("GPUs of this node", str(gpus), source))
-    processes, source = max(1, gpus), "one for each GPU" if gpus else "one, since there are no GPUs"
+    gpus = _find_gpus(environment)
+    facts.append(Fact("GPUs of this node", str(gpus.number), gpus.source))
+    processes, source = None, "one for each GPU" if gpus.number else "one, since there are no GPUs"
     if environment.get("PET_NPROC_PER_NODE", "").isdecimal():
         processes, source = _number(environment, "PET_NPROC_PER_NODE", least=1), "PET_NPROC_PER_NODE"
-    facts.append(Fact("processes of a node", str(processes), source))
+    facts.append(Fact("processes of a node", str(processes or max(1, gpus.number)), source))
     job_id = job_id_from_environment(environment)
     facts.append(Fact("job", job_id or "none", _first(environment, _JOB_IDS) or f"none of {', '.join(_JOB_IDS)}"))
     ends_at, source = _find_end(environment)
@@ -299,16 +311,34 @@ def port_of(job_id: str) -> int:
 # ---- What else ----
 
 
-def _find_gpus(environment: Mapping[str, str]) -> tuple[int, str]:
-    """How many GPUs this process may use, asked of the driver: torch takes seconds to import."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")]), "CUDA_VISIBLE_DEVICES"
+def _find_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> Gpus:
+    """Count the GPUs that this process was given, without torch, which takes seconds to import.
+
+    Args:
+        environment: the variables of CUDA (whose list ends at the first entry that is no device, such as -1 or Slurm's
+            NoDevFiles), Slurm, and NVIDIA's container runtime.
+        devices: the folder of the device files.
+    """
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return Gpus(_named_devices(visible), "CUDA_VISIBLE_DEVICES", is_by_name=True)
+    if (on_node := environment.get("SLURM_GPUS_ON_NODE", "")).isdecimal() and int(on_node):
+        return Gpus(int(on_node), "SLURM_GPUS_ON_NODE", is_by_name=True)
+    # NVIDIA's images have `all` in it, without any GPU; a device plugin names those that it has given to a pod.
+    if named := _named_devices(environment.get("NVIDIA_VISIBLE_DEVICES", "")):
+        return Gpus(named, "NVIDIA_VISIBLE_DEVICES", is_by_name=True)
     # A container may see all of its machine's below /proc, but has the devices of its own alone.
-    for folder, pattern in (("/dev", "nvidia[0-9]*"), ("/proc/driver/nvidia/gpus", "*")):
-        if found := len(list(Path(folder).glob(pattern))):
-            return found, folder
-    return 0, "no device of NVIDIA's driver"
+    for folder, pattern in ((devices, "nvidia[0-9]*"), (Path("/proc/driver/nvidia/gpus"), "*")):
+        if found := len(list(folder.glob(pattern))):
+            return Gpus(found, str(folder))
+    if (devices / "dxg").exists():
+        return Gpus(0, "WSL's /dev/dxg, which may be a GPU of NVIDIA's or none", may_be=True)
+    return Gpus(0, "no device of NVIDIA's driver")
+
+
+def _named_devices(text: str) -> int:
+    """How many devices a list names, by index or UUID, up to the first entry that is none."""
+    words = [word.strip() for word in text.split(",")]
+    return len(list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-[\w/-]+").fullmatch, words)))
 
 
 def _find_end(environment: Mapping[str, str]) -> tuple[float | None, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from job.cluster.device import Device
 from job.cluster.place import Rendezvous
 from job.config import Config
 
@@ -33,6 +34,8 @@ class Task:
     """Workers of each node."""
     rendezvous: Rendezvous | None
     """None for one node."""
+    device: Device
+    """What its workers compute on."""
 
     @property
     def ranks(self) -> range:
@@ -56,4 +59,5 @@ class Task:
         values["config"] = Config.model_validate(values["config"])
         if values["rendezvous"] is not None:
             values["rendezvous"] = Rendezvous(*values["rendezvous"])
+        values["device"] = Device(**values["device"] | {"gpus": tuple(values["device"]["gpus"])})
         return cls(**values)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from job import console, storage
 from job.cluster import outcome, stop
+from job.cluster.device import Device
 from job.cluster.family import ANY_PORT, FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
 from job.cluster.place import Place, world_from_environment
@@ -41,7 +42,7 @@ def work(command: str, config: Config, world: World, start: Start) -> str:
     return {"train": train, "evaluate": evaluate_trained}[command](config, world, start)
 
 
-def work_alone(command: str, config: Config, place: Place, requests: stop.Requests) -> str:
+def work_alone(command: str, config: Config, place: Place, device: Device, requests: stop.Requests) -> str:
     """`work` in a process that torchrun has started itself: there is nobody but this process to hear a signal."""
     if place.world is None:
         raise RuntimeError("torchrun has not started this process")
@@ -52,7 +53,7 @@ def work_alone(command: str, config: Config, place: Place, requests: stop.Reques
         sys.stderr.write(f"{message}\n")
         os._exit(EXIT_FAILED)
 
-    start = Start("", time.time(), place.ends_at, place.job_id, requested.is_set, on_hang)
+    start = Start("", time.time(), place.ends_at, place.job_id, requested.is_set, on_hang, device.kind, device.reason)
     return work(command, config, place.world, start)
 
 
@@ -83,6 +84,8 @@ def main() -> int:
         task.job_id,
         lambda: requested.is_set() or (folder / STOP_FILE).exists(),
         on_hang,
+        task.device.kind,
+        task.device.reason,
     )
     try:
         if world.world_size != task.world_size:

@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from job import storage
+from job.cluster.launch import find_device
+from job.cluster.place import find_place
 from job.config import Config, to_yaml
 from job.demo.curve import draw_loss_curve
 from job.demo.server import S3Server
@@ -34,6 +37,7 @@ def walk(config: Config) -> int:
         UserError: the settings do not name the demonstration's bucket.
     """
     report, began = Report(), time.monotonic()
+    config = on_usable_device(config, report.say)
     for setting, url in (
         ("data.source", config.data.source),
         ("data.shards", config.data.shards),
@@ -97,6 +101,18 @@ def walk(config: Config) -> int:
         f"  {command('train', '--help')}"
     )
     return EXIT_DONE
+
+
+def on_usable_device(config: Config, say: Callable[[str], None]) -> Config:
+    """The settings, for the CPU where there are GPUs that cannot be used: the demonstration needs none."""
+    try:
+        find_device(config, find_place())
+    except UserError as error:
+        if error.setting != "train.device" or config.train.device != "auto":
+            raise
+        say(f"! {error.expected}; the demonstration goes on on the CPU")
+        return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    return config
 
 
 def _words(name: str, settings: Path, *more: str) -> list[str]:

@@ -69,6 +69,8 @@ class Attempt:
     """Its settings; None in a record of an earlier version."""
     changed: dict[str, list[Any]] | None = None
     """Settings that are not those of the attempt before, by name: what they were, and what they are."""
+    micro_batch_size: int | None = None
+    """Sequences of a micro-batch, `train.micro_batch_size` at most; None in a record of an earlier version."""
 
     @property
     def who(self) -> str:
@@ -128,6 +130,7 @@ class Attempts:
         resume: str,
         config: dict[str, Any] | None = None,
         changed: Sequence[Change] = (),
+        micro_batch_size: int | None = None,
     ) -> Attempt:
         """Takes the run over: from now on nobody else writes it.
 
@@ -138,6 +141,7 @@ class Attempts:
             resume: `train.resume`.
             config: all settings, without secrets.
             changed: those that differ from the attempt before.
+            micro_batch_size: sequences of a micro-batch.
         """
         attempt = Attempt(
             number=(self.numbers() or [0])[-1] + 1,
@@ -150,6 +154,7 @@ class Attempts:
             resume=resume,
             config=config,
             changed={one.name: [one.before, one.now] for one in changed} or None,
+            micro_batch_size=micro_batch_size,
         )
         while not storage.create_bytes(self._url(attempt.number), record_bytes(attempt)):
             attempt = replace(attempt, number=attempt.number + 1)

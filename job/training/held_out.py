@@ -18,6 +18,7 @@ from job.scratch import cache_folder
 from job.training.agreement import Lockstep
 from job.training.engine import Strategy, start_accelerator
 from job.training.evaluation import Evaluation, evaluate
+from job.training.process_group import join
 from job.training.start import Start
 from job.training.trained import load_trained
 from job.training.watchdog import Watchdog
@@ -96,6 +97,7 @@ def evaluate_trained(config: Config, world: World, start: Start) -> str:
     if trained.tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         expected = f"was made with another tokenizer than the model in {trained.source}"
         raise UserError("data.shards", config.data.shards, expected, "prepare the corpus with the model's tokenizer")
+    join(world, start.device)
     accelerator = start_accelerator(Strategy("ddp", config.train.precision, world.world_size, 1, 1, 0.0))
     model = LanguageModel(trained.model, config.train.loss_chunk_tokens, config.train.document_masking).to(
         accelerator.device

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,7 @@ from job.report import Report, metrics_line
 from job.scratch import cache_folder, loading_folder, log_folder
 from job.training.agreement import Lockstep, agree
 from job.training.attempts import DONE, STOPPED
-from job.training.batching import accumulation_steps, optimizer_steps
+from job.training.batching import BatchCut, optimizer_steps
 from job.training.changes import change_of_schedule
 from job.training.checkpoint import Checkpoint, CheckpointFiles, TrainingState, download_checkpoint
 from job.training.engine import AdamW, Engine, StepResult, Strategy, start_accelerator
@@ -44,8 +45,9 @@ from job.training.held_out import HeldOut
 from job.training.identity import identity_of
 from job.training.keeper import Follower, Keeper
 from job.training.metrics import MetricsLog
+from job.training.process_group import join
 from job.training.profile import StepProfile
-from job.training.resume import OpenedRun, open_run
+from job.training.resume import OpenedRun, cut_as_before, open_run
 from job.training.rules import Length, remarks
 from job.training.schedule import learning_rate
 from job.training.skips import Skips
@@ -121,7 +123,6 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     cache = cache_folder(config.data.cache_dir)
     tokenizer = load_tokenizer(storage.join(config.data.shards, manifest.tokenizer), cache)
     check_tokenizer(tokenizer, manifest, config.data.shards)
-    strategy = strategy_of(config, world.world_size)
     spec = ModelSpec(**config.model.model_dump())
     causal_lm = build_model(spec, manifest.vocab_size, manifest.eod_id, config.train.context_length, config.train.seed)
     order = WindowOrder(
@@ -137,7 +138,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
 
     # ---- The other processes, and the run that they all work on ----
     tracking_mode, why = choose_mode(config.tracking.mode)
-    accelerator = start_accelerator(strategy, log_with="swanlab")
+    join(world, start.device)
     identity = identity_of(config, spec, manifest)
     form = agree(world, lambda: choose_form(config.data.shards, manifest, tokenizer))
     scratch = Path(closing.enter_context(TemporaryDirectory(prefix="wikillm-", dir=scratch_dir(config))))
@@ -151,6 +152,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             tokenizer=tokenizer,
             identity=identity,
             config=settings.to_dict(config),
+            cut=partial(cut_as_before, config.train, world.world_size),
             max_attempts=config.train.max_attempts_without_progress,
             folder=scratch,
             say=report.say,
@@ -162,6 +164,8 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         state = replace(checkpoint.state, run_id=run.id, attempt=attempt.number, config=state.config)
 
     # ---- The model, new or as it was ----
+    strategy = strategy_of(config, opened.batch_cut)
+    accelerator = start_accelerator(strategy, log_with="swanlab")
     engine = Engine(
         accelerator,
         LanguageModel(causal_lm, config.train.loss_chunk_tokens, config.train.document_masking),
@@ -184,14 +188,12 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
         [
             ("parameters", f"{parameters.total:,} ({parameters.embedding:,} embedding)"),
             ("FLOPs per token", f"{flops / 1e6:,.1f} M"),
-            ("processes", f"{world.world_size} x {strategy.name}, {strategy.precision}, {engine.device.type}"),
+            ("processes", f"{world.world_size} x {strategy.name}, {strategy.precision}"),
+            ("device", f"{device_name(engine.device)} ({start.device_reason})"),
             ("attention", attention),
             ("compiled", compiled),
             ("global batch", f"{config.train.global_batch_size} x {config.train.context_length} tokens"),
-            (
-                "gradient accumulation",
-                f"{strategy.gradient_accumulation_steps} x {strategy.micro_batch_size} sequences",
-            ),
+            ("gradient accumulation", str(opened.batch_cut)),
             ("steps", f"{total_steps:,} ({total_steps / epochs_steps * config.train.epochs:.2f} epochs)"),
             ("training tokens", f"{sum(shard.tokens for shard in manifest.train):,}"),
             ("from", "random weights" if checkpoint is None else checkpoint.url),
@@ -253,7 +255,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
             manifest,
             order,
             global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=strategy.micro_batch_size,
             rank=world.rank,
             world_size=world.world_size,
             start_position=state.windows_consumed,
@@ -401,16 +403,15 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
     return status
 
 
-def strategy_of(config: Config, world_size: int) -> Strategy:
-    """How the global batch is spread over `world_size` processes; errors as `accumulation_steps`."""
+def strategy_of(config: Config, cut: BatchCut) -> Strategy:
+    """The settings of the engine, for a batch that is cut so."""
     train = config.train
-    steps = accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)
     return Strategy(
         train.strategy,
         train.precision,
-        world_size,
-        train.micro_batch_size,
-        steps,
+        cut.world_size,
+        cut.micro_batch_size,
+        cut.gradient_accumulation_steps,
         train.gradient_clipping,
         train.spike_factor,
     )
@@ -499,6 +500,11 @@ def _samples(
                 )
     lockstep.go_on()
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

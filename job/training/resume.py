@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from job import storage
+from job.config import Train
 from job.data.tokenizer import TextTokenizer, store_tokenizer
 from job.errors import NoProgress, UserError
 from job.redaction import redacted
 from job.training.attempts import Attempt, Attempts
+from job.training.batching import BatchCut, cut_batch
 from job.training.changes import changes
 from job.training.checkpoint import (
     Checkpoint,
@@ -38,6 +40,8 @@ class OpenedRun:
     """Where it goes on from; None: from the beginning."""
     metrics: bytes
     """The run's log up to there."""
+    batch_cut: BatchCut
+    """How its batches are cut over the processes of this start."""
     settings_before: dict[str, Any] | None = None
     """Those of the attempt before, or of the checkpoint of another run; None: this one begins."""
 
@@ -51,6 +55,7 @@ def open_run(
     tokenizer: TextTokenizer,
     identity: Mapping[str, Any],
     config: dict[str, Any],
+    cut: Callable[[Attempt | None], BatchCut],
     max_attempts: int,
     folder: Path,
     say: Callable[[str], None],
@@ -68,6 +73,7 @@ def open_run(
         tokenizer: of the data.
         identity: what the run is made of.
         config: all settings, for its record and that of the attempt.
+        cut: cuts the global batch, given the attempt of this run before, if any.
         max_attempts: starts without a new checkpoint after which to give up.
         folder: local, takes the checkpoint's tensors.
         say: takes a line for the log.
@@ -110,12 +116,15 @@ def open_run(
     for one in changed:
         say(f"changed since {since}: {one}")
 
+    is_continued = run is not None and newest is not None and newest.run_id == run.id and not starts_over
+    batch_cut = cut(newest if is_continued else None)
+
     store_tokenizer(tokenizer, storage.join(output, TOKENIZER_FOLDER), "run.output")
     if run is None:
         run = recorded = begin_run(output, name, config)
     elif starts_over:
         run = new_record(output, name, config)
-    attempt = attempts.claim(run.id, start.name, start.job_id, resume, config, changed)
+    attempt = attempts.claim(run.id, start.name, start.job_id, resume, config, changed, batch_cut.micro_batch_size)
     if run != recorded:
         attempts.check_is_ours(attempt)
         replace_run(output, run)
@@ -128,7 +137,7 @@ def open_run(
 
     checkpoint = _choose(candidates, output, fetch, say)
     attempt = attempts.update(replace(attempt, from_step=0 if checkpoint is None else checkpoint.state.step))
-    return OpenedRun(run, attempt, checkpoint, metrics, before)
+    return OpenedRun(run, attempt, checkpoint, metrics, batch_cut, before)
 
 
 def _settings_before(
@@ -140,6 +149,28 @@ def _settings_before(
     if checkpoint is not None and checkpoint.state.config:
         return checkpoint.state.config, checkpoint.url.rpartition("/")[2]
     return None, ""
+
+
+def cut_as_before(train: Train, world_size: int, newest: Attempt | None) -> BatchCut:
+    """Cut the global batch into micro-batches of the size of the attempt before, unless the setting is another one now.
+
+    Args:
+        train: the settings of this start.
+        world_size: its processes.
+        newest: the attempt before; None: there is none of this run.
+
+    Raises:
+        UserError: as `cut_batch`.
+    """
+    batch, asked = train.global_batch_size, train.micro_batch_size
+    cut = cut_batch(batch, asked, world_size)
+    if newest is None or newest.micro_batch_size is None or newest.config is None:
+        return cut
+    recorded, asked_before = newest.micro_batch_size, newest.config.get("train", {}).get("micro_batch_size")
+    if asked_before != asked or recorded == cut.micro_batch_size or (batch // world_size) % recorded:
+        return cut
+    reason = f"as in attempt {newest.number}; train.micro_batch_size is {asked}"
+    return replace(cut_batch(batch, recorded, world_size), reason=reason)
 
 
 def _begun_at(attempts: Attempts, resume: str, start: Start) -> int | None:

@@ -20,3 +20,7 @@ class Start:
     """Whether this process was asked to stop; what one of them knows, all agree on."""
     on_hang: Callable[[str], None]
     """Called, from a thread, with a line that says which process does not come; it does not return."""
+    device: str
+    """``cuda`` or ``cpu``: what all processes of this node compute on."""
+    device_reason: str
+    """Why that was chosen."""

@@ -9,7 +9,6 @@ from job.config import Config, Duration
 from job.errors import UserError
 from job.invocation import command
 from job.storage import is_remote
-from job.training.batching import accumulation_steps
 from launch.swanlab.leaks import secret_in
 from launch.swanlab.spec import Spec
 
@@ -65,7 +64,6 @@ def settle(
         raise UserError("train.max_time", str(config.train.max_time), expected)
     if config.train.processes not in (None, 1):
         raise UserError("train.processes", config.train.processes, "a task has one GPU", "set it to 1, or to null")
-    accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, 1)
     return config
 
 

@@ -23,6 +23,8 @@ from small_run import MODEL, REPOSITORY, DataSet, prepare_sample
 
 from job import config as settings
 from job import storage
+from job.cluster import device
+from job.cluster.device import Answer
 from job.cluster.preflight import store
 from job.cluster.preflight.check import check, preflight
 from job.cluster.preflight.findings import RIGHT, UNSURE, WRONG, Finding
@@ -123,6 +125,8 @@ class Scene:
             PATH=f"{program.parent}{os.pathsep}{os.environ['PATH']}",
             CUDA_VISIBLE_DEVICES=",".join(map(str, range(count or 1))),
         )
+        answer = Answer(tuple("a GPU" for _ in range(count)), "" if count else "no GPU", "torch of a test")
+        self.monkeypatch.setattr(device, "_asked_elsewhere", lambda: answer)
 
     def connect(self) -> None:
         """As the command line does; only where it is another store than that of the tests, for it takes time."""
@@ -285,7 +289,7 @@ HERE, SLURM, KUBERNETES, NODES, SWANLAB = None, "slurm", "kubernetes", "kubernet
 MISTAKES: dict[str, tuple[str | None, Spoil, str, str]] = {
     # settings
     "a batch that cannot be cut": (
-        HERE, options(train__global_batch_size=5), "global batch", "train.global_batch_size"),
+        HERE, options(train__global_batch_size=5, train__processes=2), "global batch", "train.global_batch_size"),
     "a width that the heads do not divide": (HERE, options(model__num_attention_heads=3), "model", "take"),
     "a learning rate that rises": (HERE, options(train__min_learning_rate=1.0), "learning rate", "lower"),
     "the cloud without a key": (

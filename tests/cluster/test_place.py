@@ -143,9 +143,12 @@ def test_the_port_of_a_job_is_below_those_of_outgoing_connections_and_seldom_tha
 
 
 def test_a_gpu_has_a_process_and_a_machine_without_one_has_one_as_well() -> None:
-    assert [at(CUDA_VISIBLE_DEVICES=visible).processes for visible in ("", "3", "0,1,2,3", "-1")] == [1, 1, 4, 1]
+    found = [at(CUDA_VISIBLE_DEVICES=visible) for visible in ("", "3", "0,1,2,3", "-1")]
+    assert [one.gpus.number for one in found] == [0, 1, 4, 0]
+    facts = [{fact.what: fact.value for fact in one.facts} for one in found]
+    assert [one["processes of a node"] for one in facts] == ["1", "1", "4", "1"]
     assert at(**TRAINER).processes == 8
-    assert at(**TRAINER | {"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "0,1"}).processes == 2
+    assert at(**TRAINER | {"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "0,1"}).processes is None
 
 
 def test_the_time_that_a_place_leaves() -> None:

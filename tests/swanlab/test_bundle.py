@@ -182,7 +182,6 @@ def test_a_config_that_cannot_work_in_a_task_is_refused(tmp_path: Path) -> None:
     cases = {
         ("train.max_time", "4h"): "train.max_time: '4h': a task ends after 4 hours: expected 3h50m at most",
         ("train.processes", "2"): "train.processes: 2: a task has one GPU",
-        ("train.micro_batch_size", "7"): "train.global_batch_size",
         ("data.shards", "data/shards"): "data.shards: 'data/shards': is a folder of this machine",
         ("data.shards", "/data/WIKI_CN"): "spec.volumes: names no data set",
         ("data.shards", "s3://bucket/shards"): "data.shards: 's3://bucket/shards': a task has no credentials",

@@ -15,6 +15,7 @@ from engine_worker import LAST_STEP, PYTHONPATH, RESUMES_FROM, SAVED_STEP, Case
 from fault_proxy import FaultProxy
 from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
 
+from job.cluster.device import ON_CPU
 from job.cluster.launch import worker_environment
 from job.config import Config
 from job.demo.server import S3Server
@@ -101,7 +102,7 @@ def seen_in(
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | worker_environment(0, processes, Config()) | {"PYTHONPATH": PYTHONPATH},
+            env=os.environ | worker_environment(ON_CPU, processes, Config()) | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=200,

@@ -18,6 +18,7 @@ import torch
 from engine_worker import PYTHONPATH, Case
 from small_run import REPOSITORY
 
+from job.cluster.device import ON_CPU
 from job.cluster.launch import worker_environment
 from job.config import Config
 from job.training.guard import NEEDED_NORMS, REMEMBERED_NORMS, Guard
@@ -72,7 +73,7 @@ def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
                 *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
             ],
             cwd=REPOSITORY,
-            env=os.environ | worker_environment(0, PROCESSES, Config()) | {"PYTHONPATH": PYTHONPATH},
+            env=os.environ | worker_environment(ON_CPU, PROCESSES, Config()) | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=200,

@@ -23,6 +23,7 @@ from job.demo.walk import SAMPLE
 from job.errors import UserError
 from job.model.architecture import build_model
 from job.model.spec import ModelSpec
+from job.training.batching import BatchCut
 from job.training.checkpoint import CheckpointFiles, TrainingState, save_checkpoint
 from job.training.export import export_model
 from job.training.form import choose_form
@@ -108,12 +109,13 @@ def told(config: Config, identity: dict[str, Any], folder: Path) -> dict[str, An
     return {
         "name": None,
         "resume": "auto",
-        "start": Start("a-start", 0.0, None, None, lambda: False, lambda line: None),
+        "start": Start("a-start", 0.0, None, None, lambda: False, lambda line: None, "cpu", "a test"),
         "tokenizer": load_tokenizer(f"{config.data.shards}/tokenizer", folder / "cache")
         if (folder / "shards").exists()
         else None,
         "identity": identity,
         "config": {},
+        "cut": lambda before: BatchCut(1, 1, 8),
         "max_attempts": 1000,
         "folder": scratch,
         "say": lambda line: None,

@@ -12,6 +12,7 @@ from test_checkpoint import FILES, IDENTITY, METRICS, STATE, parameters
 from job import storage
 from job.errors import NoProgress, UserError
 from job.training.attempts import FAILED, Attempts
+from job.training.batching import BatchCut
 from job.training.checkpoint import CheckpointFiles, save_checkpoint
 from job.training.resume import OpenedRun, open_run
 from job.training.run import replace_run
@@ -27,12 +28,17 @@ class Opener:
 
     def start(self, resume: str = "auto", job_id: str | None = None, **changes: Any) -> OpenedRun:
         self.said.clear()
-        told = {"identity": IDENTITY, "max_attempts": 100, "config": {"train": {"epochs": 1}}} | changes
+        told = {
+            "identity": IDENTITY,
+            "max_attempts": 100,
+            "cut": lambda before: BatchCut(1, 1, 8),
+            "config": {"train": {"epochs": 1}},
+        } | changes
         return open_run(
             self.output,
             name=None,
             resume=resume,
-            start=Start("a-start", 0.0, None, job_id, lambda: False, lambda line: None),
+            start=Start("a-start", 0.0, None, job_id, lambda: False, lambda line: None, "cpu", "a test"),
             tokenizer=self._tokenizer,
             folder=self._folder,
             say=self.said.append,

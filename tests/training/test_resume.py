@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from small_run import (
+    ALONE,
     STEPS,
     DataSet,
     FinishedRun,
@@ -79,6 +80,24 @@ def test_a_run_goes_on_from_a_named_checkpoint_of_another_one_in_another_world(
     for step, values in seen.items():
         assert values == pytest.approx(expected[step], rel=1e-5), step
     assert stored(finished_run.output) == origin
+
+
+def test_any_number_of_processes_that_divides_the_batch_trains_and_its_micro_batch_is_kept_on_resume(
+    finished_run: FinishedRun, data_set: DataSet, output: str, tmp_path: Path
+) -> None:
+    train = {"micro_batch_size": 32, "max_steps": 3}
+    code, out, err = run("train", write_settings(tmp_path, data_set, output, train=train | {"strategy": "ddp"}))
+    assert (code, err) == (EXIT_DONE, ""), out + err
+    assert "1 x 4 sequences (train.micro_batch_size is 32, which does not divide the 4 of a process)" in out
+    assert read_json(f"{output}/attempts/00000001.json")["micro_batch_size"] == 4
+    expected = measured(finished_run.output)
+    for step, values in measured(output).items():
+        assert values == pytest.approx(expected[step], rel=1e-5), step
+
+    alone = train | ALONE | {"max_steps": 4}
+    code, out, err = run("train", write_settings(tmp_path, data_set, output, train=alone))
+    assert (code, err) == (EXIT_DONE, ""), out + err
+    assert "2 x 4 sequences (as in attempt 1; train.micro_batch_size is 32)" in out
 
 
 def test_never_begins_a_new_run_where_an_old_one_was(

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from job import storage
+from job.cluster.launch import find_device
 from job.cluster.place import find_place
 from job.cluster.preflight import data, machine, run, store, world
 from job.cluster.preflight.elsewhere import check_elsewhere
@@ -180,7 +181,11 @@ def _check_here(findings: Findings, config: Config, manifest: Manifest | None, s
         for fact in place.facts:
             findings.right(fact.what, fact.value + (f" ({fact.source})" if fact.source else ""))
         gpus = machine.check_gpus(findings, config, place)
-        processes = place.world.local_world_size if place.world else config.train.processes or place.processes
+        asked = config.train.processes or place.processes or max(1, len(gpus))
+        processes = place.world.local_world_size if place.world else asked
+        with findings.guard("device"):
+            device = find_device(config, place)
+            findings.right("device", f"{device.kind}: {device.reason}")
         if gpus:
             machine.check_shared_memory(findings, processes)
         machine.check_disks(findings, config, manifest, None if shape is None else shape.checkpoint_bytes)

@@ -107,6 +107,9 @@ def _visible(gpus: list[GpuFound]) -> tuple[list[GpuFound], str]:
 
 def check_gpus(findings: Findings, config: Config, place: Place) -> list[GpuFound]:
     """The GPUs that training would use, judged."""
+    if config.train.device == "cpu":
+        findings.right("GPUs", "none are used: train.device is cpu")
+        return []
     gpus, fault = find_gpus()
     if fault:
         findings.wrong("GPUs", fault, "see that `nvidia-smi` shows the GPUs that the run is to use")
@@ -116,7 +119,7 @@ def check_gpus(findings: Findings, config: Config, place: Place) -> list[GpuFoun
         return []
     names = {gpu.name for gpu in gpus}
     found = f"{len(gpus)} x {' and '.join(sorted(names))}"
-    processes = config.train.processes or place.processes
+    processes = config.train.processes or place.processes or len(gpus)
     busy = [gpu for gpu in gpus if (gpu.used_bytes or 0) > _IN_USE_BYTES]
     old = [gpu for gpu in gpus if gpu.capability is not None and gpu.capability < _BF16_CAPABILITY]
     if processes > len(gpus):

@@ -10,7 +10,7 @@ from job.errors import UserError
 from job.model.counts import ParameterCounts, peak_flops
 from job.model.memory import process_memory
 from job.model.spec import ModelSpec
-from job.training.batching import accumulation_steps
+from job.training.batching import BatchCut, cut_batch
 from job.training.budget import TimeBudget
 from job.training.plan import GPUS, TYPICAL_MFU, Workload
 from job.training.rules import about_nodes
@@ -40,9 +40,10 @@ def check_target(
     findings: Findings, config: Config, target: Target, shape: Shape | None, work: Workload | None, mfu: float | None
 ) -> None:
     """All rows of one target; those that need the model or the data are left out where there is none."""
-    check_batch(findings, config, target)
+    cut = check_batch(findings, config, target)
+    if shape is not None and cut is not None:
+        check_gpu_memory(findings, config, target, shape, cut)
     if shape is not None:
-        check_gpu_memory(findings, config, target, shape)
         check_node_memory(findings, target, shape)
     if shape is not None and work is not None:
         check_time(findings, config, target, shape, work, mfu)
@@ -50,23 +51,24 @@ def check_target(
         check_grace(findings, config, target)
 
 
-def check_batch(findings: Findings, config: Config, target: Target) -> None:
-    """The global batch has to be cut evenly, and every node group needs a rank of its own."""
+def check_batch(findings: Findings, config: Config, target: Target) -> BatchCut | None:
+    """The global batch has to be cut evenly, and every node group needs a rank of its own; None if it cannot be."""
     train, world = config.train, target.world_size
     on = f"{target.nodes} x {target.processes} processes"
     try:
-        steps = accumulation_steps(train.global_batch_size, train.micro_batch_size, world)
+        cut = cut_batch(train.global_batch_size, train.micro_batch_size, world)
     except UserError as error:
-        remedy = f"set train.global_batch_size to one of these{', ' + error.remedy if error.remedy else ''}"
-        findings.wrong("global batch", f"{train.global_batch_size} on {on}: {error.expected}", remedy)
-        return
+        findings.wrong("global batch", f"{train.global_batch_size} {error.expected}", error.remedy)
+        return None
     tokens = train.global_batch_size * train.context_length
-    found = f"{on} x {steps} accumulation x {train.micro_batch_size} = {train.global_batch_size} windows"
-    findings.right("global batch", f"{found}, {tokens:,} tokens a step")
+    found = f"{on} x {cut.gradient_accumulation_steps} accumulation x {cut.micro_batch_size}"
+    found += f" = {train.global_batch_size} windows, {tokens:,} tokens a step"
+    findings.right("global batch", f"{found}; {cut.reason}" if cut.reason else found)
     show_remarks(findings, about_nodes(config, target.nodes))
+    return cut
 
 
-def check_gpu_memory(findings: Findings, config: Config, target: Target, shape: Shape) -> None:
+def check_gpu_memory(findings: Findings, config: Config, target: Target, shape: Shape, cut: BatchCut) -> None:
     """Estimate against the card."""
     if not target.gpus:
         return
@@ -75,8 +77,8 @@ def check_gpu_memory(findings: Findings, config: Config, target: Target, shape: 
     def needed(micro_batch_size: int) -> int:
         return needed_bytes(config, shape, target.world_size, micro_batch_size)
 
-    total, card = needed(train.micro_batch_size), target.gpu_memory_bytes
-    found = f"about {total / 2**30:.1f} GiB with {train.micro_batch_size} sequences at a time"
+    total, card = needed(cut.micro_batch_size), target.gpu_memory_bytes
+    found = f"about {total / 2**30:.1f} GiB with {cut.micro_batch_size} sequences at a time"
     if card is None:
         findings.right("GPU memory", found)
         return
@@ -85,7 +87,7 @@ def check_gpu_memory(findings: Findings, config: Config, target: Target, shape: 
         findings.right("GPU memory", found)
         return
     share = train.global_batch_size // target.world_size
-    fitting = [size for size in range(1, train.micro_batch_size) if share % size == 0 and needed(size) <= card]
+    fitting = [size for size in range(1, cut.micro_batch_size) if share % size == 0 and needed(size) <= card]
     remedy = f"set train.micro_batch_size to {fitting[-1]}" if fitting else "take a smaller model or a larger GPU"
     findings.wrong("GPU memory", found, remedy)
 
