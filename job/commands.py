@@ -153,11 +153,13 @@ def train(config: Config, words: Sequence[str] = ()) -> int:
     """Shards → model."""
     requests = Requests()
     from job.cluster.launch import find_device, launch, world_size
+    from job.model.spec import ModelSpec
     from job.training.batching import cut_batch
     from job.training.rules import check_learning_rates
 
     # The workers check these as well, but they take seconds to start.
     check_learning_rates(config.train)
+    ModelSpec(**config.model.model_dump())
     place = find_place()
     device = find_device(config, place)
     cut_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size(config, place, device))

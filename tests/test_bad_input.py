@@ -163,7 +163,11 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "a number out of range": (PREPARE, options(data__validation_fraction="1.5"), "data.validation_fraction"),
     "a word that is not a choice": (TRAIN, options(train__strategy="zero3"), "train.strategy"),
     "a size with no unit that exists": (PREPARE, options(data__slice_bytes="3 miles"), "data.slice_bytes"),
-    "a global batch that cannot be cut": (TRAIN, options(train__global_batch_size="5"), "train.global_batch_size"),
+    "a global batch that cannot be cut": (
+        TRAIN,
+        options(train__global_batch_size="5", train__processes="2"),
+        "train.global_batch_size",
+    ),
     "heads that do not divide the width": (TRAIN, options(model__num_attention_heads="3"), "model.hidden_size"),
     "key heads that do not divide the heads": (
         TRAIN,
@@ -276,8 +280,20 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
 }  # fmt: skip
 
 
+SLOW = {
+    "a shard that is missing",
+    "a tokenizer that did not make the shards",
+    "a model that is not there",
+    "a model to evaluate that is not there",
+    "a tracker without a key",
+}
+"""Mistakes that only a process with all libraries finds, beside others of their kind."""
+
+
 @pytest.mark.usefixtures("s3_server")
-@pytest.mark.parametrize("mistake", CASES)
+@pytest.mark.parametrize(
+    "mistake", [pytest.param(name, marks=pytest.mark.recovery if name in SLOW else ()) for name in CASES]
+)
 def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing_behind(place: Place, mistake: str) -> None:
     command, spoil, named = CASES[mistake]
     spoil(place)

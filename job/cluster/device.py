@@ -17,6 +17,7 @@ from typing import Literal
 
 from job.cluster.place import Gpus
 from job.errors import UserError, one_line
+from job.invocation import command
 
 DeviceSetting = Literal["auto", "cuda", "cpu"]
 _PROBE_SECONDS = 180
@@ -89,7 +90,7 @@ def _expected(promised: Gpus, answer: Answer) -> str:
 
 
 def _remedy(setting: DeviceSetting) -> str:
-    mend = "`nvidia-smi` and the driver's version tell more; `python -m job check` compares it with torch's build"
+    mend = f"`nvidia-smi` and `{command('check')}` tell more"
     return f"{mend}; train.device cpu trains without GPUs" if setting == "auto" else mend
 
 
@@ -130,9 +131,9 @@ def ask_torch(only: int | None = None) -> Answer:
 
 def _asked_elsewhere(environment: Mapping[str, str] = os.environ, seconds: float = _PROBE_SECONDS) -> Answer:
     """Ask torch in a process of its own: it takes memory on every GPU, and a broken driver may end or stop it."""
-    command = [sys.executable, "-m", "job.cluster.device"]
+    words = [sys.executable, "-m", "job.cluster.device"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return Answer((), f"the driver has not answered in {seconds:.0f} s", "torch did not answer")
     try:

@@ -65,6 +65,7 @@ def test_a_killed_worker_is_named_and_takes_the_others_along(settings: Path) -> 
     assert still_alive(processes) == []
 
 
+@pytest.mark.recovery
 def test_a_single_worker_has_no_torchrun_above_it_and_is_told_of_all_the_same(one_process: Path) -> None:
     with Job("train", one_process) as job:
         job.read_until("step 3/")
@@ -79,6 +80,7 @@ def test_a_single_worker_has_no_torchrun_above_it_and_is_told_of_all_the_same(on
     assert err == "rank 0 was killed by SIGKILL (out of memory? a smaller train.micro_batch_size takes less)\n"
 
 
+@pytest.mark.recovery
 def test_nothing_goes_on_where_the_entrypoint_was_killed(one_process: Path) -> None:
     with Job("train", one_process) as job:
         job.read_until("step 3/")
@@ -126,9 +128,9 @@ def test_interfaces_that_the_user_has_set_for_gloo_and_nccl_stay() -> None:
 @pytest.mark.parametrize(
     ("number", "whom", "of"),
     [
-        (signal.SIGINT, "the entrypoint", "settings"),
+        pytest.param(signal.SIGINT, "the entrypoint", "settings", marks=pytest.mark.recovery),
         pytest.param(signal.SIGUSR2, "the launcher", "settings", marks=pytest.mark.recovery),
-        (signal.SIGUSR1, "one worker", "settings"),
+        pytest.param(signal.SIGUSR1, "one worker", "settings", marks=pytest.mark.recovery),
         (signal.SIGTERM, "all, twice", "settings"),
         (signal.SIGHUP, "the entrypoint", "one_process"),
         pytest.param(signal.SIGHUP, "all, twice", "settings", marks=pytest.mark.recovery),
@@ -185,6 +187,7 @@ def test_a_variable_of_another_program_decides_nothing_and_is_named(one_process:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of process ids takes root")
+@pytest.mark.recovery
 def test_as_the_first_process_of_a_container_it_stops_as_anywhere(one_process: Path, bucket: str) -> None:
     with Job("train", one_process, under=["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]) as job:
         job.read_until("step 3/")

@@ -11,6 +11,8 @@ import pytest
 from printed_commands import REASONS, blocks_of, checkout, fresh_shell, run_in_fresh_shell
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.recovery  # `make demo` comes first wherever the project is set up
+
 SETTINGS = {
     "train.max_steps": "40",
     "train.log_every": "5",

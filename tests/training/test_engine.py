@@ -11,6 +11,7 @@ from engine_worker import (
     ADAMW,
     GRADIENT_CLIPPING,
     LAST_STEP,
+    QUICK_WORLDS,
     RESUMES_FROM,
     SAVED_STEP,
     SPEC,
@@ -28,7 +29,10 @@ from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_c
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 
-in_each_world = pytest.mark.parametrize(("processes", "strategy"), WORLDS)
+in_each_world = pytest.mark.parametrize(
+    ("processes", "strategy"),
+    [pytest.param(*world, marks=() if world in QUICK_WORLDS else pytest.mark.recovery) for world in WORLDS],
+)
 
 
 @cache
@@ -137,7 +141,14 @@ def test_an_engine_goes_on_to_the_bit_in_the_same_world(
     assert files == tensor_files(straight["checkpoint"])
 
 
-@pytest.mark.parametrize(("world", "source"), [(world, source) for world in WORLDS for source in RESUMES_FROM[world]])
+@pytest.mark.parametrize(
+    ("world", "source"),
+    [
+        pytest.param(world, source, marks=() if world in QUICK_WORLDS else pytest.mark.recovery)
+        for world in WORLDS
+        for source in RESUMES_FROM[world]
+    ],
+)
 def test_an_engine_goes_on_with_the_same_losses_in_another_world(
     seen_in: SeenIn, world: tuple[int, str], source: tuple[int, str]
 ) -> None:
