@@ -18,12 +18,14 @@ from job.scratch import scratch_folder
 from job.training.world import World
 
 _WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_JOB_IDS = ("WIKILLM_JOB_ID", "SLURM_JOB_ID")
+_JOB_IDS = ("WIKILLM_JOB_ID", "SKYPILOT_TASK_ID", "SLURM_JOB_ID")
+"""SkyPilot on a Slurm cluster starts a job again under a new number of Slurm's, so its own name comes first."""
 _SWANLAB_SECONDS = 4 * 3600
 _SWANLAB_SET_UP_SECONDS = 600
 """The four hours of a task have begun before its packages were installed."""
 _FIRST_PORT, _PORTS = 20000, 10000
 """Rendezvous ports: below those that the kernel gives to outgoing connections, from 32768 on."""
+_SKYPILOT_GPUS = "SKYPILOT_NUM_GPUS_PER_NODE"
 _FIRST_SPECIAL_STEP = 4294967290
 """Slurm's steps from here on are shells: interactive, batch, extern."""
 
@@ -52,7 +54,7 @@ class Place:
     """Where this process runs."""
 
     kind: str
-    """`this machine`, `several nodes`, `torchrun`, `Slurm`, `Kubernetes`, `Kubeflow Trainer` or `SwanLab`."""
+    """`this machine`, `several nodes`, `torchrun`, or the scheduler: `SkyPilot`, `Slurm`, `Kubernetes`, …"""
     node_rank: int
     nodes: int
     rendezvous: Rendezvous | None
@@ -94,6 +96,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     processes, source = max(1, gpus), "one for each GPU" if gpus else "one, since there are no GPUs"
     if environment.get("PET_NPROC_PER_NODE", "").isdecimal():
         processes, source = _number(environment, "PET_NPROC_PER_NODE", least=1), "PET_NPROC_PER_NODE"
+    elif kind == "SkyPilot" and environment.get(_SKYPILOT_GPUS):
+        processes, source = max(1, _skypilot_gpus(environment, gpus)), _SKYPILOT_GPUS
     facts.append(Fact("processes of a node", str(processes), source))
     job_id = job_id_from_environment(environment)
     facts.append(Fact("job", job_id or "none", _first(environment, _JOB_IDS) or f"none of {', '.join(_JOB_IDS)}"))
@@ -144,7 +148,7 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
 def job_id_from_environment(environment: Mapping[str, str] = os.environ) -> str | None:
     """The name of the job that its scheduler keeps when it starts the job again; None without a scheduler.
 
-    Slurm sets one; elsewhere WIKILLM_JOB_ID can.
+    Slurm and SkyPilot set one; elsewhere WIKILLM_JOB_ID can.
     """
     name = _first(environment, _JOB_IDS)
     return environment[name] if name else None
@@ -153,12 +157,12 @@ def job_id_from_environment(environment: Mapping[str, str] = os.environ) -> str 
 def part_of_array(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """This process' part (i, n) of what an array of them prepares, 0 <= i < n: (0, 1) where it is alone.
 
-    Slurm's array tasks and the tasks of a step, or the pods of an Indexed Job.
+    Slurm's array tasks and the tasks of a step, the pods of an Indexed Job, or the nodes of a SkyPilot task.
 
     Raises:
         UserError: the numbers of the array leave it open which part is this one's.
     """
-    if "SLURM_JOB_ID" in environment:
+    if "SLURM_JOB_ID" in environment and not _in_skypilot(environment):
         index, count = 0, 1
         if "SLURM_ARRAY_TASK_ID" in environment:
             names = ("ID", "MIN", "MAX", "STEP", "COUNT")
@@ -175,7 +179,7 @@ def part_of_array(environment: Mapping[str, str] = os.environ) -> tuple[int, int
             tasks = _number(environment, "SLURM_STEP_NUM_TASKS", least=1)
             index, count = index * tasks + _number(environment, "SLURM_PROCID", below=tasks), count * tasks
         return index, count
-    if "JOB_COMPLETION_INDEX" in environment or "WIKILLM_NODES" in environment:
+    if any(name in environment for name in ("JOB_COMPLETION_INDEX", "WIKILLM_NODES")) or _in_skypilot(environment):
         _, nodes, _ = _find_nodes(environment, meets=False)
         return nodes.rank, nodes.nodes
     return 0, 1
@@ -204,6 +208,8 @@ def _find_nodes(environment: Mapping[str, str], meets: bool = True) -> tuple[str
     if "PET_NODE_RANK" in environment or "PET_NNODES" in environment:
         nodes = _counted(environment, "PET_NODE_RANK", "PET_NNODES", meets, "PET_MASTER_ADDR", "PET_MASTER_PORT")
         return "Kubeflow Trainer", nodes, "PET_NODE_RANK, PET_NNODES, PET_MASTER_ADDR, PET_MASTER_PORT"
+    if _in_skypilot(environment):  # whose nodes may be pods or belong to a job of Slurm's
+        return "SkyPilot", *_skypilot_nodes(environment, meets)
     if "JOB_COMPLETION_INDEX" in environment:
         nodes = _counted(environment, "JOB_COMPLETION_INDEX", "WIKILLM_NODES", meets)
         return "Kubernetes", nodes, "JOB_COMPLETION_INDEX, WIKILLM_NODES, MASTER_ADDR"
@@ -250,6 +256,34 @@ def _counted(
         remedy = "set it to a free port of the first node, or WIKILLM_JOB_ID, which gives one"
         raise UserError(port, None, f"is not set, but {count} is {nodes}", remedy)
     return _Nodes(this, nodes, Rendezvous(environment[address], port_of(job)))
+
+
+def _in_skypilot(environment: Mapping[str, str]) -> bool:
+    return any(f"SKYPILOT_{name}" in environment for name in ("NODE_RANK", "NUM_NODES", "NODE_IPS"))
+
+
+def _skypilot_nodes(environment: Mapping[str, str], meets: bool) -> tuple[_Nodes, str]:
+    """The nodes of a SkyPilot task, whose addresses it lists in the order of their ranks, one a line."""
+    rank, count, addresses = "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_IPS"
+    listed = environment.get(addresses, "").split()
+    nodes = _number(environment, count, least=1)
+    if len(listed) != nodes:
+        expected = f"expected one address a line for each of the {nodes} nodes of {count}, found {len(listed)}"
+        raise UserError(addresses, ", ".join(listed) or None, expected, "leave both as SkyPilot sets them")
+    # MASTER_ADDR may name another network of the first node.
+    address = environment.get("MASTER_ADDR") or listed[0]
+    found = _counted({**environment, "MASTER_ADDR": address}, rank, count, meets)
+    return found, f"{rank}, {count}, {addresses}, SKYPILOT_TASK_ID"
+
+
+def _skypilot_gpus(environment: Mapping[str, str], found: int) -> int:
+    """The GPUs that the task has of this node; fewer that can be used are an error, as they are paid for."""
+    gpus = _number(environment, _SKYPILOT_GPUS)
+    if found < gpus:
+        expected = f"but this process can use {found} of the node's GPUs"
+        remedy = "look at nvidia-smi on the node, and at CUDA_VISIBLE_DEVICES, if the task sets it"
+        raise UserError(_SKYPILOT_GPUS, gpus, expected, remedy)
+    return gpus
 
 
 def _slurm_nodes(environment: Mapping[str, str]) -> tuple[_Nodes, str]:
