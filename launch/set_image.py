@@ -17,6 +17,7 @@ _PLACES = {
         re.compile(r"(  - name: wikillm\n    newName: )\S+(.*\n    )(?:newTag|digest): \S+"),
         r"\g<1>{name}\g<2>digest: {digest}",
     ),
+    "launch/skypilot.yaml": (re.compile(r"^(  image_id: docker:)\S+", re.MULTILINE), r"\g<1>{name}@{digest}"),
     "launch/slurm.sh": (re.compile(r"^(IMAGE=\$\{IMAGE:-)[^}]*", re.MULTILINE), r"\g<1>{name}@{digest}"),
 }
 """The specs that name the image: where in the file it stands, and what is put there."""
