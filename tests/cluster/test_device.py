@@ -11,7 +11,8 @@ from small_run import REPOSITORY
 
 from job.cluster import device
 from job.cluster.device import Answer, choose_device, driver_version
-from job.cluster.place import Gpus, find_place
+from job.cluster.gpus import Gpus
+from job.cluster.place import find_place
 from job.config import load
 from job.demo.walk import on_usable_device
 from job.errors import EXIT_REFUSED, UserError

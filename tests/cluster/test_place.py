@@ -37,6 +37,15 @@ TRAINER = {
     "PET_MASTER_ADDR": "one-node-0-0.one",
     "PET_MASTER_PORT": "29400",
 }
+SKYPILOT = {
+    "SKYPILOT_NODE_RANK": "1",
+    "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NODE_IPS": "10.1.0.4\n10.1.0.9",
+    "SKYPILOT_NUM_GPUS_PER_NODE": "0",
+    "SKYPILOT_TASK_ID": "sky-managed-2026-11-28-10-15-20-123456_wikillm_17-0",
+}
+SKYPILOT_PORT = port_of(SKYPILOT["SKYPILOT_TASK_ID"])
+ONE_SKYPILOT_NODE = {"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_IPS": "10.1.0.4"}
 BY_HAND = {"WIKILLM_NODES": "2", "WIKILLM_NODE_RANK": "1", "MASTER_ADDR": "10.0.0.5", "MASTER_PORT": "29500"}
 TORCHRUN = {
     "RANK": "5",
@@ -65,6 +74,12 @@ def at(**environment: str) -> Place:
         (INDEXED_JOB | {"MASTER_PORT": "29400"}, "Kubernetes", (1, 4), ("wiki-0.wiki", 29400)),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "Kubernetes", (0, 1), None),
         (TRAINER, "Kubeflow Trainer", (2, 3), ("one-node-0-0.one", 29400)),
+        (SKYPILOT, "SkyPilot", (1, 2), ("10.1.0.4", SKYPILOT_PORT)),
+        (SKYPILOT | ONE_SKYPILOT_NODE, "SkyPilot", (0, 1), None),
+        (SKYPILOT | {"MASTER_ADDR": "ib-4", "MASTER_PORT": "3333"}, "SkyPilot", (1, 2), ("ib-4", 3333)),
+        (SKYPILOT | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "SkyPilot", (1, 2), ("10.1.0.4", SKYPILOT_PORT)),
+        (SKYPILOT | SLURM_JOB, "SkyPilot", (1, 2), ("10.1.0.4", SKYPILOT_PORT)),
+        (SKYPILOT | BY_HAND, "several nodes", (1, 2), ("10.0.0.5", 29500)),
         ({"SWANLAB_RUNTIME": "task"}, "SwanLab", (0, 1), None),
         (INDEXED_JOB | BY_HAND, "several nodes", (1, 2), ("10.0.0.5", 29500)),
     ],
@@ -99,7 +114,16 @@ def test_a_process_that_torchrun_has_started_is_a_worker() -> None:
         ({name: TRAINER[name] for name in TRAINER if name != "PET_MASTER_ADDR"}, "PET_MASTER_ADDR"),
         ({name: TRAINER[name] for name in TRAINER if name != "PET_NODE_RANK"}, "PET_NODE_RANK"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "LOCAL_RANK"}, "LOCAL_RANK"),
+        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_NODE_RANK"}, "SKYPILOT_NODE_RANK"),
+        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_NUM_NODES"}, "SKYPILOT_NUM_NODES"),
+        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_NODE_IPS"}, "SKYPILOT_NODE_IPS"),
+        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_TASK_ID"}, "MASTER_PORT"),
         # Contradictory.
+        (SKYPILOT | {"SKYPILOT_NODE_RANK": "2"}, "SKYPILOT_NODE_RANK"),
+        (SKYPILOT | {"SKYPILOT_NUM_NODES": "3"}, "SKYPILOT_NODE_IPS"),
+        (SKYPILOT | {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, "SKYPILOT_NODE_IPS"),
+        (SKYPILOT | {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}, "SKYPILOT_NUM_GPUS_PER_NODE"),
+        (SKYPILOT | {"SKYPILOT_NUM_GPUS_PER_NODE": "A100"}, "SKYPILOT_NUM_GPUS_PER_NODE"),
         (SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "16"}, "SLURM_STEP_NUM_TASKS"),
         (SLURM_STEP | {"SLURM_NODEID": "2"}, "SLURM_NODEID"),
         (INDEXED_JOB | {"JOB_COMPLETION_INDEX": "4"}, "JOB_COMPLETION_INDEX"),
@@ -147,12 +171,32 @@ def test_a_gpu_has_a_process_and_a_machine_without_one_has_one_as_well() -> None
     assert [one.gpus.number for one in found] == [0, 1, 4, 0]
     facts = [{fact.what: fact.value for fact in one.facts} for one in found]
     assert [one["processes of a node"] for one in facts] == ["1", "1", "4", "1"]
-    assert at(**TRAINER).processes == 8
-    assert at(**TRAINER | {"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "0,1"}).processes is None
+    assert at(**SKYPILOT).processes == 1
+    for gpus in ("0,1", "0,1,2,3"):  # a task may have some of a machine's GPUs
+        assert at(**SKYPILOT | {"SKYPILOT_NUM_GPUS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": gpus}).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "gpus", "processes", "value", "source"),
+    [
+        ("8", "", 8, "8", "PET_NPROC_PER_NODE"),
+        ("auto", "0,1", None, "2", "PET_NPROC_PER_NODE=auto: one for each GPU"),
+        ("auto", "", None, "1", "PET_NPROC_PER_NODE=auto: one, since there are no GPUs"),
+        ("gpu", "0,1", None, "2", "PET_NPROC_PER_NODE=gpu: one for each GPU"),
+        ("", "0,1", None, "2", "one for each GPU"),
+    ],
+)
+def test_the_processes_that_the_trainer_asks_for_are_taken_or_explained(
+    told: str, gpus: str, processes: int | None, value: str, source: str
+) -> None:
+    place = at(**TRAINER | {"PET_NPROC_PER_NODE": told, "CUDA_VISIBLE_DEVICES": gpus})
+    assert place.processes == processes
+    assert ("processes of a node", value, source) in place.facts
 
 
 def test_the_time_that_a_place_leaves() -> None:
     assert at().ends_at is None
+    assert at(**SKYPILOT).ends_at is None
     assert at(**SLURM_STEP, SLURM_JOB_END_TIME="1800000000").ends_at == 1.8e9
     swanlab = at(SWANLAB_RUNTIME="task").ends_at
     assert swanlab is not None
@@ -188,6 +232,12 @@ def test_a_place_explains_each_thing_by_the_variables_that_say_it() -> None:
     assert facts["GPUs of this node"] == ("0", "CUDA_VISIBLE_DEVICES")
 
 
+def test_skypilot_names_a_job_by_what_it_keeps_when_it_starts_the_job_again() -> None:
+    assert at(**SKYPILOT).job_id == SKYPILOT["SKYPILOT_TASK_ID"]
+    assert at(**SKYPILOT | SLURM_JOB).job_id == SKYPILOT["SKYPILOT_TASK_ID"]
+    assert at(**SKYPILOT | {"WIKILLM_JOB_ID": "mine"}).job_id == "mine"
+
+
 # ---- An array that prepares ----
 
 ARRAY = {
@@ -211,6 +261,10 @@ TWO_TASKS = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": 
         ({"SLURM_JOB_ID": "6"} | TWO_TASKS, (1, 2)),
         (ARRAY | {"SLURM_ARRAY_TASK_MIN": "6", "SLURM_ARRAY_TASK_MAX": "6", "SLURM_ARRAY_TASK_COUNT": "1"}, (0, 1)),
         ({"JOB_COMPLETION_INDEX": "2", "WIKILLM_NODES": "5"}, (2, 5)),
+        (SKYPILOT, (1, 2)),
+        (SKYPILOT | ONE_SKYPILOT_NODE, (0, 1)),
+        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_TASK_ID"}, (1, 2)),  # its parts never meet
+        (SKYPILOT | {"SLURM_JOB_ID": "6"}, (1, 2)),
     ],
 )
 def test_the_part_of_an_array_that_is_prepared_here(environment: dict[str, str], part: tuple[int, int]) -> None:
@@ -223,6 +277,7 @@ def test_the_part_of_an_array_that_is_prepared_here(environment: dict[str, str],
         (ARRAY | {"SLURM_ARRAY_TASK_STEP": "1"}, "SLURM_ARRAY_TASK_ID"),
         ({"JOB_COMPLETION_INDEX": "2"}, "WIKILLM_NODES"),
         ({"JOB_COMPLETION_INDEX": "5", "WIKILLM_NODES": "5"}, "JOB_COMPLETION_INDEX"),
+        ({"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.1.0.4\n10.1.0.9"}, "SKYPILOT_NODE_RANK"),
     ],
 )
 def test_an_array_that_leaves_the_part_open_is_refused(environment: dict[str, str], named: str) -> None:

@@ -10,7 +10,9 @@ import yaml
 
 from launch.set_image import REPOSITORY, set_image
 
-SPECS = ["launch/kubernetes/base/kustomization.yaml", "launch/slurm.sh"]
+KUBERNETES = "launch/kubernetes/base/kustomization.yaml"
+COMPOSE, SKYPILOT, SLURM = "launch/compose.yaml", "launch/skypilot.yaml", "launch/slurm.sh"
+SPECS = [COMPOSE, KUBERNETES, SKYPILOT, SLURM]
 DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 NAME = "registry.internal:5000/team/wikillm"
 
@@ -25,7 +27,7 @@ def specs(tmp_path: Path) -> Path:
 
 
 def image_of_slurm(folder: Path) -> str:
-    assignment = next(line for line in (folder / SPECS[1]).read_text().splitlines() if line.startswith("IMAGE="))
+    assignment = next(line for line in (folder / SLURM).read_text().splitlines() if line.startswith("IMAGE="))
     words = ["env", "-u", "IMAGE", "bash", "-c", f'{assignment}\necho "$IMAGE"']
     return subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ).stdout.strip()
 
@@ -34,12 +36,15 @@ def test_every_spec_names_the_pushed_image_and_nothing_else_changes(specs: Path)
     before = {spec: (specs / spec).read_text().splitlines() for spec in SPECS}
     assert set_image(f"{NAME}@{DIGEST}", specs) == SPECS
     after = {spec: (specs / spec).read_text().splitlines() for spec in SPECS}
-    assert yaml.safe_load("\n".join(after[SPECS[0]]))["images"] == [
+    assert yaml.safe_load("\n".join(after[KUBERNETES]))["images"] == [
         {"name": "wikillm", "newName": NAME, "digest": DIGEST}
     ]
+    assert yaml.safe_load("\n".join(after[SKYPILOT]))["resources"]["image_id"] == f"docker:{NAME}@{DIGEST}"
+    services = yaml.safe_load("\n".join(after[COMPOSE]))["services"]
+    assert services["train"]["image"] == services["prepare"]["image"] == f"{NAME}@{DIGEST}"
     assert image_of_slurm(specs) == f"{NAME}@{DIGEST}"
     changed = {spec: sum(old != new for old, new in zip(before[spec], after[spec], strict=True)) for spec in SPECS}
-    assert changed == {SPECS[0]: 2, SPECS[1]: 1}
+    assert changed == {COMPOSE: 1, KUBERNETES: 2, SKYPILOT: 1, SLURM: 1}
 
 
 def test_a_second_image_takes_the_place_of_the_first(specs: Path) -> None:
