@@ -91,9 +91,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
             facts.append(Fact("rendezvous", str(nodes.rendezvous), sources))
     gpus, source = _find_gpus(environment)
     facts.append(Fact("GPUs of this node", str(gpus), source))
-    processes, source = max(1, gpus), "one for each GPU" if gpus else "one, since there are no GPUs"
-    if environment.get("PET_NPROC_PER_NODE", "").isdecimal():
-        processes, source = _number(environment, "PET_NPROC_PER_NODE", least=1), "PET_NPROC_PER_NODE"
+    processes, source = _find_processes(environment, gpus)
     facts.append(Fact("processes of a node", str(processes), source))
     job_id = job_id_from_environment(environment)
     facts.append(Fact("job", job_id or "none", _first(environment, _JOB_IDS) or f"none of {', '.join(_JOB_IDS)}"))
@@ -309,6 +307,20 @@ def _find_gpus(environment: Mapping[str, str]) -> tuple[int, str]:
         if found := len(list(Path(folder).glob(pattern))):
             return found, folder
     return 0, "no device of NVIDIA's driver"
+
+
+def _find_processes(environment: Mapping[str, str], gpus: int) -> tuple[int, str]:
+    """How many workers this node has, unless `train.processes` says otherwise: PET_NPROC_PER_NODE is torchrun's."""
+    name, source = "PET_NPROC_PER_NODE", "one for each GPU" if gpus else "one, since there are no GPUs"
+    text = environment.get(name, "")
+    if text.isdecimal():
+        return _number(environment, name, least=1), name
+    remedy = "set numProcPerNode of the TrainJob to a number, or train.processes"
+    if text not in ("", "auto", "gpu"):
+        raise UserError(name, text, "expected a whole number, auto or gpu", remedy)
+    if text == "gpu" and not gpus:
+        raise UserError(name, text, "this node has no GPU that this process may use", remedy)
+    return max(1, gpus), f"{name}={text}: {source}" if text else source
 
 
 def _find_end(environment: Mapping[str, str]) -> tuple[float | None, str]:

@@ -112,6 +112,9 @@ def test_a_process_that_torchrun_has_started_is_a_worker() -> None:
         (BY_HAND | {"MASTER_PORT": "0"}, "MASTER_PORT"),
         (BY_HAND | {"MASTER_PORT": "65536"}, "MASTER_PORT"),
         (TRAINER | {"PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE"),
+        (TRAINER | {"PET_NPROC_PER_NODE": "cpu"}, "PET_NPROC_PER_NODE"),
+        (TRAINER | {"PET_NPROC_PER_NODE": "gpu"}, "PET_NPROC_PER_NODE"),
+        (TRAINER | {"PET_NPROC_PER_NODE": "eight"}, "PET_NPROC_PER_NODE"),
     ],
 )
 def test_what_should_be_many_is_never_taken_for_one(environment: dict[str, str], named: str) -> None:
@@ -144,8 +147,24 @@ def test_the_port_of_a_job_is_below_those_of_outgoing_connections_and_seldom_tha
 
 def test_a_gpu_has_a_process_and_a_machine_without_one_has_one_as_well() -> None:
     assert [at(CUDA_VISIBLE_DEVICES=visible).processes for visible in ("", "3", "0,1,2,3", "-1")] == [1, 1, 4, 1]
-    assert at(**TRAINER).processes == 8
-    assert at(**TRAINER | {"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "0,1"}).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "gpus", "processes", "source"),
+    [
+        ("8", "", 8, "PET_NPROC_PER_NODE"),
+        ("auto", "0,1", 2, "PET_NPROC_PER_NODE=auto: one for each GPU"),
+        ("auto", "", 1, "PET_NPROC_PER_NODE=auto: one, since there are no GPUs"),
+        ("gpu", "0,1", 2, "PET_NPROC_PER_NODE=gpu: one for each GPU"),
+        ("", "0,1", 2, "one for each GPU"),
+    ],
+)
+def test_the_processes_that_the_trainer_asks_for_are_taken_or_explained(
+    told: str, gpus: str, processes: int, source: str
+) -> None:
+    place = at(**TRAINER | {"PET_NPROC_PER_NODE": told, "CUDA_VISIBLE_DEVICES": gpus})
+    assert place.processes == processes
+    assert ("processes of a node", str(processes), source) in place.facts
 
 
 def test_the_time_that_a_place_leaves() -> None:
