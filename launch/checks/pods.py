@@ -1,6 +1,6 @@
 """What a folder of launch/kubernetes comes to: the Job, also where it stands in a JobSet or a TrainJob's runtime.
 
-Rendered by kubectl or kustomize: what a folder comes to follows from its base, its patches and the wiring, and whoever
+Rendered by kubectl or kustomize: what a folder comes to follows from its base, its patches and the wiring. A user who
 applies it has one of the two.
 """
 
