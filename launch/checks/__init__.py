@@ -1,7 +1,7 @@
 """What `python -m job check --place` finds out about a place from its files in this folder.
 
     slurm.py        slurm.sh
-    kubernetes.py   the folders of kubernetes/, as they are rendered
+    kubernetes.py   the folders of kubernetes/, as pods.py renders them
     swanlab.py      swanlab.yaml and the account
 
 `job.cluster.preflight.elsewhere` loads this by its name; the image has no launch/, and does without.

@@ -1,22 +1,11 @@
 """A folder of launch/kubernetes, rendered as `kubectl apply -k` would, against the settings and the entrypoint.
 
-Rendered by kubectl or kustomize: what a folder comes to follows from its base, its patches and the wiring, and whoever
-applies it has one of the two. The settings are those of the pods: the ConfigMap's, and what stands in `args`.
+The settings are those of the pods: the ConfigMap's, and what stands in `args`.
 """
 
-import os
-import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from job import config as settings
 from job import storage
@@ -24,57 +13,19 @@ from job.cluster.preflight.findings import Findings
 from job.cluster.preflight.target import KUBERNETES_FOLDER, Target
 from job.config import Config
 from job.data.manifest import Manifest
-from job.errors import EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED, UserError
+from job.errors import EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
 from job.redaction import is_secret_variable, redacted_urls
+from launch.checks.pods import Pods, quantity, render, tree
 
 PLACEHOLDER = "registry.example.com/"
 """Registry of images that `make set-image` has not written yet."""
-_RENDER_SECONDS = 60
 _SHARED_MEMORY_BYTES = 2**30
-_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "": 1}
-Tree = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Pods:
-    """What is of interest in a rendered folder: the Job, also where it stands in a JobSet."""
-
-    documents: list[Tree]
-    job: Tree
-    """The Job's spec."""
-    jobset: Tree | None
-    """The JobSet's spec, if there is one."""
-
-    @property
-    def pod(self) -> Tree:
-        """The pod's spec."""
-        return _tree(self.job, "template", "spec")
-
-    @property
-    def container(self) -> Tree:
-        """The one that runs the entrypoint."""
-        return next(iter(self.pod.get("containers") or [{}]))
-
-    @property
-    def environment(self) -> dict[str, Tree]:
-        """Its variables by name, each as it is given."""
-        return {one["name"]: one for one in self.container.get("env") or []}
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of a pod."""
-        return int(_tree(self.container, "resources", "limits").get("nvidia.com/gpu", 0))
-
-    def volume_at(self, path: str) -> Tree | None:
-        """The volume that is mounted there."""
-        mounts = {one["mountPath"]: one["name"] for one in self.container.get("volumeMounts") or []}
-        return next((one for one in self.pod.get("volumes") or [] if one["name"] == mounts.get(path)), None)
 
 
 def check_kubernetes(
     findings: Findings, config: Config, folder: Path, config_path: str | None
 ) -> tuple[Target, Config] | None:
-    """The world that the rendered folder makes and the settings in its pods; None if it cannot be rendered.
+    """The world that the rendered folder makes and the settings in its pods; None if it cannot be rendered or prepares.
 
     Args:
         findings: takes the rows.
@@ -83,17 +34,22 @@ def check_kubernetes(
         config_path: the file of the settings, for what to do about it.
     """
     with findings.guard("manifests"):
-        pods = _render(folder)
+        pods = render(folder)
         findings.right("manifests", f"{folder}: {', '.join(one.get('kind', '?') for one in pods.documents)}")
         in_pods = _check_settings(findings, config, pods, config_path)
         _check_image(findings, pods)
-        _check_completions(findings, pods)
-        _check_meeting(findings, pods)
+        if pods.trainjob is None:
+            _check_completions(findings, pods)
+            _check_meeting(findings, pods)
+        else:
+            _check_trainjob(findings, pods)
         _check_restarts(findings, pods)
         _check_secrets(findings, in_pods, pods)
         _check_places(findings, in_pods)
+        if pods.command == "prepare":
+            return None
         _check_shared_memory(findings, pods)
-        processes = in_pods.train.processes or max(1, pods.gpus)
+        processes = in_pods.train.processes or pods.processes
         if pods.gpus and processes > pods.gpus:
             remedy = f"set train.processes to null, or the limit of nvidia.com/gpu to {processes}"
             findings.wrong("GPUs", f"{pods.gpus} of a pod for {processes} processes", remedy)
@@ -101,10 +57,10 @@ def check_kubernetes(
             findings.unsure("GPUs", "the pods ask for none: they train on the CPU", "set the limit of nvidia.com/gpu")
         target = Target(
             name=f"Kubernetes, {folder.name}",
-            nodes=int(pods.job.get("completions") or 1),
+            nodes=pods.nodes,
             gpus=pods.gpus,
             processes=processes,
-            memory_bytes=_quantity(_tree(pods.container, "resources", "limits").get("memory")),
+            memory_bytes=quantity(tree(pods.container, "resources", "limits").get("memory")),
             seconds=pods.job.get("activeDeadlineSeconds"),
             grace_seconds=pods.pod.get("terminationGracePeriodSeconds", 30),
         )
@@ -115,11 +71,11 @@ def check_kubernetes(
 def check_scratch(findings: Findings, config: Config, folder: Path, manifest: Manifest, checkpoint_bytes: int) -> None:
     """Room on the pods' disk for the shards in use and a checkpoint that is loaded."""
     with findings.guard("scratch"):
-        volume = _render(folder).volume_at("/scratch")
+        volume = render(folder).volume_at("/scratch")
         if volume is None:
             findings.wrong("scratch", "nothing is mounted at /scratch", "mount an emptyDir there (see base/job.yaml)")
             return
-        size = _quantity(_tree(volume, "emptyDir").get("sizeLimit"))
+        size = quantity(tree(volume, "emptyDir").get("sizeLimit"))
         shards = sum(shard.size for shard in manifest.train + manifest.validation)
         needed = min(int(config.data.cache_bytes), shards) + checkpoint_bytes
         found = f"{needed / 2**30:,.1f} GiB needed for shards and a checkpoint"
@@ -130,45 +86,6 @@ def check_scratch(findings: Findings, config: Config, folder: Path, manifest: Ma
             findings.judge("scratch", size >= needed, f"{found}, the volume has {size / 2**30:,.1f} GiB", remedy)
 
 
-# ---- What is rendered ----
-
-
-def _render(folder: Path) -> Pods:
-    if not (folder / "kustomization.yaml").is_file():
-        known = sorted(
-            one.parent.name for one in KUBERNETES_FOLDER.glob("*/kustomization.yaml") if one.parent.name != "base"
-        )
-        raise UserError("--place", f"kubernetes/{folder.name}", "no such folder", f"there are {', '.join(known)}")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    programs = (("kubectl", "kustomize"), ("kustomize", "build"))
-    command = next(([found, word] for name, word in programs if (found := shutil.which(name, path=path))), None)
-    if command is None:
-        raise UserError("PATH", None, "neither kubectl nor kustomize is there", "install kubectl 1.27 or later")
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=_RENDER_SECONDS, check=False)
-    if done.returncode:
-        raise UserError(str(folder), None, f"cannot be rendered: {done.stderr.strip()}", "correct what it names")
-    documents = [one for one in yaml.safe_load_all(done.stdout) if one]
-    for one in documents:
-        if one.get("kind") == "Job":
-            return Pods(documents, one["spec"], None)
-        if one.get("kind") == "JobSet":
-            return Pods(documents, one["spec"]["replicatedJobs"][0]["template"]["spec"], one["spec"])
-    raise UserError(str(folder), None, "it makes neither a Job nor a JobSet", "take one of the folders beside it")
-
-
-def _tree(tree: Tree, *path: str) -> Tree:
-    """What is below these keys; empty where there is nothing."""
-    for key in path:
-        tree = tree.get(key) or {}
-    return tree
-
-
-def _quantity(text: object) -> int | None:
-    """Bytes of a quantity such as 32Gi; None where there is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT]|)", str(text))
-    return None if found is None else int(Decimal(found[1]) * _UNITS[found[2]])
-
-
 # ---- Its parts ----
 
 
@@ -176,8 +93,8 @@ def _check_settings(findings: Findings, config: Config, pods: Pods, config_path:
     """The settings in the pods; a row says where they are not those that were checked."""
     name, remedy = "settings of the pods", "let `args` be: train --config /etc/wikillm/config.yaml"
     words = [str(word) for word in pods.container.get("args") or []]
-    if words[:1] != ["train"]:
-        findings.wrong(name, f"args begin with {words[:1]}, and train is what this checks", remedy)
+    if pods.command not in ("train", "prepare"):
+        findings.wrong(name, f"args begin with {words[:1]}, and train and prepare are what this checks", remedy)
         return config
     path, overrides = None, []
     for key, value in _options(words[1:]):
@@ -245,7 +162,7 @@ def _check_image(findings: Findings, pods: Pods) -> None:
 def _check_completions(findings: Findings, pods: Pods) -> None:
     name, job = "nodes", pods.job
     nodes, at_once = job.get("completions"), job.get("parallelism", 1)
-    told = str(_tree(pods.environment, "WIKILLM_NODES").get("value"))
+    told = str(tree(pods.environment, "WIKILLM_NODES").get("value"))
     if job.get("completionMode") != "Indexed":
         findings.wrong(name, "the Job is not Indexed: no pod knows its rank", "set completionMode: Indexed")
     elif nodes != at_once:
@@ -263,9 +180,9 @@ def _check_meeting(findings: Findings, pods: Pods) -> None:
     if (pods.job.get("completions") or 1) == 1:
         return
     name, subdomain = "rendezvous", pods.pod.get("subdomain")
-    address = str(_tree(pods.environment, "MASTER_ADDR").get("value"))
+    address = str(tree(pods.environment, "MASTER_ADDR").get("value"))
     if pods.jobset is not None:
-        services = [_tree(pods.jobset, "network").get("subdomain")]
+        services = [tree(pods.jobset, "network").get("subdomain")]
         subdomain = subdomain or services[0]
     else:
         services = [
@@ -285,14 +202,28 @@ def _check_meeting(findings: Findings, pods: Pods) -> None:
         findings.right(name, address)
 
 
+def _check_trainjob(findings: Findings, pods: Pods) -> None:
+    """The Trainer tells the nodes their places, where it finds the container and the TrainJob has a `trainer`."""
+    assert pods.trainjob is not None
+    name, trainer = "nodes", pods.trainjob.get("trainer")
+    if trainer is None:
+        remedy = "give it one: trainer: {numNodes: ...}, as trainjob/trainjob.yaml has it"
+        findings.wrong(name, "the TrainJob has no trainer: no node is told its place", remedy)
+    elif pods.container.get("name") != "node":
+        found = f"the container is called {pods.container.get('name')}, and the Trainer looks for `node`"
+        findings.wrong(name, found, "keep the transformer name-of-the-container of trainjob/")
+    else:
+        findings.right(name, f"{pods.nodes} pods with {pods.gpus} GPUs each; the Trainer tells them where they meet")
+
+
 def _check_restarts(findings: Findings, pods: Pods) -> None:
     """What the Job makes of the exit codes."""
     name, remedy = "exit codes", "take the podFailurePolicy of base/job.yaml"
-    rules = _tree(pods.job, "podFailurePolicy").get("rules") or []
+    rules = tree(pods.job, "podFailurePolicy").get("rules") or []
     done_by = {
         int(code): rule["action"]
         for rule in reversed(rules)
-        if _tree(rule, "onExitCodes").get("operator") == "In"
+        if tree(rule, "onExitCodes").get("operator") == "In"
         for code in rule["onExitCodes"]["values"]
     }
     disrupted = next(
@@ -317,9 +248,10 @@ def _check_restarts(findings: Findings, pods: Pods) -> None:
 def _check_secrets(findings: Findings, config: Config, pods: Pods) -> None:
     name, environment = "secrets", pods.environment
     plain = [key for key, one in environment.items() if is_secret_variable(key) and one.get("value")]
-    secrets = [one["secretRef"]["name"] for one in pods.container.get("envFrom") or [] if "secretRef" in one] + sorted(
-        {ref["name"] for one in environment.values() if (ref := _tree(one, "valueFrom", "secretKeyRef"))}
-    )
+    references = [one["secretRef"] for one in pods.container.get("envFrom") or [] if "secretRef" in one]
+    references += [ref for one in environment.values() if (ref := tree(one, "valueFrom", "secretKeyRef"))]
+    secrets = sorted({one["name"] for one in references if not one.get("optional")})
+    account = pods.pod.get("serviceAccountName")
     on_s3 = any(url.startswith("s3://") for url in (config.run.output, config.data.shards))
     values = [(f"{section}.{key}", value) for section, group in config for key, value in group]
     if in_urls := [key for key, value in values if isinstance(value, str) and redacted_urls(value) != value]:
@@ -328,8 +260,11 @@ def _check_secrets(findings: Findings, config: Config, pods: Pods) -> None:
     if plain:
         remedy = "put it into a Secret (see base/secret.example.env), and a new one: this one was written down"
         findings.wrong(name, f"{', '.join(plain)} stands in the manifest", remedy)
-    elif on_s3 and not secrets:
+    elif on_s3 and not (secrets or references or account):
         findings.wrong(name, "no Secret gives the pods credentials", "add envFrom: secretRef, as base/job.yaml has it")
+    elif on_s3 and not secrets:
+        found = f"without a Secret the pods have what the service account {account or 'default'} or the node is given"
+        findings.unsure(name, found, "make sure that it may read and write the store: kubectl describe serviceaccount")
     elif secrets:
         findings.right(
             name, f"from {', '.join(secrets)}, which has to be in the namespace: kubectl get secret {secrets[0]}"
@@ -347,8 +282,8 @@ def _check_shared_memory(findings: Findings, pods: Pods) -> None:
     if pods.gpus <= 1:
         return
     name, volume = "shared memory", pods.volume_at("/dev/shm")
-    empty = _tree(volume or {}, "emptyDir")
-    size = _quantity(empty.get("sizeLimit"))
+    empty = tree(volume or {}, "emptyDir")
+    size = quantity(empty.get("sizeLimit"))
     remedy = "mount an emptyDir with medium: Memory and sizeLimit: 8Gi at /dev/shm"
     if empty.get("medium") != "Memory":
         findings.wrong(name, f"/dev/shm has 64 MiB for {pods.gpus} GPUs", remedy)

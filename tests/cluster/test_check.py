@@ -279,12 +279,19 @@ def wiring(pattern: str, replacement: str) -> Spoil:
     return edit("kubernetes/wiring/replacements.yaml", pattern, replacement)
 
 
+def target_of(kind: str, field: str) -> str:
+    """A pattern for one target of a replacement."""
+    return rf"      - select:\n          kind: {kind}\n        fieldPaths:\n          - {field}\n"
+
+
 def spec(pattern: str, replacement: str) -> Spoil:
     return edit("swanlab.yaml", pattern, replacement)
 
 
 LARGE = {"model__hidden_size": 1024, "model__num_hidden_layers": 24, "train__context_length": 2048}
 HERE, SLURM, KUBERNETES, NODES, SWANLAB = None, "slurm", "kubernetes", "kubernetes/multi-node", "swanlab"
+TRAINJOB = "kubernetes/trainjob"
+OVERLAYS = tuple(f"kubernetes/{name}" for name in ("single", "multi-node", "spot", "jobset", "trainjob", "prepare"))
 
 MISTAKES: dict[str, tuple[str | None, Spoil, str, str]] = {
     # settings
@@ -390,7 +397,7 @@ MISTAKES: dict[str, tuple[str | None, Spoil, str, str]] = {
         KUBERNETES, edit("kubernetes/base/config.yaml", "warmup_steps: 5", "warm_up_steps: 5"),
         "manifests", "warmup_steps"),
     "Kubernetes: fewer pods at one time than nodes": (
-        NODES, wiring("spec.parallelism", "spec.backoffLimit"), "nodes", "parallelism"),
+        NODES, wiring(target_of("Job", "spec.parallelism"), ""), "nodes", "parallelism"),
     "Kubernetes: nodes that count differently": (
         NODES, wiring("name=WIKILLM_NODES", "name=WIKILLM_SCRATCH"), "nodes", "WIKILLM_NODES"),
     "Kubernetes: pods without ranks": (
@@ -426,6 +433,14 @@ MISTAKES: dict[str, tuple[str | None, Spoil, str, str]] = {
     "Kubernetes: an output that goes with the pod": (
         KUBERNETES, options(run__output="data/run"), "run.output", "s3://"),
     "Kubernetes: a folder that there is not": ("kubernetes/two-nodes", options(), "manifests", "multi-node"),
+    "Kubernetes: a TrainJob without a trainer": (
+        TRAINJOB,
+        both(edit("kubernetes/trainjob/trainjob.yaml", r"  trainer:\n    numNodes: 1\n", ""),
+             edit("kubernetes/trainjob/job-into-trainjob.yaml", target_of("TrainJob", "spec.trainer.numNodes"), "")),
+        "nodes", "trainer: {numNodes"),
+    "Kubernetes: a container that the Trainer does not find": (
+        TRAINJOB, edit("kubernetes/trainjob/job-into-trainjob.yaml", "value: node", "value: wikillm"),
+        "nodes", "name-of-the-container"),
     "Kubernetes: an overlay that cannot be rendered": (
         KUBERNETES, edit("kubernetes/single/kustomization.yaml", "path: /spec", "path: /nothing/here"),
         "manifests", "correct what it names"),
@@ -464,9 +479,37 @@ def test_a_mistake_is_named_and_what_to_do_about_it(scene: Scene, mistake: str) 
     assert not any("secret-but" in f"{row.found}{row.remedy}" for row in rows)
 
 
-@pytest.mark.parametrize("place", [HERE, SLURM, KUBERNETES, NODES, "kubernetes/spot", "kubernetes/jobset", SWANLAB])
+@pytest.mark.parametrize("place", [HERE, SLURM, *OVERLAYS, SWANLAB])
 def test_what_is_right_is_called_right(scene: Scene, place: str | None) -> None:
     assert [row for row in scene.rows(place, deep=True) if row.mark == WRONG] == []
+
+
+def wrong_with_the_shipped_settings(scene: Scene, place: str) -> list[Finding]:
+    """Of configs/, demo.yaml is none for a cluster: it asks for two processes on one machine without a GPU."""
+    assert {path.name for path in (REPOSITORY / "configs").glob("*.yaml")} == {"demo.yaml", "wiki-123m.yaml"}
+    tree = yaml.safe_load((REPOSITORY / "configs" / "wiki-123m.yaml").read_text(encoding="utf-8"))
+    tree["run"], tree["tracking"] = scene.tree["run"], scene.tree["tracking"]
+    tree["data"]["shards"] = scene.data.shards
+    tree["train"]["max_steps"] = 300  # as long as the warm-up at least: the data set of the tests is small
+    scene.tree = tree
+    scene.set()
+    return [row for row in scene.rows(place) if row.mark == WRONG]
+
+
+@pytest.mark.parametrize("place", [SLURM, *OVERLAYS])
+def test_every_place_fits_the_shipped_settings_as_it_is(scene: Scene, place: str) -> None:
+    assert wrong_with_the_shipped_settings(scene, place) == []
+
+
+def test_pods_without_a_secret_are_named_but_may_have_credentials_of_their_account(scene: Scene) -> None:
+    own = scene.folder / "launch/kubernetes/own"
+    own.mkdir()
+    components = [f"../components/{name}" for name in ("optional-secret", "service-account")]
+    resources = {"resources": ["../multi-node"], "components": components, "transformers": ["../wiring"]}
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(resources))
+    [row] = [row for row in scene.rows("kubernetes/own") if row.name == "secrets"]
+    assert row.mark == UNSURE
+    assert "the service account wikillm" in row.found
 
 
 def test_there_are_forty_mistakes_and_some_of_each_place() -> None:

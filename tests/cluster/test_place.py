@@ -136,6 +136,9 @@ def test_a_process_that_torchrun_has_started_is_a_worker() -> None:
         (BY_HAND | {"MASTER_PORT": "0"}, "MASTER_PORT"),
         (BY_HAND | {"MASTER_PORT": "65536"}, "MASTER_PORT"),
         (TRAINER | {"PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE"),
+        (TRAINER | {"PET_NPROC_PER_NODE": "cpu"}, "PET_NPROC_PER_NODE"),
+        (TRAINER | {"PET_NPROC_PER_NODE": "gpu"}, "PET_NPROC_PER_NODE"),
+        (TRAINER | {"PET_NPROC_PER_NODE": "eight"}, "PET_NPROC_PER_NODE"),
     ],
 )
 def test_what_should_be_many_is_never_taken_for_one(environment: dict[str, str], named: str) -> None:

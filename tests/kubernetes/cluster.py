@@ -1,20 +1,20 @@
-"""What a cluster makes of a manifest: pods with names, labels and environment; what becomes of a Job whose pods end.
+"""What a cluster makes of a manifest: a JobSet of a TrainJob, a Job of that, pods with names, labels and environment.
 
-Stand-ins for the controllers of Jobs and JobSets and for the kubelet, of which there are none to be had in a test. They
-do what Kubernetes documents, for the fields that our manifests use, and refuse those that they don't know.
+Stand-ins for the controllers that do so, which cannot run in a test. They do what is documented for the fields that our
+manifests use, and refuse those that they don't know. What becomes of pods that end is in `controllers`.
 """
 
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from trainer import jobset_of_trainjob
 
 Manifest = dict[str, Any]
 Render = Callable[..., list[Manifest]]
@@ -25,8 +25,9 @@ FOLDERS = Path(__file__).parents[2] / "launch" / "kubernetes"
 IMAGE = yaml.safe_load((FOLDERS / "base" / "kustomization.yaml").read_text())["images"][0]["newName"]
 """The name that the manifests have for it, without a tag."""
 OF_ONE_JOB = ("single", "multi-node", "prepare", "spot")
-"""The folders that make a Job; `jobset` makes a JobSet."""
-OVERLAYS = (*OF_ONE_JOB, "jobset")
+"""The folders that make a Job; of the others, `jobset` makes a JobSet and `trainjob` a TrainJob."""
+RESTARTED_AS_ONE = ("jobset", "trainjob")
+OVERLAYS = (*OF_ONE_JOB, *RESTARTED_AS_ONE)
 
 
 def render(folder: Path) -> list[Manifest]:
@@ -69,11 +70,25 @@ def only(kind: str, manifests: list[Manifest]) -> Manifest:
     return found
 
 
+def jobset_of(manifests: list[Manifest]) -> Manifest | None:
+    """The JobSet, or the one that the Trainer makes of a TrainJob; None where the manifests make a Job."""
+    kinds = {one["kind"] for one in manifests}
+    if "TrainJob" in kinds:
+        return jobset_of_trainjob(only("TrainJob", manifests), only("TrainingRuntime", manifests))
+    return only("JobSet", manifests) if "JobSet" in kinds else None
+
+
+def subdomain_of(jobset: Manifest) -> str:
+    """The name of the Service that its controller creates: the JobSet's own, unless it has another."""
+    name: str = jobset["spec"]["network"].get("subdomain", jobset["metadata"]["name"])
+    return name
+
+
 def job_of(manifests: list[Manifest]) -> Manifest:
     """The Job; of a JobSet the one that its controller creates, with the name and labels that it gets from there."""
-    if any(one["kind"] == "Job" for one in manifests):
+    jobset = jobset_of(manifests)
+    if jobset is None:
         return only("Job", manifests)
-    jobset = only("JobSet", manifests)
     [replicated] = jobset["spec"]["replicatedJobs"]
     assert replicated["replicas"] == 1
     name = f"{jobset['metadata']['name']}-{replicated['name']}-0"
@@ -82,8 +97,9 @@ def job_of(manifests: list[Manifest]) -> Manifest:
         "jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"],
         "jobset.sigs.k8s.io/jobset-uid": "uid-of-the-jobset",
     }
-    template = spec["template"] | {"metadata": {"labels": spec["template"]["metadata"]["labels"] | labels}}
-    template["spec"] = template["spec"] | {"subdomain": jobset["spec"]["network"]["subdomain"]}
+    metadata = spec["template"]["metadata"]
+    template = spec["template"] | {"metadata": metadata | {"labels": metadata["labels"] | labels}}
+    template["spec"] = template["spec"] | {"subdomain": subdomain_of(jobset)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -94,13 +110,13 @@ def job_of(manifests: list[Manifest]) -> Manifest:
 
 def service_of(manifests: list[Manifest]) -> Manifest:
     """The headless Service; of a JobSet the one that its controller creates."""
-    if any(one["kind"] == "Service" for one in manifests):
+    jobset = jobset_of(manifests)
+    if jobset is None:
         return only("Service", manifests)
-    jobset = only("JobSet", manifests)
     network = jobset["spec"]["network"]
     assert network["enableDNSHostnames"]
     return {
-        "metadata": {"name": network["subdomain"]},
+        "metadata": {"name": subdomain_of(jobset)},
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": network["publishNotReadyAddresses"],
@@ -136,7 +152,9 @@ class Pod:
         """What its container finds there, without the image's own."""
         found = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
         for source in self.container.get("envFrom", []):
-            found |= secrets[source["secretRef"]["name"]]
+            name, optional = source["secretRef"]["name"], source["secretRef"].get("optional", False)
+            assert optional or name in secrets, "CreateContainerConfigError"
+            found |= secrets.get(name, {})
         for one in self.container["env"]:
             found[one["name"]] = self._value(one, found)
         return found | {"JOB_COMPLETION_INDEX": str(self.index), "HOSTNAME": self.hostname}
@@ -144,9 +162,11 @@ class Pod:
     def _value(self, variable: Manifest, known: Mapping[str, str]) -> str:
         if "value" in variable:
             return re.sub(r"\$\(([^)]+)\)", lambda found: known.get(found[1], found[0]), variable["value"])
-        path = re.fullmatch(r"metadata\.labels\['(.+)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"])
+        path = re.fullmatch(
+            r"metadata\.(?:labels|annotations)\['(.+)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"]
+        )
         assert path is not None, variable
-        return self.labels.get(path[1], "")
+        return self.labels.get(path[1], "")  # the index is a label and an annotation
 
 
 def pods_of(job: Manifest, uid: str = "uid-of-the-job") -> list[Pod]:
@@ -171,84 +191,6 @@ def pods_of(job: Manifest, uid: str = "uid-of-the-job") -> list[Pod]:
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether all labels of the selector are there."""
     return selector.items() <= labels.items()
-
-
-# ---- What becomes of a Job whose pods end ----
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why a Job is not done any more, as its condition says."""
-
-    reason: str
-    message: str
-
-
-@dataclass
-class JobController:
-    """Stands in for the controller of Jobs: hears how each pod ended, and says whether the Job has failed by that."""
-
-    job: Manifest
-    failures: Counter[int] = field(default_factory=Counter)
-    """Pods that have failed and were counted, by completion index."""
-
-    def pod_failed(self, index: int, exit_code: int, is_disrupted: bool = False) -> Failed | None:
-        """Of a pod that ended with a code other than 0; None: another one takes its place."""
-        spec = self.job["spec"]
-        for number, rule in enumerate(spec["podFailurePolicy"]["rules"]):
-            why = self._match(rule, index, exit_code, is_disrupted)
-            if why and rule["action"] == "Ignore":
-                return None
-            if why:
-                assert rule["action"] == "FailJob", rule
-                return Failed("PodFailurePolicy", f"{why} matching FailJob rule at index {number}")
-        self.failures[index] += 1
-        if "backoffLimitPerIndex" in spec:
-            over = [one for one, times in self.failures.items() if times > spec["backoffLimitPerIndex"]]
-            if len(over) > spec["maxFailedIndexes"]:
-                return Failed(
-                    "MaxFailedIndexesExceeded", "Job has exceeded the specified maximal number of failed indexes"
-                )
-        elif self.failures.total() > spec["backoffLimit"]:
-            return Failed("BackoffLimitExceeded", "Job has reached the specified backoff limit")
-        return None
-
-    def _match(self, rule: Manifest, index: int, exit_code: int, is_disrupted: bool) -> str | None:
-        name = self.job["metadata"]["name"]
-        if "onPodConditions" in rule:
-            assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-            return f"Pod default/{name}-{index}-x7k2p has condition DisruptionTarget" if is_disrupted else None
-        codes = rule["onExitCodes"]
-        assert codes["operator"] == "In"
-        if exit_code not in codes["values"]:
-            return None
-        where = f"Container {codes['containerName']} for pod default/{name}-{index}-x7k2p"
-        return f"{where} failed with exit code {exit_code}"
-
-
-@dataclass
-class JobSetController:
-    """Stands in for the controller of JobSets: hears how its Job failed, and says whether all of it starts anew."""
-
-    jobset: Manifest
-    restarts: int = 0
-    """That were counted."""
-
-    def job_failed(self, failed: Failed) -> bool:
-        """True: all Jobs are created anew; False: the JobSet has failed."""
-        policy = self.jobset["spec"]["failurePolicy"]
-        action = next((rule["action"] for rule in policy["rules"] if self._matches(rule, failed)), "RestartJobSet")
-        if action == "RestartJobSetAndIgnoreMaxRestarts":
-            return True
-        self.restarts += action == "RestartJobSet"
-        return action == "RestartJobSet" and self.restarts <= policy["maxRestarts"]
-
-    @staticmethod
-    def _matches(rule: Manifest, failed: Failed) -> bool:
-        reasons, patterns = rule.get("onJobFailureReasons", []), rule.get("onJobFailureMessagePatterns", [])
-        return (not reasons or failed.reason in reasons) and (
-            not patterns or any(re.search(pattern, failed.message) for pattern in patterns)
-        )
 
 
 # ---- What stands anywhere in a manifest ----

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import Failed, JobController, Manifest, Pod, bytes_of, job_of, only, pods_of, service_of
+from cluster import Manifest, Pod, bytes_of, job_of, only, pods_of, service_of
+from controllers import Failed, JobController
 
 from tests.image.stand_in import Engine
 
 _PATIENCE_SECONDS = 400
+_BACK_OFF_SCALE = 1 / 20
+"""Of the seconds for which the Job's controller waits before it starts a pod again."""
 _SCHEDULERS = {"affinity", "tolerations"}
 """Fields that only choose the node."""
 _POD = {
@@ -139,7 +142,7 @@ class RunningJob:
         self._changed = threading.Condition()
         self._lines: list[list[str]] = [[] for _ in self.pods]
         self._current: list[str | None] = [None for _ in self.pods]
-        self._disrupted: set[str] = set()
+        self._dead: set[str] = set()
         self._is_over = False
         self._threads = [threading.Thread(target=self._keep, args=(pod,), daemon=True) for pod in self.pods]
 
@@ -164,19 +167,31 @@ class RunningJob:
                         self._lines[pod.index].append(line.rstrip())
                         self._changed.notify_all()
             with self._changed:
-                ended = Ended(pod.index, process.returncode, name in self._disrupted)
+                if is_dead := name in self._dead:
+                    self._changed.wait_for(lambda: self._controller.is_replaced(pod.index) or self._is_done)
+                ended = Ended(pod.index, process.returncode, is_dead)
                 self.ended.append(ended)
                 self._current[pod.index] = None
                 others: list[int] = []
                 if ended.exit_code != 0 and self.failed is None:
-                    self.failed = self._controller.pod_failed(pod.index, ended.exit_code, ended.is_disrupted)
+                    if not is_dead:
+                        self.failed = self._controller.pod_failed(pod.index, ended.exit_code)
                     others = [one.index for one in self.pods if self.failed and self._current[one.index]]
                 self._changed.notify_all()
-                is_last = self._is_over or self.failed is not None or ended.exit_code == 0
+                is_last = self._is_done or ended.exit_code == 0
             for other in others:
                 self.delete(other)
             if is_last:
                 return
+            with self._changed:
+                wait = self._controller.back_off_seconds(pod.index) * _BACK_OFF_SCALE
+                if self._changed.wait_for(lambda: self._is_done, wait):
+                    return
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether no pod is started any more."""
+        return self._is_over or self.failed is not None
 
     # ---- What a test does ----
 
@@ -187,11 +202,24 @@ class RunningJob:
             self.docker("stop", f"--time={grace}", name, timeout=grace + 60, check=False)
 
     def lose_node(self, index: int) -> None:
-        """The pod's node is gone at once, and Kubernetes notes that on the pod."""
-        name = self._current[index]
-        assert name is not None
-        self._disrupted.add(name)
+        """The pod's node dies: nothing runs there any more, and the pod is `Terminating` until `put_out_of_service`."""
+        with self._changed:
+            name = self._current[index]
+            assert name is not None
+            self._dead.add(name)
+            self._controller.node_died(index)
         self.docker("kill", "--signal=KILL", name)
+
+    def put_out_of_service(self, index: int) -> None:
+        """As `kubectl taint node ... node.kubernetes.io/out-of-service=nodeshutdown:NoExecute`."""
+        with self._changed:
+            self.failed = self._controller.node_is_out_of_service(index)
+            self._changed.notify_all()
+
+    def starts(self, index: int) -> int:
+        """How many pods the index has had so far."""
+        with self._changed:
+            return sum(line.startswith("---- ") for line in self._lines[index])
 
     def await_line(self, index: int, pattern: str, after: int = 0) -> int:
         """The number of the first line of that pod's log, `after` others, that begins like `pattern`."""
@@ -229,6 +257,7 @@ class RunningJob:
         finally:
             with self._changed:
                 self._is_over = True
+                self._changed.notify_all()
                 left = [name for name in self._current if name is not None]
             for name in left:
                 self.docker("rm", "--force", name, check=False)

@@ -11,15 +11,14 @@ import cluster
 import kubernetes_validate
 import pytest
 import yaml
-from cluster import FOLDERS, OF_ONE_JOB, Failed, JobController, JobSetController, Manifest, Pod, Render
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+from cluster import FOLDERS, OF_ONE_JOB, RESTARTED_AS_ONE, Manifest, Pod, Render
+from schemas import MODELS, NEWEST, OLDEST, known
 
 from job import cli, config
 from job.cluster.place import Rendezvous, find_place, part_of_array
 from job.model.counts import parameter_counts
 from job.model.spec import ModelSpec
 
-OLDEST, NEWEST = "1.29", kubernetes_validate.latest_version()
 SECRETS = {"wikillm": {"AWS_ACCESS_KEY_ID": "a key", "AWS_SECRET_ACCESS_KEY": "a secret"}}
 REPOSITORY = FOLDERS.parents[1]
 
@@ -52,7 +51,7 @@ def merged(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_every_object_is_valid_in_the_oldest_and_the_newest_kubernetes(manifests: list[Manifest], version: str) -> None:
-    for one in [*(one for one in manifests if one["kind"] != "JobSet"), cluster.job_of(manifests)]:
+    for one in [*(one for one in manifests if one["kind"] not in MODELS), cluster.job_of(manifests)]:
         kubernetes_validate.validate(one, version, strict=True)
 
 
@@ -63,23 +62,21 @@ def test_the_schema_refuses_a_field_that_is_not_there(manifests: list[Manifest])
         kubernetes_validate.validate(job, NEWEST, strict=True)
 
 
-def known_to_jobset(jobset: Manifest) -> Manifest:
-    """What is left of it when a model made from JobSet's published OpenAPI has read it."""
-    model = JobsetV1alpha2JobSet.from_dict(jobset)
-    assert model is not None
-    known: Manifest = model.to_dict()
-    return known
+@pytest.mark.parametrize("folder", RESTARTED_AS_ONE)
+def test_every_field_that_is_not_kubernetes_own_is_known_by_name_and_type(folder: str) -> None:
+    others = [one for one in cluster.render(FOLDERS / folder) if one["kind"] in MODELS]
+    assert [one["kind"] for one in others] == (["JobSet"] if folder == "jobset" else ["TrainJob", "TrainingRuntime"])
+    for one in others:
+        assert known(one) == one
+    tree = others[-1]["spec"] if folder == "jobset" else others[-1]["spec"]["template"]["spec"]
+    tree["failurePolicy"]["rules"][0]["onJobFailureReason"] = ["PodFailurePolicy"]
+    assert known(others[-1]) != others[-1]
 
 
-def test_jobset_knows_every_field_and_its_type() -> None:
-    jobset = cluster.only("JobSet", cluster.render(FOLDERS / "jobset"))
-    assert known_to_jobset(jobset) == jobset
-    jobset["spec"]["failurePolicy"]["rules"][0]["onJobFailureReason"] = ["PodFailurePolicy"]
-    assert known_to_jobset(jobset) != jobset
-
-
-def test_values_of_the_jobset_are_those_that_its_documentation_lists() -> None:
-    jobset = cluster.only("JobSet", cluster.render(FOLDERS / "jobset"))
+@pytest.mark.parametrize("folder", RESTARTED_AS_ONE)
+def test_values_of_the_jobset_are_those_that_its_documentation_lists(folder: str) -> None:
+    jobset = cluster.jobset_of(cluster.render(FOLDERS / folder))
+    assert jobset is not None
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
         assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
@@ -87,7 +84,7 @@ def test_values_of_the_jobset_are_those_that_its_documentation_lists() -> None:
         assert set(rule["onJobFailureReasons"]) <= {"BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"}
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert "ttlSecondsAfterFinished" not in job, "the Job would go away below its JobSet"
-    assert jobset["spec"]["network"]["subdomain"] == job["template"]["spec"]["subdomain"]
+    assert job["template"]["spec"].get("subdomain", jobset["metadata"]["name"]) == cluster.subdomain_of(jobset)
 
 
 # ---- Names and numbers ----
@@ -103,7 +100,7 @@ def test_names_are_names_of_dns_and_those_of_the_pods_as_well(manifests: list[Ma
 
 def test_no_placeholder_is_left(manifests: list[Manifest]) -> None:
     for path, value in cluster.walk(manifests):
-        assert value not in ("JOB", "SERVICE", "COMPLETIONS"), path
+        assert value not in ("JOB", "SERVICE", "COMPLETIONS", "RUNTIME"), path
 
 
 def test_a_pod_asks_for_no_less_than_it_may_use(manifests: list[Manifest]) -> None:
@@ -179,7 +176,8 @@ def test_the_first_pod_is_found_by_the_name_that_all_have_for_it_before_it_is_re
     for pod in found:
         assert pod.spec["subdomain"] == service["metadata"]["name"]
         environment = pod.environment(SECRETS)
-        assert environment["MASTER_ADDR"] == first.address
+        trainer = "PET_" if "PET_NNODES" in environment else ""
+        assert environment[f"{trainer}MASTER_ADDR"] == first.address
         for port in service["spec"].get("ports", []):
             assert environment["MASTER_PORT"] == str(port["port"])
 
@@ -189,7 +187,9 @@ def test_the_number_of_nodes_is_the_same_everywhere(manifests: list[Manifest]) -
     assert spec["completionMode"] == "Indexed"
     assert spec["parallelism"] == spec["completions"] == len(pods(manifests))
     for pod in pods(manifests):
-        assert pod.environment(SECRETS)["WIKILLM_NODES"] == str(spec["completions"])
+        environment = pod.environment(SECRETS)
+        told = [environment[name] for name in ("WIKILLM_NODES", "PET_NNODES") if name in environment]
+        assert told == [str(spec["completions"])]
 
 
 # ---- What the entrypoint makes of it ----
@@ -199,10 +199,11 @@ def test_the_entrypoint_finds_out_which_node_of_how_many_it_is(folder: str, mani
     found = pods(manifests)
     for pod in found:
         place = find_place(pod.environment(SECRETS))
-        assert (place.kind, place.node_rank, place.nodes) == ("Kubernetes", pod.index, len(found))
+        kind = "Kubeflow Trainer" if folder == "trainjob" else "Kubernetes"
+        assert (place.kind, place.node_rank, place.nodes) == (kind, pod.index, len(found))
         meets = None if folder == "single" else Rendezvous(found[0].address, 29500)
         assert place.rendezvous == meets
-        assert place.job_id == ("uid-of-the-jobset" if folder == "jobset" else "uid-of-the-job")
+        assert place.job_id == ("uid-of-the-jobset" if folder in RESTARTED_AS_ONE else "uid-of-the-job")
         assert place.scratch == Path("/scratch", f"wikillm-{os.getuid()}")
 
 
@@ -232,85 +233,6 @@ def test_the_grace_period_is_enough_for_the_last_checkpoint(folder: str, manifes
     if folder == "spot":
         assert grace <= 120, "no cloud waits longer"
         assert chosen.checkpoint.every_minutes is not None
-
-
-# ---- What becomes of a run ----
-
-
-class Group:
-    """All pods of a run, which end together and, where it goes on, start together."""
-
-    def __init__(self, manifests: list[Manifest]) -> None:
-        self._job = cluster.job_of(manifests)
-        self._jobs = JobController(self._job)
-        jobsets = [one for one in manifests if one["kind"] == "JobSet"]
-        self._jobset = JobSetController(jobsets[0]) if jobsets else None
-
-    def goes_on_after(self, exit_code: int, disrupted: tuple[int, ...] = ()) -> bool:
-        """All end with this code; the nodes of some have been taken away."""
-        for pod in cluster.pods_of(self._job):
-            failed = self._jobs.pod_failed(pod.index, exit_code, pod.index in disrupted)
-            if failed is None:
-                continue
-            if self._jobset is None:
-                return False
-            self._jobs = JobController(self._job)
-            return self._jobset.job_failed(failed)
-        return True
-
-
-@pytest.mark.parametrize("code", [70, 78])
-def test_what_a_person_has_to_look_at_is_not_started_again(manifests: list[Manifest], code: int) -> None:
-    assert not Group(manifests).goes_on_after(code)
-
-
-def test_a_run_that_has_saved_is_started_again_as_often_as_it_takes(manifests: list[Manifest]) -> None:
-    group = Group(manifests)
-    assert all(group.goes_on_after(75) for _ in range(5000))
-
-
-def test_a_node_that_was_taken_away_does_not_count(manifests: list[Manifest]) -> None:
-    group = Group(manifests)
-    everywhere = tuple(pod.index for pod in pods(manifests))
-    assert all(group.goes_on_after(137, disrupted=everywhere) for _ in range(5000))
-
-
-def test_crashes_are_counted_by_group_and_end_the_run_after_some(folder: str, manifests: list[Manifest]) -> None:
-    group, times = Group(manifests), 0
-    while group.goes_on_after(1):
-        times += 1
-    assert times == (1000 if folder == "spot" else 6)
-
-
-def test_pods_are_started_by_the_job_alone_one_after_the_other(manifests: list[Manifest]) -> None:
-    spec = cluster.job_of(manifests)["spec"]
-    assert spec["template"]["spec"]["restartPolicy"] == "Never", "a failure policy works with no other"
-    assert spec["podReplacementPolicy"] == "Failed", "a failure policy works with no other"
-    [container] = spec["template"]["spec"]["containers"]
-    for rule in spec["podFailurePolicy"]["rules"]:
-        assert rule.get("onExitCodes", container).get("containerName", container["name"]) == container["name"]
-
-
-@pytest.mark.parametrize(("code", "is_disrupted"), [(75, False), (78, False), (1, False), (137, True)])
-def test_in_a_jobset_the_end_of_one_pod_is_that_of_all(code: int, is_disrupted: bool) -> None:
-    job = cluster.job_of(cluster.render(FOLDERS / "jobset"))
-    assert JobController(job).pod_failed(1, code, is_disrupted) is not None
-
-
-def test_the_messages_that_the_jobset_reads_are_told_from_others() -> None:
-    controller = JobSetController(cluster.only("JobSet", cluster.render(FOLDERS / "jobset")))
-    wording = (
-        "Container wikillm for pod ns/wikillm-node-0-1-x failed with exit code {} matching FailJob rule at index 0"
-    )
-    assert not controller.job_failed(Failed("PodFailurePolicy", wording.format(78)))
-    assert not controller.job_failed(Failed("PodFailurePolicy", wording.format(70)))
-    assert controller.job_failed(Failed("PodFailurePolicy", wording.format(75)))
-    assert controller.restarts == 0
-
-
-def test_what_has_ended_is_cleared_away_after_days(manifests: list[Manifest]) -> None:
-    [owner] = [one for one in manifests if one["kind"] in ("Job", "JobSet")]
-    assert owner["spec"]["ttlSecondsAfterFinished"] >= 24 * 3600
 
 
 # ---- Security ----
@@ -383,7 +305,7 @@ def edit(file: Path, pattern: str, replacement: str) -> None:
     file.write_text(text)
 
 
-@pytest.mark.parametrize("folder", ["multi-node", "spot", "jobset"])
+@pytest.mark.parametrize("folder", ["multi-node", "spot", *RESTARTED_AS_ONE])
 def test_the_number_of_nodes_is_set_in_one_place(folder: str, edited: Path) -> None:
     edit(edited / "multi-node" / "kustomization.yaml", r"value: \d+(?= # EDIT: nodes)", "value: 5")
     numbers_and_names_agree(cluster.render(edited / folder), 5, "wikillm")
@@ -395,7 +317,7 @@ def test_the_number_of_pods_that_prepare_is_set_in_one_place(edited: Path) -> No
     assert [part_of_array(pod.environment(SECRETS)) for pod in found] == [(0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.parametrize("folder", ["multi-node", "spot", "jobset"])
+@pytest.mark.parametrize("folder", ["multi-node", "spot", *RESTARTED_AS_ONE])
 def test_the_name_is_set_in_one_place(folder: str, edited: Path) -> None:
     edit(edited / folder / "kustomization.yaml", r"kind: Kustomization\n", "kind: Kustomization\nnameSuffix: -two\n")
     numbers_and_names_agree(cluster.render(edited / folder), 2, "wikillm-two")
@@ -424,7 +346,7 @@ def test_two_runs_beside_each_other_have_nothing_in_common(folder: str, render_c
 
 def test_the_image_is_set_in_one_place(folder: str, manifests: list[Manifest], render_changed: Render) -> None:
     assert pods(manifests)[0].container["image"].startswith(cluster.IMAGE)
-    if folder != "jobset":
+    if folder not in RESTARTED_AS_ONE:
         digest = f"sha256:{'0' * 64}"
         image = {"name": cluster.IMAGE, "newName": "127.0.0.1:5000/own", "digest": digest}
         changed = render_changed(folder, {}, images=[image])
@@ -440,12 +362,6 @@ def test_other_settings_are_a_config_map_of_another_name(
     [volume] = [one for one in pods(changed)[0].spec["volumes"] if one["name"] == "config"]
     assert volume["configMap"]["name"] == theirs
     assert settings(changed)[1].run.output == "s3://mine/run"
-
-
-def test_kueue_finds_its_queue_at_what_it_admits(folder: str, render_changed: Render) -> None:
-    changed = render_changed(folder, {}, components=["kueue"])
-    queued = [one["kind"] for one in changed if "kueue.x-k8s.io/queue-name" in one["metadata"].get("labels", {})]
-    assert queued == ["JobSet" if folder == "jobset" else "Job"]
 
 
 # ---- The header ----
@@ -474,7 +390,7 @@ def test_each_folder_says_how_it_is_applied_checked_read_and_stopped(folder: str
     assert commands["Stop"] == [f"kubectl delete -k launch/kubernetes/{folder}"]
     names = {f"{one['kind'].lower()}/{one['metadata']['name']}" for one in manifests}
     text = "\n".join(header_lines(folder))
-    assert set(re.findall(r"\b(?:job|jobset)/[\w-]+", text)) <= names
+    assert set(re.findall(r"\b(?:job|jobset|trainjob)/[\w-]+", text)) <= names
     selectors = re.findall(r"-l (\S+?)[;\s]", text + "\n")
     assert selectors
     for selector in selectors:

@@ -143,11 +143,16 @@ def test_a_deleted_pod_lets_the_group_save_and_start_again_and_nothing_is_lost(
     same_end(output, undisturbed)
 
 
-def test_a_node_that_is_lost_ends_the_group_which_starts_again(start: Start, bucket: str, undisturbed: str) -> None:
+def test_a_node_that_dies_ends_the_group_which_goes_on_when_it_is_put_out_of_service(
+    start: Start, bucket: str, undisturbed: str
+) -> None:
     output = f"{bucket}/run"
     with start("multi-node", output, checkpoint={"every": 5}).running() as job:
         job.await_line(0, r"step 20/")
         job.lose_node(1)
+        job.await_line(0, r"---- .*-0-1 ----")  # the healthy pod has ended, and another one waits in its place
+        assert (job.starts(0), job.starts(1)) == (2, 1), job.told()
+        job.put_out_of_service(1)
         job.wait()
     assert (1, 137, True) in [(one.index, one.exit_code, one.is_disrupted) for one in job.ended]
     assert [one.exit_code for one in job.ended[-2:]] == [EXIT_DONE, EXIT_DONE], job.told()
