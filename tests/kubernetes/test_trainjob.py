@@ -34,7 +34,7 @@ def test_a_node_learns_its_place_from_the_trainer_alone(manifests: list[Manifest
         environment = pod.environment(SECRETS)
         place = find_place(environment | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
         assert environment["PET_NPROC_PER_NODE"] == "auto", "as long as the pods ask for GPUs"
-        assert (place.kind, place.node_rank, place.nodes, place.processes) == ("Kubeflow Trainer", pod.index, 2, 8)
+        assert (place.kind, place.node_rank, place.nodes, place.gpus.number) == ("Kubeflow Trainer", pod.index, 2, 8)
         assert place.rendezvous == Rendezvous("wikillm-node-0-0.wikillm", 29500)
         assert cluster.service_of(manifests)["metadata"]["name"] == "wikillm"
 
