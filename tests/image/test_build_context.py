@@ -11,7 +11,7 @@ from tests.image.stand_in import REPOSITORY, engine
 pytestmark = [pytest.mark.image, pytest.mark.timeout(600)]
 
 STRAY = (
-    *(".env", "id_rsa", ".git/config", "data/wiki.jsonl", "configs/.env", "configs/secret.env"),
+    *(".env", "id_rsa", ".git/config", "data/wiki.jsonl", "configs/.env", "configs/secret.env", "configs/mine.yaml"),
     *("job/.env", "job/credentials.json", "job/data/notes.txt", "job/.ipynb_checkpoints/cli.py", "job/a/b.ipynb"),
 )
 
