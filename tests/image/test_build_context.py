@@ -31,5 +31,6 @@ def test_a_build_is_given_code_and_presets_and_nothing_else(tmp_path: Path) -> N
         docker("image", "rm", image)
     with tarfile.open(tmp_path / "files.tar") as files:
         given = {one.name.removeprefix("context/") for one in files if one.isfile() and one.name.startswith("context/")}
-    others = {"LICENSE", "requirements-image.lock", "launch/image-tools.lock", "launch/smoke.sh"}
+    scripts = {"launch/apt.sh", "launch/efa.sh", "launch/smoke.sh"}
+    others = {"LICENSE", "requirements-image.lock", "launch/image-tools.lock"} | scripts
     assert given == others | {name for name in listed.splitlines() if name.startswith(("job/", "configs/"))}
