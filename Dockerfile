@@ -15,6 +15,7 @@ FROM ${BASE_IMAGE} AS system
 ARG APT_MIRROR
 # Triton compiles C of its own when a kernel is first launched: that takes gcc, the C library's headers and Python's.
 # NCCL opens InfiniBand and RoCE through libibverbs and the providers of the cards; without them it takes TCP.
+# (Ubuntu 24.04 gives librdmacm1t64 for librdmacm1.)
 RUN --mount=type=bind,source=launch/apt.sh,target=/apt.sh \
     --mount=type=secret,id=ca,target=/run/secrets/ca \
     sh /apt.sh ca-certificates gcc ibverbs-providers libc6-dev libibverbs1 librdmacm1 python3 python3-dev tini

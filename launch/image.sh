@@ -16,8 +16,8 @@
 #   SCRATCH     volume or folder for caches when it runs                wikillm-scratch
 #
 # In China, with mirrors of the base, of its distribution's packages and of the package index:
-#   make build BUILD_ARGS='--build-arg=BASE_IMAGE=docker.m.daocloud.io/nvidia/cuda:13.0.2-base-ubuntu24.04
-#     --build-arg=APT_MIRROR=http://mirrors.tuna.tsinghua.edu.cn/ubuntu --build-arg=INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple'
+#   make build BUILD_ARGS="--build-arg=BASE_IMAGE=docker.m.daocloud.io/nvidia/cuda:13.0.2-base-ubuntu24.04 \
+#     --build-arg=APT_MIRROR=http://mirrors.tuna.tsinghua.edu.cn/ubuntu --build-arg=INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
