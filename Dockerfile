@@ -11,18 +11,26 @@ FROM ${WHEELS} AS wheels
 
 # --- what the base's distribution gives, for both stages below ---------------------------------------------------------
 FROM ${BASE_IMAGE} AS system
+# A mirror of the distribution's archive, as http://mirrors.tuna.tsinghua.edu.cn/ubuntu; both stages then use it.
+ARG APT_MIRROR
 # Triton compiles C of its own when a kernel is first launched: that takes gcc, the C library's headers and Python's.
-# The base's release says which versions; its archive keeps no old ones that could be pinned.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        ca-certificates gcc libc6-dev python3 python3-dev tini \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
+# NCCL opens InfiniBand and RoCE through libibverbs and the providers of the cards; without them it takes TCP.
+# (Ubuntu 24.04 gives librdmacm1t64 for librdmacm1.)
+RUN --mount=type=bind,source=launch/apt.sh,target=/apt.sh \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
+    sh /apt.sh ca-certificates gcc ibverbs-providers libc6-dev libibverbs1 librdmacm1 python3 python3-dev tini
+# A version of Amazon's installer, as 1.40.0, for nodes of AWS with EFA; by default it is left out.
+ARG EFA_VERSION
+RUN --mount=type=bind,source=launch/efa.sh,target=/efa.sh \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
+    sh /efa.sh "${EFA_VERSION}"
 
 # --- the virtual environment, none of whose tools reach the image -------------------------------------------------------
 FROM system AS builder
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
+ARG APT_MIRROR
+RUN --mount=type=bind,source=launch/apt.sh,target=/apt.sh \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
+    sh /apt.sh python3-venv
 # A certificate bundle and index credentials of this place come as build secrets, and stay in no layer.
 ENV CERTIFICATES=/etc/ssl/certs/ca-certificates.crt
 ENV PIP_CERT=${CERTIFICATES} SSL_CERT_FILE=${CERTIFICATES}

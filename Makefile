@@ -102,7 +102,7 @@ format: setup ## formats the code
 
 # ---- The image; launch/image.sh says what these variables are ----
 
-export REGISTRY IMAGE TAG PLATFORM ENGINE ALLOW_DIRTY REFERENCE CA_BUNDLE NETRC BUILD_ARGS PUSH_ARGS RUN_ARGS SCRATCH
+export REGISTRY IMAGE TAG REVISION PLATFORM ENGINE ALLOW_DIRTY REFERENCE CA_BUNDLE NETRC BUILD_ARGS PUSH_ARGS RUN_ARGS SCRATCH
 
 build: ## the image, for REGISTRY/IMAGE:TAG; ends with three steps of training in it
 	launch/image.sh build

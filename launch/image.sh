@@ -3,16 +3,21 @@
 #
 #   REGISTRY    where it is pushed to                                   registry.example.com
 #   IMAGE       its name there                                          wikillm
-#   TAG         its tag                                                 the git revision; a changed tree is refused
+#   TAG         its tag                                                 the git revision; changes of what is in it are refused
+#   REVISION    what a source without git is called, as v1.0            none: it is asked for
 #   REFERENCE   another image for `run` and `sbom`, as name@digest      $REGISTRY/$IMAGE:$TAG
 #   PLATFORM    what it is built for                                    linux/amd64
 #   ENGINE      docker or podman                                        the one that answers
 #   CA_BUNDLE   certificates to trust while building, never kept        SSL_CERT_FILE, if set
 #   NETRC       credentials of a package index, never kept              none
-#   BUILD_ARGS  more words for the build, as --build-arg=INDEX_URL=...  none
+#   BUILD_ARGS  more words for the build, as --build-arg=INDEX_URL=...  none (docs/image.md lists the arguments)
 #   PUSH_ARGS   more words for podman's push, as --tls-verify=false     none
 #   RUN_ARGS    more words for `run`, as --volume=/data:/data:ro        none
 #   SCRATCH     volume or folder for caches when it runs                wikillm-scratch
+#
+# In China, with mirrors of the base, of its distribution's packages and of the package index:
+#   make build BUILD_ARGS="--build-arg=BASE_IMAGE=docker.m.daocloud.io/nvidia/cuda:13.0.2-base-ubuntu24.04 \
+#     --build-arg=APT_MIRROR=http://mirrors.tuna.tsinghua.edu.cn/ubuntu --build-arg=INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,15 +34,60 @@ die() {
     exit 2
 }
 
-# The revision that the image says it is made from; its first characters are the tag.
+# What decides what is in the image: how it is built, and what .dockerignore lets in. Launch specs and settings that are not
+# named there are mounted or applied, so a change of theirs leaves the revision true.
+list_inputs() {
+    printf '%s\n' Dockerfile .dockerignore launch/image.sh
+    sed -n 's/^!//p' .dockerignore
+}
+
+# The changes since the commit that a build would take in, as `git status` has them; ignored code would be taken in as well.
+list_changes() {
+    list_inputs | xargs git -c core.quotePath=false status --porcelain --untracked-files=no -- | cut -c4-
+    list_inputs | grep -v '^job' | xargs git ls-files --others --
+    git -c core.quotePath=false ls-files --others -- job | grep -Ev '(^|/)(\.|__pycache__/)' | grep -E '(\.py|/)"?$' || true
+}
+
+# The revision that the image says it is made from; the first characters of a commit are the tag.
 read_revision() {
-    revision=$(git rev-parse HEAD 2>/dev/null) || die "not a git checkout: the image could not say what it was built from"
-    if [[ -n $(git status --porcelain) ]]; then
-        [[ ${ALLOW_DIRTY:-} == 1 ]] || die "the tree has changes that are not committed: commit them, or say ALLOW_DIRTY=1"
-        revision+=-dirty
+    local changes given=${REVISION:-}
+    if [[ -e .git ]]; then
+        revision=$(git rev-parse HEAD) || die "git names no commit of this checkout: commit first, or see what git says above"
+        [[ -z $given || $(git rev-parse --verify --quiet "$given^{commit}") == "$revision" ]] ||
+            die "REVISION: $given is not what is checked out here, $revision: leave it out, git tells it"
+        changes=$(list_changes)
+        if [[ $changes ]]; then
+            [[ ${ALLOW_DIRTY:-} == 1 ]] ||
+                die "not committed, but part of the image: $(summary "$changes"): commit them, or say ALLOW_DIRTY=1"
+            revision+=-dirty
+        fi
+    elif [[ -z $given ]]; then
+        die "no git checkout, so say what this source is, a commit or a version: REVISION=v1.0 make ${command/print/print-image}"
+    elif [[ ! $given =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$ ]]; then
+        die "REVISION: '$given': expected a commit or a version of letters, digits, dots, dashes and underscores, as v1.0"
+    else
+        revision=$given
     fi
-    TAG=${TAG:-${revision:0:12}${revision:40}}
+    [[ $revision =~ ^[0-9a-f]{40} ]] && TAG=${TAG:-${revision:0:12}${revision:40}}
+    TAG=${TAG:-$revision}
     reference=$REGISTRY/$IMAGE:$TAG
+}
+
+# The first three of several lines, and how many more there are.
+summary() {
+    local count
+    count=$(wc -l <<<"$1")
+    head -n 3 <<<"$1" | paste -sd ' ' | tr -d '\n'
+    ((count <= 3)) || printf ' and %d more' "$((count - 3))"
+}
+
+# Settings of a user's own, which are mounted where the image runs.
+name_left_out() {
+    local config left=
+    for config in configs/*.yaml; do
+        [[ ! -e $config ]] || grep -qxF "!$config" .dockerignore || left+=" $config"
+    done
+    [[ -z $left ]] || echo "left out of the image:$left: .dockerignore does not name them; they are mounted when it runs" >&2
 }
 
 find_engine() {
@@ -54,18 +104,23 @@ find_engine() {
 is_podman() { [[ ${engine##*/} == podman* ]]; }
 
 build() {
-    local words=() version source
+    local words=() version source=unpublished created
     [[ ${BUILD_ARGS:-} =~ ://[^/[:space:]]*@ ]] &&
         die "BUILD_ARGS: holds a user or password in a URL, which the image's history would keep: give NETRC=FILE"
     version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
-    source=$(git remote get-url origin 2>/dev/null | sed 's#//[^/]*@#//#') || source=unpublished
+    created=$(date -u +%FT%TZ)
+    if [[ -e .git ]]; then
+        created=$(git log -1 --format=%cI)
+        source=$(git remote get-url origin 2>/dev/null | sed 's#//[^/]*@#//#') || source=unpublished
+    fi
+    name_left_out
     [[ -n $CA_BUNDLE ]] && words+=(--secret "id=ca,src=$CA_BUNDLE")
     [[ -n ${NETRC:-} ]] && words+=(--secret "id=netrc,src=$NETRC")
     # shellcheck disable=SC2206  # several words
     words+=(${BUILD_ARGS:-})
     "$engine" build --file "$DOCKERFILE" --platform "$PLATFORM" --tag "$reference" \
         --build-arg "REVISION=$revision" --build-arg "VERSION=$version" --build-arg "SOURCE=$source" \
-        --build-arg "CREATED=$(git log -1 --format=%cI)" "${words[@]}" .
+        --build-arg "CREATED=$created" "${words[@]}" .
     "$engine" image inspect --format '{{.Size}}' "$reference" | awk -v name="$reference" '{ printf "%s: %.2f GB\n", name, $1 / 1e9 }'
 }
 
@@ -84,7 +139,8 @@ push() {
     echo "$REGISTRY/$IMAGE@$digest" | tee "$PUSHED"
 }
 
-# As strict as the strictest cluster: no root, no capability, nothing written but /tmp and the scratch volume.
+# As strict as the strictest cluster: no root, no capability, nothing written but /tmp and the scratch volume. The settings
+# are those of this folder, as on a cluster; InfiniBand's devices need memory that stays where it is.
 run() {
     local words=() name
     for name in AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_DEFAULT_REGION \
@@ -94,10 +150,11 @@ run() {
     if command -v nvidia-smi >/dev/null; then
         if is_podman; then words+=(--device nvidia.com/gpu=all); else words+=(--gpus all); fi
     fi
+    [[ -d /dev/infiniband ]] && words+=(--device /dev/infiniband --ulimit memlock=-1)
     # shellcheck disable=SC2206  # several words
     words+=(${RUN_ARGS:-})
     exec "$engine" run --rm --network host --read-only --tmpfs /tmp --shm-size 8g \
-        --volume "${SCRATCH:-wikillm-scratch}:/scratch" --cap-drop ALL --security-opt no-new-privileges \
+        --volume "${SCRATCH:-wikillm-scratch}:/scratch" --volume "$PWD/configs:/app/configs:ro,z" --cap-drop ALL --security-opt no-new-privileges \
         "${words[@]}" "$reference" "$@"
 }
 
@@ -117,6 +174,7 @@ sbom() {
 }
 
 # Hashes of every file of the versions in requirements.lock, for the base's Python: torch is the index's own, with CUDA.
+# ModelScope's reader is 48 MB in five packages, in an image that has no pip to add it.
 lock() {
     local made uv
     made=$(mktemp -d)
@@ -133,7 +191,7 @@ lock() {
         } >"$made/lock"
         cp "$made/lock" "$2"
     }
-    compile pyproject.toml requirements-image.lock --constraints requirements.lock
+    compile pyproject.toml requirements-image.lock --constraints requirements.lock --extra modelscope
     compile launch/image-tools.in launch/image-tools.lock
 }
 

@@ -358,6 +358,11 @@ MISTAKES: dict[str, tuple[str | None, Spoil, str, str]] = {
     "more processes than GPUs": (
         HERE, both(gpus(gpu()), options(train__processes=2)), "GPUs", "set train.processes to 1"),
     "a GPU, and a torch without CUDA": (HERE, gpus(gpu()), "driver", "CUDA build"),
+    "several nodes, and no such interface between them": (
+        HERE, both(gpus(gpu()), environment(
+            WIKILLM_NODES="2", WIKILLM_NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
+            NCCL_NET="Socket", NCCL_SOCKET_IFNAME="bond9")),
+        "between nodes", "set NCCL_SOCKET_IFNAME"),
     "a batch that no 24 GB hold": (
         HERE, both(gpus(gpu()), options(**LARGE, train__micro_batch_size=32)),
         "GPU memory", "train.micro_batch_size to "),

@@ -93,10 +93,8 @@ def build_image(docker: Engine, **variables: str) -> str:
     Args:
         variables: those of launch/image.sh.
     """
+    base = import_base(docker)
     with _alone(docker.folder / "build"):
-        base, _, _ = _build_argument("BASE_IMAGE").partition("@")
-        if docker("image", "inspect", base, check=False).returncode:
-            _import_base(docker, base)
         wheels = _import_wheels(docker)
         bundle = _certificates(docker.folder / "certificates.pem")
         variables = {
@@ -108,6 +106,15 @@ def build_image(docker: Engine, **variables: str) -> str:
         }
         print(docker.make("build", **variables), end="", file=sys.stderr)
     return docker.make("print", **variables).strip()
+
+
+def import_base(docker: Engine) -> str:
+    """The name of the image's base, under which a Debian stands from now on."""
+    with _alone(docker.folder / "build"):
+        base, _, _ = _build_argument("BASE_IMAGE").partition("@")
+        if docker("image", "inspect", base, check=False).returncode:
+            _import_base(docker, base)
+    return base
 
 
 def export_rootfs(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from tests.image.stand_in import REPOSITORY, engine
 pytestmark = [pytest.mark.image, pytest.mark.timeout(600)]
 
 STRAY = (
-    *(".env", "id_rsa", ".git/config", "data/wiki.jsonl", "configs/.env", "configs/secret.env"),
+    *(".env", "id_rsa", ".git/config", "data/wiki.jsonl", "configs/.env", "configs/secret.env", "configs/mine.yaml"),
     *("job/.env", "job/credentials.json", "job/data/notes.txt", "job/.ipynb_checkpoints/cli.py", "job/a/b.ipynb"),
 )
 
@@ -31,5 +31,6 @@ def test_a_build_is_given_code_and_presets_and_nothing_else(tmp_path: Path) -> N
         docker("image", "rm", image)
     with tarfile.open(tmp_path / "files.tar") as files:
         given = {one.name.removeprefix("context/") for one in files if one.isfile() and one.name.startswith("context/")}
-    others = {"LICENSE", "requirements-image.lock", "launch/image-tools.lock", "launch/smoke.sh"}
+    scripts = {"launch/apt.sh", "launch/efa.sh", "launch/smoke.sh"}
+    others = {"LICENSE", "requirements-image.lock", "launch/image-tools.lock"} | scripts
     assert given == others | {name for name in listed.splitlines() if name.startswith(("job/", "configs/"))}

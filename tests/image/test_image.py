@@ -98,7 +98,21 @@ def test_it_lists_the_locked_packages_that_it_holds(published: Published) -> Non
     lock = (REPOSITORY / "requirements-image.lock").read_text()
     locked = dict(re.findall(r"^([\w-]+)==(\S+)", lock, re.MULTILINE))
     assert {name: version.partition("+")[0] for name, version in listed.items()}.items() <= locked.items()
-    assert {"torch", "transformers", "accelerate", "deepspeed", "swanlab", "s3fs"} <= listed.keys()
+    assert {"torch", "transformers", "accelerate", "deepspeed", "swanlab", "s3fs", "modelscope"} <= listed.keys()
+
+
+def test_it_can_open_infiniband_and_read_modelscope(published: Published) -> None:
+    script = """
+import ctypes, glob
+for library in ("libibverbs.so.1", "librdmacm.so.1"):
+    ctypes.CDLL(library)
+assert glob.glob("/usr/lib/*/libibverbs/libmlx5-rdmav*.so"), "no provider of the cards"
+from modelscope import snapshot_download
+print("both")
+"""
+    with published.start("-c", script, more="--entrypoint python") as process:
+        told = process.communicate(timeout=_RUN_SECONDS)[0]
+    assert told.splitlines()[-1] == "both", told
 
 
 def test_no_secret_of_the_build_is_in_a_layer(published: Published) -> None:
@@ -124,6 +138,7 @@ def test_as_any_user_it_holds_what_kernels_are_compiled_with_and_can_write_only_
         for tool in pip uv make g++ nvcc git; do command -v $tool; done
         echo '#include <Python.h>' | gcc -shared -fPIC -x c - -o /tmp/x.so \\
             -I"$(python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+        ls / | grep '[.]sh$'
         cd / && python -m job --version >/dev/null 2>&1; python -c 'import job; print(job.__file__)'
     """
     uid, gid = user.split(":")

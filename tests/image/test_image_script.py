@@ -3,11 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent.parent
+SPECS = ("launch/slurm.sh", "launch/kubernetes/base/kustomization.yaml")
 
 
 def git(folder: Path, *words: str) -> str:
@@ -19,17 +22,46 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository with the script, where everything is committed."""
-    (tmp_path / "launch").mkdir()
-    shutil.copy(REPOSITORY / "launch/image.sh", tmp_path / "launch")
+    """A repository with the script, and with some of what the image is made from; everything is committed."""
+    copied = (
+        "launch/image.sh",
+        "launch/set_image.py",
+        "launch/__init__.py",
+        *SPECS,
+        ".dockerignore",
+        "job/__init__.py",
+    )
+    for name in copied:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    for name in ("job/cli.py", "job/data/order.py", "configs/demo.yaml", "README.md", "Dockerfile", "LICENSE"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("first\n")
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "--message=first")
     return tmp_path
 
 
+@pytest.fixture
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A container engine that builds nothing, and writes down with which words it was to build."""
+    program = tmp_path_factory.mktemp("engine") / "docker"
+    program.write_text("""#!/bin/sh
+        [ "$1" != build ] || printf '%s\\n' "$@" >"$0.words"
+        [ "$1" != run ] || printf '%s\\n' "$@" >"$0.words"
+        [ "$1" != image ] || echo 1000000000
+    """)
+    program.chmod(0o755)
+    return program
+
+
+def words_of(engine: Path) -> list[str]:
+    return engine.with_name("docker.words").read_text().splitlines()
+
+
 def script(checkout: Path, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    ours = ("REGISTRY", "IMAGE", "TAG", "ENGINE", "ALLOW_DIRTY", "REFERENCE")
+    ours = ("REGISTRY", "IMAGE", "TAG", "ENGINE", "ALLOW_DIRTY", "REFERENCE", "REVISION", "BUILD_ARGS")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     return subprocess.run([checkout / "launch/image.sh", command], env=environment, capture_output=True, text=True)
 
@@ -42,30 +74,152 @@ def test_the_image_is_called_after_the_revision_it_is_built_from(checkout: Path)
 
 
 @pytest.mark.parametrize("command", ["print", "build", "push", "run", "sbom"])
-@pytest.mark.parametrize("change", ["launch/image.sh", "job.py"])
-def test_a_tree_with_changes_is_refused(checkout: Path, change: str, command: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("launch/image.sh", "Dockerfile", ".dockerignore", "LICENSE", "configs/demo.yaml", "job/cli.py"),
+        *("job/new.py", "job/a/b/new.py", "job/单.py", "job/ignored.py"),
+    ],
+)
+def test_a_change_of_what_is_in_the_image_is_refused_and_named(checkout: Path, change: str, command: str) -> None:
+    (checkout / ".git/info/exclude").write_text("ignored.py\n")
+    (checkout / change).parent.mkdir(parents=True, exist_ok=True)
     with (checkout / change).open("a") as file:
         file.write("# changed\n")
     refused = script(checkout, command, ENGINE="true")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == "the tree has changes that are not committed: commit them, or say ALLOW_DIRTY=1\n"
+    assert refused.stderr == f"not committed, but part of the image: {change}: commit them, or say ALLOW_DIRTY=1\n"
+
+
+def test_settings_that_dockerignore_names_and_that_are_not_committed_are_refused(checkout: Path) -> None:
+    with (checkout / ".dockerignore").open("a") as file:
+        file.write("!configs/mine.yaml\n")
+    git(checkout, "commit", "--quiet", "--all", "--message=mine")
+    (checkout / "configs/mine.yaml").touch()
+    assert "part of the image: configs/mine.yaml: commit" in script(checkout, "print").stderr
+
+
+def test_code_of_another_repository_below_job_is_refused(checkout: Path) -> None:
+    (checkout / "job/other").mkdir()
+    (checkout / "job/other/code.py").touch()
+    git(checkout / "job/other", "init", "--quiet")
+    assert "part of the image: job/other/: commit" in script(checkout, "print").stderr
+
+
+def test_of_many_changes_three_are_named(checkout: Path) -> None:
+    for number in range(5):
+        (checkout / f"job/new{number}.py").touch()
+    told = script(checkout, "print").stderr
+    assert "the image: job/new0.py job/new1.py job/new2.py and 2 more: commit" in told
+
+
+def test_a_change_of_what_is_not_in_the_image_does_not_stop_a_build(checkout: Path, engine: Path) -> None:
+    (checkout / "README.md").write_text("changed\n")
+    for name in ("notes.txt", "job/.ipynb_checkpoints/cli.py", "job/__pycache__/cli.py", "job/notes.txt", "data/x.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    built = script(checkout, "build", ENGINE=str(engine))
+    assert (built.returncode, built.stderr) == (0, "")
+    assert f"REVISION={git(checkout, 'rev-parse', 'HEAD')}" in words_of(engine)
+
+
+def test_own_settings_do_not_stop_a_build_and_one_line_says_that_they_are_left_out(
+    checkout: Path, engine: Path
+) -> None:
+    for name in ("mine", "ours"):
+        (checkout / f"configs/{name}.yaml").write_text("run: {}\n")
+    git(checkout, "add", "configs/ours.yaml")
+    git(checkout, "commit", "--quiet", "--message=ours")
+    built = script(checkout, "build", ENGINE=str(engine))
+    assert built.returncode == 0
+    assert built.stderr == (
+        "left out of the image: configs/mine.yaml configs/ours.yaml: .dockerignore does not name them; "
+        "they are mounted when it runs\n"
+    )
+    assert f"REVISION={git(checkout, 'rev-parse', 'HEAD')}" in words_of(engine)
+    script(checkout, "run", ENGINE=str(engine))
+    assert f"{checkout}/configs:/app/configs:ro,z" in words_of(engine)
+
+
+def test_the_presets_that_are_in_the_image_are_those_that_are_committed() -> None:
+    named = [
+        line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!configs")
+    ]
+    assert named == git(REPOSITORY, "ls-files", "configs").splitlines()
+
+
+def test_an_image_that_is_written_into_the_specs_does_not_stop_the_next_build(checkout: Path, engine: Path) -> None:
+    image = f"registry.internal/wikillm@sha256:{'ab' * 32}"
+    subprocess.run([sys.executable, "-m", "launch.set_image", image], cwd=checkout, check=True, capture_output=True)
+    assert git(checkout, "status", "--porcelain").count("\n") == 1, "both specs have changed"
+    built = script(checkout, "build", ENGINE=str(engine))
+    assert (built.returncode, built.stderr) == (0, "")
+    revision = git(checkout, "rev-parse", "HEAD")
+    words = words_of(engine)
+    assert f"REVISION={revision}" in words and f"registry.example.com/wikillm:{revision[:12]}" in words
 
 
 def test_a_tree_with_changes_is_named_so_when_it_is_allowed(checkout: Path) -> None:
-    (checkout / "new.py").touch()
+    (checkout / "job/new.py").touch()
     told = script(checkout, "print", ALLOW_DIRTY="1").stdout
     assert told == f"registry.example.com/wikillm:{git(checkout, 'rev-parse', 'HEAD')[:12]}-dirty\n"
 
 
-def test_without_an_engine_or_a_revision_one_line_says_so(checkout: Path) -> None:
+def test_without_an_engine_one_line_says_so(checkout: Path) -> None:
     refused = script(checkout, "build", ENGINE="false")
     assert (refused.returncode, refused.stderr) == (
         2,
         "no answer from false: is it installed, and does its daemon run?\n",
     )
-    shutil.rmtree(checkout / ".git")
-    refused = script(checkout, "print", GIT_CEILING_DIRECTORIES=str(checkout.parent))
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+# ---- A source without git, as it comes in a zip ----
+
+
+@pytest.fixture
+def source(checkout: Path) -> Path:
+    """Unpacked inside a repository of somebody else's, whose revision is not that of the source."""
+    folder = checkout / "unpacked"
+    for name in ("launch/image.sh", ".dockerignore", "job/__init__.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkout / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("command", "target"), [("build", "build"), ("print", "print-image"), ("push", "push")])
+def test_a_source_without_git_asks_for_a_revision(source: Path, command: str, target: str) -> None:
+    refused = script(source, command, ENGINE="true")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.endswith(f"REVISION=v1.0 make {target}\n")
+
+
+@pytest.mark.parametrize(
+    ("revision", "tag"), [("v1.0", "v1.0"), ("release-2026-11-28", "release-2026-11-28"), ("0f" * 20, "0f" * 6)]
+)
+def test_a_source_without_git_is_built_under_the_revision_that_is_given(
+    source: Path, engine: Path, revision: str, tag: str
+) -> None:
+    built = script(source, "build", ENGINE=str(engine), REVISION=revision)
+    assert (built.returncode, built.stderr) == (0, "")
+    words = words_of(engine)
+    assert f"REVISION={revision}" in words and f"registry.example.com/wikillm:{tag}" in words
+    assert "SOURCE=unpublished" in words
+    [created] = [word for word in words if word.startswith("CREATED=")]
+    assert datetime.fromisoformat(created.removeprefix("CREATED=")).tzinfo is not None
+
+
+@pytest.mark.parametrize("revision", ["a tag", "a/b", "-x", "x" * 129])
+def test_a_revision_that_is_no_tag_is_refused(source: Path, revision: str) -> None:
+    refused = script(source, "print", REVISION=revision)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith(f"REVISION: '{revision}': expected ")
+
+
+def test_a_revision_that_is_not_checked_out_is_refused(checkout: Path) -> None:
+    refused = script(checkout, "print", REVISION="v1.0")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith("REVISION: v1.0 is not what is checked out here")
+    assert script(checkout, "print", REVISION="HEAD").returncode == 0
 
 
 def test_a_build_argument_with_a_password_in_a_url_is_refused(checkout: Path) -> None:

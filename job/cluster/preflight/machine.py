@@ -2,7 +2,6 @@
 
 import csv
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +11,9 @@ from pathlib import Path
 
 from job import storage
 from job.cluster.place import Place
+from job.cluster.preflight.driver import check_driver
 from job.cluster.preflight.findings import Findings
+from job.cluster.preflight.interconnect import check_interconnect
 from job.config import Config
 from job.data.manifest import Manifest
 from job.scratch import cache_folder, loading_folder
@@ -22,8 +23,6 @@ _SMI_SECONDS = 20
 """A driver that is being loaded takes seconds to answer; one that hangs never does."""
 _BF16_CAPABILITY = 8.0
 """Ampere; what came before has no bf16 in its tensor cores."""
-_LEAST_DRIVERS = {12: 525, 13: 580}
-"""Of CUDA's major versions (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility)."""
 _SHARED_MEMORY_BYTES = 2**30
 """NCCL's processes of one node meet in /dev/shm; containers have 64 MiB of it unless told otherwise."""
 _IN_USE_BYTES = 2**30
@@ -137,30 +136,13 @@ def check_gpus(findings: Findings, config: Config, place: Place) -> list[GpuFoun
         findings.unsure("GPUs", f"{found} in MIG mode: its memory and speed are those of a slice")
     else:
         findings.right("GPUs", found)
-    _check_driver(findings, gpus[0].driver)
-    if processes > 1 or place.nodes > 1:
+    check_driver(findings, gpus[0].driver, {gpu.name: gpu.capability for gpu in gpus})
+    are_several = place.nodes > 1 or (place.world is not None and place.world.world_size > place.world.local_world_size)
+    if processes > 1 or are_several:
         _check_nccl(findings)
+    if are_several:
+        check_interconnect(findings)
     return gpus
-
-
-def _check_driver(findings: Findings, driver: str) -> None:
-    """Driver against the CUDA that torch was built with, read from its version file."""
-    torch = importlib.util.find_spec("torch")
-    cuda = None
-    if torch is not None and torch.origin is not None:
-        text = Path(torch.origin).with_name("version.py").read_text(encoding="utf-8")
-        match = re.search(r"^cuda\b[^=]*= '(\d+)\.(\d+)'", text, re.MULTILINE)
-        cuda = None if match is None else (int(match[1]), int(match[2]))
-    if cuda is None:
-        findings.wrong("driver", f"{driver}, but this torch is built without CUDA", "install torch's CUDA build")
-        return
-    least, major = _LEAST_DRIVERS.get(cuda[0]), driver.partition(".")[0]
-    version = f"{driver}, torch has CUDA {cuda[0]}.{cuda[1]}"
-    if least is None or not major.isdecimal():
-        findings.unsure("driver", version, "see NVIDIA's table of CUDA compatibility")
-    else:
-        remedy = f"update the driver to {least} or later, or install a torch for an older CUDA"
-        findings.judge("driver", int(major) >= least, version, remedy)
 
 
 def _check_nccl(findings: Findings) -> None:
