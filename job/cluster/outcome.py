@@ -20,7 +20,7 @@ class Outcome:
     rank: int
     status: str
     """``done``, ``stopped``, ``refused`` (a UserError), ``no progress``, ``hung``, ``crashed``, ``killed``, or ``lost``
-    with its whole node."""
+    (its node is gone, or cannot reach the others)."""
     message: str = ""
     """The line of the error, the traceback, or the signal that killed it."""
     at: float = 0.0
@@ -40,3 +40,15 @@ def read_all(folder: Path) -> list[Outcome]:
     return sorted(
         (Outcome(**orjson.loads(path.read_bytes())) for path in folder.glob("rank-*.json")), key=lambda o: o.at
     )
+
+
+def without_details(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes with few messages: of each status that of the earliest and the longest, of which one may be told.
+
+    When a worker of a thousand fails, all others leave a traceback too.
+    """
+    kept: set[int] = set()
+    for status in {one.status for one in outcomes}:
+        these = [one for one in outcomes if one.status == status]
+        kept |= {min(these, key=lambda one: one.at).rank, max(these, key=lambda one: len(one.message)).rank}
+    return [one if one.rank in kept else replace(one, message="") for one in outcomes]
