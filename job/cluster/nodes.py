@@ -46,8 +46,6 @@ _ANSWER_SECONDS = 5.0
 _OVER = "over"
 """A node's beat when its workers have ended."""
 _NO_NEWS: dict[str, Any] = {"failed": False, "ended": None}
-_NODE_0_IS_GONE: dict[str, Any] = {"failed": True, "ended": {"gone": [0], "outcomes": []}}
-"""With it, what the others have said is gone."""
 
 
 class Nodes:
@@ -65,8 +63,8 @@ class Nodes:
         self.rank, self.count, self._job, self._rendezvous, self._card = rank, count, job, rendezvous, card
         self.interface: Interface | None = None
         """The one over which this node reaches the others; None if that is not known."""
-        self.first = loopback.ADDRESS
-        """Address of node 0, as this node reaches it."""
+        self.first = Rendezvous(loopback.ADDRESS, rendezvous.port)
+        """The rendezvous, as this node reaches it: an address instead of a name."""
         self.network = ""
         """Interfaces of all nodes in one line; node 0 knows it."""
         self._hosts = [f"node {node}" for node in range(count)]
@@ -173,13 +171,13 @@ class Nodes:
             wait.until(lambda: link.listen_everywhere(port, listening), lambda: taken)
             # torchrun finds this server in its process, and uses it too.
             more: dict[str, Any] = {"multi_tenant": True, "master_listen_fd": listening[0].detach()}
-            store = TCPStore(self.first, port, None, True, timeout, wait_for_workers=False, **more)
+            store = TCPStore(*self.first, None, True, timeout, wait_for_workers=False, **more)
             elsewhere = f"{address} does not lead to this node, which is to be node 0"
             wait.until(self._is_reachable, lambda: f"{elsewhere} ({self._no_answer})")
         else:
             missing = f"node 0 does not answer at {self._rendezvous}"
             wait.until(self._is_reachable, lambda: f"{missing} ({self._no_answer})")
-            store = TCPStore(self.first, self._rendezvous.port, None, False, timeout, wait_for_workers=False)
+            store = TCPStore(*self.first, None, False, timeout, wait_for_workers=False)
         self._store = PrefixStore(f"nodes of {self._job}", store)
 
     def _is_reachable(self) -> bool:
@@ -187,7 +185,7 @@ class Nodes:
         try:
             with socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS) as connection:
                 if self.rank != 0:
-                    self.first = connection.getpeername()[0]
+                    self.first = self.first._replace(address=connection.getpeername()[0])
                     self.interface = interface.with_address(connection.getsockname()[0])
         except OSError as error:
             here = interface.leading_to(self._rendezvous.address)
@@ -203,7 +201,7 @@ class Nodes:
         self._listening = link.listen_at(found.address) if found else None
         port = self._listening.getsockname()[1] if self._listening else 0
         words = interface.described(self.interface, self._rendezvous)
-        self._link = Link(self._card.host, self.rank, found.address if found else "", port, self.first, words)
+        self._link = Link(self._card.host, self.rank, found.address if found else "", port, self.first.address, words)
         self._set(f"link/{self.rank}", asdict(self._link))
 
     def reach(self) -> None:
@@ -221,7 +219,7 @@ class Nodes:
     def watch(self, end_workers: Callable[[], None]) -> None:
         """From now on `end_workers` is called, once, as soon as another node has failed or is gone."""
         self._heard_at = awake.seconds()
-        for run in (self._watch, self._guard)[: 1 if self.rank == 0 else 2]:
+        for run in (self._watch, self._guard):
             threading.Thread(target=run, args=(end_workers,), name="nodes", daemon=True).start()
 
     def _watch(self, end_workers: Callable[[], None]) -> None:
@@ -233,13 +231,13 @@ class Nodes:
                 if self._parting.wait(_BEAT_SECONDS):
                     self._done.wait(_BEAT_SECONDS / 5)
         except RuntimeError:  # the store is node 0's
-            self._hear(_NODE_0_IS_GONE, end_workers)
+            self._hear(self._without_node_0(), end_workers)
 
     def _guard(self, end_workers: Callable[[], None]) -> None:
         """Notices that node 0 is gone where nothing says so, since its machine is off or a cable is cut."""
         while not self._done.wait(_BEAT_SECONDS):
             if awake.seconds() - self._heard_at > self._lost_seconds:
-                self._hear(_NODE_0_IS_GONE, end_workers)
+                self._hear(self._without_node_0(), end_workers)
 
     def _hear(self, news: dict[str, Any], end_workers: Callable[[], None]) -> None:
         if self._done.is_set():
@@ -290,19 +288,24 @@ class Nodes:
 
     def _ended(self) -> dict[str, Any]:
         """How all nodes have ended; the messages that nobody will be told are not sent to every node."""
-        outcomes = [Outcome(**one) for found in self._found.values() if found for one in found["outcomes"]]
-        return {
-            "gone": [node for node, found in self._found.items() if found is None],
-            "outcomes": [asdict(one) for one in outcome.without_details(outcomes)],
-        }
+        gone = [node for node, found in self._found.items() if found is None]
+        outcomes = [self._lost(node) for node in gone]
+        outcomes += [Outcome(**one) for found in self._found.values() if found for one in found["outcomes"]]
+        return {"gone": gone, "outcomes": [asdict(one) for one in outcome.without_details(outcomes)]}
+
+    def _without_node_0(self) -> dict[str, Any]:
+        """The news when node 0 is gone, and with it what the others have said."""
+        return {"failed": True, "ended": {"gone": [0], "outcomes": [asdict(self._lost(0))]}}
+
+    def _lost(self, node: int) -> Outcome:
+        """The outcome of a node that is gone: as that of its first worker."""
+        message = f"{self._hosts[node]} (node {node}) is gone"
+        return Outcome(node * self._card.processes, outcome.LOST, message, time.time())
 
     # ---- Parting ----
 
     def part(self, folder: Path, failed: bool) -> None:
-        """Tells the others how this node's workers ended, waits for their end, and notes it in `folder` as well.
-
-        A node that is gone is noted as the outcome of its first worker.
-        """
+        """Tells the others how this node's workers ended, waits for their end, and notes it in `folder` as well."""
         gone: list[int] = []
         if self._has_met:
             if failed:
@@ -311,12 +314,8 @@ class Nodes:
             self._parting.set()
             self._done.wait()
             gone = self._news["ended"]["gone"]
-            for node in gone:
-                message = f"{self._hosts[node]} (node {node}) is gone"
-                outcome.record(folder, Outcome(node * self._card.processes, outcome.LOST, message))
-            for one in (Outcome(**one) for one in self._news["ended"]["outcomes"]):
-                if one.rank // self._card.processes != self.rank:
-                    outcome.record(folder, one)
+            found = [Outcome(**one) for one in self._news["ended"]["outcomes"]]
+            outcome.record_others(folder, [one for one in found if one.rank // self._card.processes != self.rank])
         elif self._store is not None:
             with suppress(RuntimeError):
                 self._set(f"left/{self.rank}", True)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def run_workers(task: Task, folder: Path) -> int:
         return _torchrun(folder, _node(0, 1, task.processes, loopback.ADDRESS, port))
     group = nodes.Nodes(task.node_rank, task.nodes, task.job_id or "no job", task.rendezvous, _card(task))
     code = 1
+    with suppress(SignalException):  # from another node, before torchrun could take it
+        code = _run_among(group, task, folder)
+    signal.signal(_ABORT, signal.SIG_IGN)
+    group.part(folder, failed=code != 0)
+    return code
+
+
+def _run_among(group: nodes.Nodes, task: Task, folder: Path) -> int:
+    """Runs the workers of this node when all nodes are there; returns 0 if they have ended as they should."""
     try:
         group.meet(task.config.train.node_timeout.seconds, (folder / family.STOP_FILE).exists, _warn)
         if group.network:
@@ -61,7 +71,7 @@ def run_workers(task: Task, folder: Path) -> int:
             os.environ |= interface.variables(group.interface)
         group.watch(lambda: os.kill(os.getpid(), _ABORT))
         group.reach()
-        code = _torchrun(folder, _node(task.node_rank, task.nodes, task.processes, group.first, task.rendezvous.port))
+        return _torchrun(folder, _node(task.node_rank, task.nodes, task.processes, *group.first))
     except UserError as error:
         outcome.record(folder, Outcome(task.ranks[0], outcome.REFUSED, str(error)))
     except (NodesMissing, NodesApart) as error:
@@ -69,12 +79,8 @@ def run_workers(task: Task, folder: Path) -> int:
     except NodesStopped:
         for rank in range(task.world_size):  # none of them has begun
             outcome.record(folder, Outcome(rank, outcome.STOPPED))
-        code = 0
-    except SignalException:  # before torchrun could take it
-        pass
-    signal.signal(_ABORT, signal.SIG_IGN)
-    group.part(folder, failed=code != 0)
-    return code
+        return 0
+    return 1
 
 
 def _node(rank: int, count: int, processes: int, address: str, port: int) -> list[str]:

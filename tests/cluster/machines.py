@@ -35,10 +35,16 @@ class Machine:
     def run(self, *command: str) -> None:
         subprocess.run([*self.under, *command], check=True)
 
-    def block_all_ports_but(self, port: int, verdict: str) -> None:
-        """As a firewall that lets connections to one port in, and answers the others with ``DROP`` or ``REJECT``."""
-        new = ("--in-interface", "cable", "--protocol", "tcp", "--syn", "!", "--dport", str(port))
-        self.run("iptables", "--append", "INPUT", *new, "--jump", verdict)
+    def block_all_ports_but(self, port: int, verdict: str, spared: int = 0) -> None:
+        """As a firewall that lets connections to one port in, and answers the others with ``DROP`` or ``REJECT``.
+
+        The first `spared` connections to other ports come through.
+        """
+        new = ("--append", "INPUT", "--in-interface", "cable", "--protocol", "tcp", "--syn", "!", "--dport", str(port))
+        if spared:
+            few = ("--match", "limit", "--limit", "1/day", "--limit-burst", str(spared))
+            self.run("iptables", *new, *few, "--jump", "ACCEPT")
+        self.run("iptables", *new, "--jump", verdict)
 
     def cut(self) -> None:
         """As pulling the cable."""

@@ -105,6 +105,21 @@ def test_a_firewall_that_lets_the_rendezvous_alone_through_is_one_line(
         assert part in line
 
 
+def test_workers_that_cannot_connect_although_their_nodes_can_are_one_line(settings: Written, tmp_path: Path) -> None:
+    with machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two:
+        for one in two:
+            one.block_all_ports_but(PORT, "REJECT", spared=1)
+        with started(two, settings(), "10.77.0.1") as nodes:
+            ends = [node.end() for node in nodes]
+    assert [code for code, _, _ in ends] == [EXIT_FAILED] * 2
+    line = "a worker of machine1, at 10.77.0.2 (cable) cannot connect to one at 10.77.0.1: Connection refused; "
+    for _, _, err in ends:
+        last = err.splitlines()[-1]  # Gloo writes its own lines before, on the node whose worker has failed
+        assert last.startswith(line)
+        assert "GLOO_SOCKET_IFNAME" in last
+        assert "Traceback" not in err
+
+
 def test_an_interface_that_does_not_lead_to_the_others_is_one_line(settings: Written, tmp_path: Path) -> None:
     with (
         machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two,
