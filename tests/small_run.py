@@ -66,9 +66,13 @@ class DataSet:
 
 def prepare_sample(server: S3Server, folder: Path) -> DataSet:
     """Makes the data set in a bucket of its own; `folder` takes the tokenizer."""
+    return prepare_sample_at(f"{server.create_bucket('small-run-data')}/shards", folder)
+
+
+def prepare_sample_at(shards: str, folder: Path) -> DataSet:
+    """Makes the data set at a URL or in a folder; `folder` takes the tokenizer."""
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     tokenizer = train_tokenizer(texts, 400, folder)
-    shards = f"{server.create_bucket('small-run-data')}/shards"
     recipe = Recipe(str(SAMPLE), "text", "id", "stop", slice_bytes=2**15, validation_fraction=0.1, seed=2333)
     manifest = prepare(recipe, tokenizer, shards)
     assert manifest is not None

@@ -11,6 +11,8 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from job.cluster import interface
+
 ADDRESS = "127.0.0.1"
 _INTERFACES = ("lo", "lo0")
 """The loopback interface's name under Linux, and under macOS and BSD."""
@@ -38,8 +40,4 @@ def interface_environment(environment: Mapping[str, str] = os.environ) -> dict[s
     """Return the variables that keep gloo and NCCL on the loopback interface, without those that the user has set."""
     present = {name for _, name in socket.if_nameindex()}
     found = next((name for name in _INTERFACES if name in present), None)
-    if found is None:
-        return {}
-    # NCCL takes a name for the beginning of one unless there is a "=" before it.
-    wanted = {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": f"={found}"}
-    return {name: value for name, value in wanted.items() if name not in environment}
+    return {} if found is None else interface.variables(interface.Interface(found, ADDRESS), environment)

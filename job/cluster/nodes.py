@@ -2,19 +2,24 @@
 
 torchrun starts the workers of one node and knows nothing of the others: where one fails, they would wait for it until a
 timeout, and each would end with another exit code. So the agents share a store of keys and values at the rendezvous
-address, the one that torchrun uses as well: each says there what it brings, that it lives, and how its workers ended.
+address, the one that torchrun uses as well. Each says there what it brings, that it lives, and how its workers ended.
+
+Node 0 alone looks at all of that, and publishes what came of it under one key: what the store has to do grows with the
+number of nodes, not with its square. The keys are:
+
+* ``card/N``, ``link/N``: what node N brings, and how it is reached; ``stop``: a node was asked to stop meanwhile;
+* ``go``: node 0 has found that all are there and fit together, or why nothing comes of it;
+* ``beat/N``: a number that grows as long as node N lives; ``over/N``: how its workers ended;
+* ``news``: what node 0 has seen: whether one has failed and, at last, how all have ended; ``left/N``: node N knows it.
 """
 
 import json
-import os
-import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,46 +27,25 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore
 
 from job import awake
-from job.cluster import outcome
+from job.cluster import interface, link, loopback, outcome
+from job.cluster.card import Card, misfit
+from job.cluster.interface import Interface
+from job.cluster.link import Link
 from job.cluster.outcome import Outcome
 from job.cluster.place import Rendezvous
+from job.cluster.waiting import NodesMissing, NodesStopped, Wait
 from job.errors import UserError
 
-ABORT = signal.SIGVTALRM
-"""Signal that a node's agent sends to itself when another node has failed, so that torchrun ends its workers. It is not
-sent by any person, terminal or scheduler, and ends a process that does not handle it."""
 _BEAT_SECONDS = 1.0
 _LOST_SECONDS = 30.0
 """A node that has given no sign of life for so long is gone."""
 _LOST_AT_THE_END_SECONDS = 10.0
-"""The same when this node's workers have failed: the others are hardly better off."""
-_FIRST_WORD_SECONDS = 10.0
-"""A person is told whom a start waits for after this time, and then each time it has doubled."""
+"""The same when the workers of one have failed: the others are hardly better off."""
 _OPERATION_SECONDS = 20.0
 _ANSWER_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a node says of itself; what follows the token must be the same on all nodes."""
-
-    host: str
-    token: str
-    """Of this start of it: whoever takes its place has another."""
-    processes: int
-    """Workers of the node."""
-    versions: dict[str, str]
-    """Of the packages that decide what is computed, by name."""
-    settings: dict[str, Any]
-    """By dotted name, without those that are a node's own."""
-
-
-class NodesStopped(Exception):
-    """The run was asked to stop before all nodes were there."""
-
-
-class NodesMissing(Exception):
-    """Not all nodes came in time: when they are started again, they may."""
+_OVER = "over"
+"""A node's beat when its workers have ended."""
+_NO_NEWS: dict[str, Any] = {"failed": False, "ended": None}
 
 
 class Nodes:
@@ -77,13 +61,25 @@ class Nodes:
 
     def __init__(self, rank: int, count: int, job: str, rendezvous: Rendezvous, card: Card) -> None:
         self.rank, self.count, self._job, self._rendezvous, self._card = rank, count, job, rendezvous, card
-        self.hosts = [f"node {node}" for node in range(count)]
+        self.interface: Interface | None = None
+        """The one over which this node reaches the others; None if that is not known."""
+        self.first = Rendezvous(loopback.ADDRESS, rendezvous.port)
+        """The rendezvous, as this node reaches it: an address instead of a name."""
+        self.network = ""
+        """Interfaces of all nodes in one line; node 0 knows it."""
+        self._hosts = [f"node {node}" for node in range(count)]
+        self._link = self._next = Link(card.host, rank, "", 0, "", "")
+        self._listening: socket.socket | None = None
+        self._no_answer = ""
         self._store: Any = None
         self._has_met = False
-        self._lock = threading.Lock()
-        self._beats: dict[int, tuple[int, float]] = {}
+        # What follows is of the watching.
+        self._over: dict[str, Any] | None = None
+        self._parting, self._done = threading.Event(), threading.Event()
+        self._beats: dict[int, tuple[Any, float]] = {}
+        self._found: dict[int, dict[str, Any] | None] = {}
+        self._news, self._heard_at = _NO_NEWS, 0.0
         self._lost_seconds = _LOST_SECONDS
-        self._closed = threading.Event()
 
     # ---- Meeting ----
 
@@ -95,9 +91,12 @@ class Nodes:
             NodesMissing: they do not all come in time.
             NodesStopped: one of them was asked to stop before that.
         """
-        wait = _Wait(timeout_seconds, lambda: stop_requested() or self._is_stopped(), say)
+        wait = Wait(timeout_seconds, lambda: stop_requested() or self._is_stopped(), say)
         try:
-            self.hosts = self._gather(wait) if self.rank == 0 else self._join(wait)
+            if self.rank == 0:
+                self._gather(wait)
+            else:
+                self._join(wait)
         except NodesStopped:
             if self._store is not None:
                 self._set("stop", True)
@@ -108,6 +107,7 @@ class Nodes:
         except NodesMissing as error:
             self._refuse("missing", str(error))
             raise
+        self._next = Link(**self._get(f"link/{(self.rank + 1) % self.count}"))
         self._has_met = True
 
     def _refuse(self, how: str, *why: Any) -> None:
@@ -115,213 +115,233 @@ class Nodes:
         if self.rank == 0 and self._store is not None:
             self._set("go", {how: why})
 
-    def _gather(self, wait: "_Wait") -> list[str]:
-        """Node 0's part: the hosts of all, when they are there and fit together."""
+    def _gather(self, wait: Wait) -> None:
+        """Node 0's part: waits until all are there and fit together, and tells them."""
 
-        def missing() -> list[int]:
-            return [node for node in range(self.count) if not self._has(f"card/{node}")]
+        def missing() -> str:
+            absent = [node for node in range(self.count) if not self._has([f"card/{node}"])]
+            return f"nodes {link.listed(absent)} of {self.count} are not there (awaited at {self._rendezvous})"
 
+        all_nodes, others = range(self.count), range(1, self.count)
         self._open_store(wait)
-        self._set(f"card/{self.rank}", asdict(self._card))
-        wait.until(lambda: not missing(), lambda: f"nodes {missing()} of {self.count} are not there")
-        cards = [Card(**self._get(f"card/{node}")) for node in range(self.count)]
-        if (error := _misfit(cards)) is not None:
+        self._set("card/0", asdict(self._card))
+        wait.until(lambda: self._has(f"card/{node}" for node in all_nodes), missing)
+        cards = [Card(**card) for card in self._get_all("card", all_nodes)]
+        if (error := misfit(cards)) is not None:
             raise error
-        self._set("go", {"tokens": [card.token for card in cards], "hosts": [card.host for card in cards]})
-        return [card.host for card in cards]
+        links = [Link(**one) for one in self._get_all("link", others)]
+        self.interface = link.interface_towards(links)
+        self._publish_link()
+        self.network = link.described([self._link, *links])
+        self._hosts = [card.host for card in cards]
+        self._store.multi_set([f"beat/{node}" for node in others], ["0"] * len(others))
+        self._set("news", _NO_NEWS)
+        self._set("go", {"tokens": [card.token for card in cards], "host": cards[0].host})
 
-    def _join(self, wait: "_Wait") -> list[str]:
-        """The part of the others: the hosts of all, when node 0 has found them all."""
+    def _join(self, wait: Wait) -> None:
+        """The part of the others: waits until node 0 has found them all."""
         while True:
             try:
                 self._open_store(wait)
+                self._publish_link()
                 self._set(f"card/{self.rank}", asdict(self._card))
-                wait.until(lambda: self._has("go"), lambda: f"node 0 at {self._rendezvous} waits for further nodes")
+                wait.until(lambda: self._has(["go"]), lambda: f"node 0 at {self._rendezvous} waits for further nodes")
                 go = self._get("go")
                 if "refused" in go:
                     raise UserError(*go["refused"])
                 if "missing" in go:
                     raise NodesMissing(*go["missing"])
                 if go["tokens"][self.rank] == self._card.token:
-                    hosts: list[str] = go["hosts"]
-                    return hosts
+                    self._hosts[0] = go["host"]
+                    return
                 # They have met whoever had this node's place before, and are about to notice that it is gone.
-                wait.until(lambda: not self._has("go"), lambda: "the nodes of the start before have not ended")
+                wait.until(lambda: not self._has(["go"]), lambda: "the nodes of the start before have not ended")
             except RuntimeError:  # node 0 has ended, and its store with it; when it starts again, there is another one
                 self._store = None
 
     def _is_stopped(self) -> bool:
-        return self._store is not None and self._has("stop")
+        return self._store is not None and self._has(["stop"])
 
-    def _open_store(self, wait: "_Wait") -> None:
-        address, port = self._rendezvous
+    def _open_store(self, wait: Wait) -> None:
         timeout = timedelta(seconds=_OPERATION_SECONDS)
         if self.rank == 0:
-            wait.until(lambda: _is_free(port), lambda: f"port {port} of this node is taken by another process")
+            address, port = self._rendezvous
+            listening: list[socket.socket] = []
+            taken = f"port {port} of this node is taken by another process"
+            wait.until(lambda: link.listen_everywhere(port, listening), lambda: taken)
             # torchrun finds this server in its process, and uses it too.
-            store = TCPStore("localhost", port, None, True, timeout, wait_for_workers=False, multi_tenant=True)
-            wait.until(self._is_reachable, lambda: f"{address} does not lead to this node, which is to be node 0")
+            more: dict[str, Any] = {"multi_tenant": True, "master_listen_fd": listening[0].detach()}
+            store = TCPStore(*self.first, None, True, timeout, wait_for_workers=False, **more)
+            elsewhere = f"{address} does not lead to this node, which is to be node 0"
+            wait.until(self._is_reachable, lambda: f"{elsewhere} ({self._no_answer})")
         else:
-            wait.until(self._is_reachable, lambda: f"node 0 does not answer at {self._rendezvous}")
-            store = TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+            missing = f"node 0 does not answer at {self._rendezvous}"
+            wait.until(self._is_reachable, lambda: f"{missing} ({self._no_answer})")
+            store = TCPStore(*self.first, None, False, timeout, wait_for_workers=False)
         self._store = PrefixStore(f"nodes of {self._job}", store)
 
     def _is_reachable(self) -> bool:
-        with suppress(OSError), socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS):
-            return True
-        return False
+        """Whether node 0 answers; if so, also notes over what it was reached."""
+        try:
+            with socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS) as connection:
+                if self.rank != 0:
+                    self.first = self.first._replace(address=connection.getpeername()[0])
+                    self.interface = interface.with_address(connection.getsockname()[0])
+        except OSError as error:
+            here = interface.leading_to(self._rendezvous.address)
+            self._no_answer = f"from {here or 'here'}: {(error.strerror or str(error)).lower()}"
+            return False
+        return True
+
+    def _publish_link(self) -> None:
+        """Tells the others how the workers of this node are reached, and listens there."""
+        found = None
+        with suppress(UserError):  # raised by `reach`, when the others can be told of it
+            found = interface.of_gloo(self.interface)
+        self._listening = link.listen_at(found.address) if found else None
+        port = self._listening.getsockname()[1] if self._listening else 0
+        words = interface.described(self.interface, self._rendezvous)
+        self._link = Link(self._card.host, self.rank, found.address if found else "", port, self.first.address, words)
+        self._set(f"link/{self.rank}", asdict(self._link))
+
+    def reach(self) -> None:
+        """Tries whether the workers of this node will reach those of the next one.
+
+        Raises:
+            link.NodesApart: they will not.
+            UserError: the user has named an interface that this node does not have.
+        """
+        interface.of_gloo(self.interface)
+        link.reach(self._link, self._next)
 
     # ---- Watching ----
 
-    def watch(self) -> None:
-        """From now on this process gets `ABORT` as soon as another node has failed or is gone."""
-        threading.Thread(target=self._watch, name="nodes", daemon=True).start()
+    def watch(self, end_workers: Callable[[], None]) -> None:
+        """From now on `end_workers` is called, once, as soon as another node has failed or is gone."""
+        self._heard_at = awake.seconds()
+        for run in (self._watch, self._guard):
+            threading.Thread(target=run, args=(end_workers,), name="nodes", daemon=True).start()
 
-    def _watch(self) -> None:
-        while not self._closed.wait(_BEAT_SECONDS):
-            with suppress(RuntimeError):  # node 0 is gone: found below
-                self._beat()
-            if any(found is None or found["failed"] for found in self._ended().values()):
-                os.kill(os.getpid(), ABORT)
-                return
+    def _watch(self, end_workers: Callable[[], None]) -> None:
+        """Takes part in the exchange, until all is over or node 0 is gone."""
+        try:
+            while not self._done.is_set():
+                self._hear(self._preside() if self.rank == 0 else self._report(), end_workers)
+                self._heard_at = awake.seconds()
+                if self._parting.wait(_BEAT_SECONDS):
+                    self._done.wait(_BEAT_SECONDS / 5)
+        except RuntimeError:  # the store is node 0's
+            self._hear(self._without_node_0(), end_workers)
 
-    def _beat(self) -> None:
-        with self._lock:
-            self._store.add(f"beat/{self.rank}", 1)
+    def _guard(self, end_workers: Callable[[], None]) -> None:
+        """Notices that node 0 is gone where nothing says so, since its machine is off or a cable is cut."""
+        while not self._done.wait(_BEAT_SECONDS):
+            if awake.seconds() - self._heard_at > self._lost_seconds:
+                self._hear(self._without_node_0(), end_workers)
 
-    def _ended(self) -> dict[int, dict[str, Any] | None]:
-        """What the other nodes that have ended left, by their ranks; None for one that is gone without a word."""
-        found: dict[int, dict[str, Any] | None] = {}
-        for node in range(self.count):
-            if node == self.rank:
+    def _hear(self, news: dict[str, Any], end_workers: Callable[[], None]) -> None:
+        if self._done.is_set():
+            return
+        is_new, self._news = news["failed"] and not self._news["failed"], news
+        if news["ended"] is not None:
+            self._done.set()
+        if is_new and not self._parting.is_set():
+            end_workers()
+
+    def _report(self) -> dict[str, Any]:
+        """A round of every other node: says that it lives, or how its workers ended, and asks what node 0 has seen."""
+        if self._over is not None and self.rank not in self._found:
+            self._set(f"over/{self.rank}", self._over)
+            self._found[self.rank] = self._over
+        self._set(f"beat/{self.rank}", _OVER if self.rank in self._found else awake.seconds())
+        news: dict[str, Any] = self._get("news")
+        if news["ended"] is not None:
+            self._set(f"left/{self.rank}", True)
+        return news
+
+    def _preside(self) -> dict[str, Any]:
+        """A round of node 0: looks at all others, and tells them what it has seen."""
+        others = range(1, self.count)
+        for node, beat in zip(others, self._get_all("beat", others), strict=True):
+            if node in self._found:
                 continue
-            try:
-                if self._has(f"over/{node}"):
-                    found[node] = self._get(f"over/{node}")
-                elif self._is_lost(node):
-                    found[node] = None
-            except RuntimeError:  # the store is node 0's
-                return {0: None}
-        return found
+            if beat == _OVER:
+                self._found[node] = self._get(f"over/{node}")
+            elif self._is_lost(node, beat):
+                self._found[node] = None
+        if self._over is not None:
+            self._found[0] = self._over
+        failed = any(found is None or found["failed"] for found in self._found.values())
+        if failed:
+            self._lost_seconds = _LOST_AT_THE_END_SECONDS
+        news = {"failed": failed, "ended": self._ended() if len(self._found) == self.count else None}
+        if news != self._news:
+            self._set("news", news)
+        return news
 
-    def _is_lost(self, node: int) -> bool:
-        with self._lock:
-            beats = self._store.add(f"beat/{node}", 0)
-        known, since = self._beats.get(node, (-1, 0.0))
-        if beats != known:
-            self._beats[node] = beats, awake.seconds()
+    def _is_lost(self, node: int, beat: Any) -> bool:
+        known, since = self._beats.get(node, (None, 0.0))
+        if beat != known:
+            self._beats[node] = beat, awake.seconds()
             return False
         return awake.seconds() - since > self._lost_seconds
+
+    def _ended(self) -> dict[str, Any]:
+        """How all nodes have ended; the messages that nobody will be told are not sent to every node."""
+        gone = [node for node, found in self._found.items() if found is None]
+        outcomes = [self._lost(node) for node in gone]
+        outcomes += [Outcome(**one) for found in self._found.values() if found for one in found["outcomes"]]
+        return {"gone": gone, "outcomes": [asdict(one) for one in outcome.without_details(outcomes)]}
+
+    def _without_node_0(self) -> dict[str, Any]:
+        """The news when node 0 is gone, and with it what the others have said."""
+        return {"failed": True, "ended": {"gone": [0], "outcomes": [asdict(self._lost(0))]}}
+
+    def _lost(self, node: int) -> Outcome:
+        """The outcome of a node that is gone: as that of its first worker."""
+        message = f"{self._hosts[node]} (node {node}) is gone"
+        return Outcome(node * self._card.processes, outcome.LOST, message, time.time())
 
     # ---- Parting ----
 
     def part(self, folder: Path, failed: bool) -> None:
-        """Tells the others how this node's workers ended, waits for their end, and notes it in `folder` as well.
-
-        A node that is gone is noted as the outcome of its first worker.
-        """
-        self._closed.set()
-        ended: dict[int, dict[str, Any] | None] = {}
+        """Tells the others how this node's workers ended, waits for their end, and notes it in `folder` as well."""
+        gone: list[int] = []
         if self._has_met:
             if failed:
                 self._lost_seconds = _LOST_AT_THE_END_SECONDS
-            ended = self._exchange([asdict(one) for one in outcome.read_all(folder)], failed)
-        for node, found in ended.items():
-            if found is None:
-                gone = f"{self.hosts[node]} (node {node}) is gone"
-                outcome.record(folder, Outcome(node * self._card.processes, outcome.LOST, gone))
-            else:
-                for one in found["outcomes"]:
-                    outcome.record(folder, Outcome(**one))
-        if self._store is not None:
-            self._leave([node for node in range(self.count) if ended.get(node, {}) is not None])
-
-    def _exchange(self, outcomes: list[dict[str, Any]], failed: bool) -> dict[int, dict[str, Any] | None]:
-        """As `_ended`, when all have."""
-        ended: dict[int, dict[str, Any] | None] = {}
-        with suppress(RuntimeError):
-            self._set(f"over/{self.rank}", {"failed": failed, "outcomes": outcomes})
-        while len(ended) < self.count - 1:
+            self._over = {"failed": failed, "outcomes": [asdict(one) for one in outcome.read_all(folder)]}
+            self._parting.set()
+            self._done.wait()
+            gone = self._news["ended"]["gone"]
+            found = [Outcome(**one) for one in self._news["ended"]["outcomes"]]
+            outcome.record_others(folder, [one for one in found if one.rank // self._card.processes != self.rank])
+        elif self._store is not None:
             with suppress(RuntimeError):
-                self._beat()
-            ended |= self._ended()
-            if 0 in ended and ended[0] is None:
-                break  # with node 0, what the others have said is gone
-            time.sleep(_BEAT_SECONDS / 5)
-        return ended
+                self._set(f"left/{self.rank}", True)
+        if self.rank == 0 and self._store is not None:
+            self._wait_for_readers([node for node in range(1, self.count) if node not in gone])
+        if self._listening is not None:
+            self._listening.close()
 
-    def _leave(self, alive: list[int]) -> None:
+    def _wait_for_readers(self, alive: list[int]) -> None:
         """Node 0 keeps the store until those of the others that are there have read it."""
-        with suppress(RuntimeError):
-            self._set(f"left/{self.rank}", True)
-            deadline = awake.seconds() + _LOST_AT_THE_END_SECONDS
-            there = [node for node in alive if self._has(f"card/{node}")]
-            while self.rank == 0 and awake.seconds() < deadline:
-                if all(self._has(f"left/{node}") for node in there):
-                    return
-                time.sleep(_BEAT_SECONDS / 20)
+        there = [f"left/{node}" for node in alive if self._has([f"card/{node}"])]
+        deadline = awake.seconds() + _LOST_AT_THE_END_SECONDS
+        while there and not self._has(there) and awake.seconds() < deadline:
+            time.sleep(_BEAT_SECONDS / 20)
 
     # ---- The store ----
 
     def _set(self, key: str, value: Any) -> None:
-        with self._lock:
-            self._store.set(key, json.dumps(value))
+        self._store.set(key, json.dumps(value))
 
     def _get(self, key: str) -> Any:
-        with self._lock:
-            return json.loads(self._store.get(key))
+        return json.loads(self._store.get(key))
 
-    def _has(self, key: str) -> bool:
-        with self._lock:
-            return bool(self._store.check([key]))
+    def _get_all(self, kind: str, nodes: Iterable[int]) -> list[Any]:
+        return [json.loads(value) for value in self._store.multi_get([f"{kind}/{node}" for node in nodes])]
 
-
-class _Wait:
-    """Waits for other nodes, with a limit for all of it, and tells a person what for."""
-
-    def __init__(self, timeout_seconds: float, stop_requested: Callable[[], bool], say: Callable[[str], None]) -> None:
-        self._began, self._timeout_seconds = awake.seconds(), timeout_seconds
-        self._stop_requested, self._say = stop_requested, say
-        self._next_word_seconds = _FIRST_WORD_SECONDS
-
-    def until(self, come: Callable[[], bool], missing: Callable[[], str]) -> None:
-        """Returns when they have `come`; `missing` says who has not."""
-        while not come():
-            waited = awake.seconds() - self._began
-            if self._stop_requested():
-                raise NodesStopped
-            if waited > self._timeout_seconds:
-                raise NodesMissing(f"{missing()} after {waited:.0f} s (train.node_timeout)")
-            if waited > self._next_word_seconds:
-                self._say(f"waiting for {waited:.0f} s: {missing()}")
-                self._next_word_seconds *= 2
-            time.sleep(_BEAT_SECONDS / 5)
-
-
-def _misfit(cards: list[Card]) -> UserError | None:
-    """In what a node differs from node 0, if any does."""
-    first, remedy = cards[0], "start the same command, with the same image and settings, on all nodes"
-    for node, card in enumerate(cards):
-        where = f"on {card.host} (node {node}), but {{!r}} on {first.host} (node 0)"
-        if card.processes != first.processes:
-            few = "are all GPUs there? or set train.processes"
-            return UserError("train.processes", card.processes, where.format(first.processes), few)
-        for what, mine, theirs in (("version of ", card.versions, first.versions), ("", card.settings, first.settings)):
-            for name in sorted(mine.keys() | theirs.keys()):
-                if mine.get(name) != theirs.get(name):
-                    return UserError(f"{what}{name}", mine.get(name), where.format(theirs.get(name)), remedy)
-    return None
-
-
-def _is_free(port: int) -> bool:
-    try:
-        socket.create_server(("", port)).close()
-    except OSError:
-        return False
-    return True
-
-
-def say(line: str) -> None:
-    """One line on standard error, which a person sees at once."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    def _has(self, keys: Iterable[str]) -> bool:
+        """Whether all of them are there."""
+        return bool(self._store.check(list(keys)))

@@ -38,7 +38,7 @@ class Rendezvous(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return f"{self.address}:{self.port}"
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 class Fact(NamedTuple):
@@ -246,12 +246,27 @@ def _counted(
     if not environment.get(address):
         raise UserError(address, None, f"is not set, but {count} is {nodes}", "set it to the address of the first node")
     if environment.get(port):
-        return _Nodes(this, nodes, Rendezvous(environment[address], number(environment, port, least=1, below=65536)))
+        chosen = number(environment, port, least=1, below=65536)
+        return _Nodes(this, nodes, Rendezvous(_host(environment, address), chosen))
     job = job_id_from_environment(environment)
     if job is None:
         remedy = "set it to a free port of the first node, or WIKILLM_JOB_ID, which gives one"
         raise UserError(port, None, f"is not set, but {count} is {nodes}", remedy)
-    return _Nodes(this, nodes, Rendezvous(environment[address], port_of(job)))
+    return _Nodes(this, nodes, Rendezvous(_host(environment, address), port_of(job)))
+
+
+def _host(environment: Mapping[str, str], name: str) -> str:
+    """The host in a variable: a name, an IPv4 address, or an IPv6 address with or without brackets."""
+    text = environment[name]
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if "%" in host:
+        expected = "this address is valid on one link of this node only"
+        raise UserError(name, text, expected, "set it to an address of the first node that all nodes reach")
+    if not re.fullmatch(r"[\w.:-]+", host):
+        raise UserError(name, text, "expected a host name or an IP address", "the port is in a variable of its own")
+    if host.count(":") == 1:
+        raise UserError(name, text, "expected an address without a port", "the port is in a variable of its own")
+    return host
 
 
 def _in_skypilot(environment: Mapping[str, str]) -> bool:
@@ -291,7 +306,9 @@ def _slurm_nodes(environment: Mapping[str, str]) -> tuple[_Nodes, str]:
     this = number(environment, "SLURM_NODEID", below=nodes, limit="SLURM_STEP_NUM_NODES")
     if nodes == 1:
         return _Nodes(0, 1, None), sources
-    address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    address = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    if environment.get("MASTER_ADDR"):
+        address = _host(environment, "MASTER_ADDR")
     if not address:
         raise UserError("SLURM_STEP_NODELIST", None, f"is not set, but SLURM_STEP_NUM_NODES is {nodes}", "use srun")
     if environment.get("MASTER_PORT"):

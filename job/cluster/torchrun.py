@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import socket
+import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,14 +17,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from job import config as settings
-from job.cluster import family, loopback, nodes, outcome
+from job.cluster import family, interface, loopback, nodes, outcome
+from job.cluster.card import Card
+from job.cluster.link import NodesApart
 from job.cluster.outcome import Outcome
-from job.cluster.place import Rendezvous
 from job.cluster.task import Task
+from job.cluster.waiting import NodesMissing, NodesStopped
 from job.errors import UserError
 from job.revision import code_version
 
-_HEARD = f"{nodes.ABORT.name},SIGQUIT"
+_ABORT = signal.SIGVTALRM
+"""Signal that this process sends to itself when another node has failed, so that torchrun ends its workers. It is not
+sent by any person, terminal or scheduler, and ends a process that does not handle it."""
+_HEARD = f"{_ABORT.name},SIGQUIT"
 """Signals by which torchrun ends its workers at once; requests to stop are not among them."""
 _TAKE_DOWN_SECONDS = 3
 """What a worker gets between SIGTERM and SIGKILL when another one has failed; it leaves at once if it can."""
@@ -39,37 +46,48 @@ def run_workers(task: Task, folder: Path) -> int:
         folder: of this start (`family.FOLDER_VARIABLE`).
     """
     logging.disable(logging.CRITICAL)
-    signal.signal(nodes.ABORT, _abort)
+    signal.signal(_ABORT, _abort)
     if task.rendezvous is None:
         os.environ |= loopback.interface_environment()
         _store, port = loopback.open_store()  # kept: torchrun finds it in this process, and opens none of its own
-        return _torchrun(folder, _node(0, 1, task.processes, Rendezvous(loopback.ADDRESS, port)))
+        return _torchrun(folder, _node(0, 1, task.processes, loopback.ADDRESS, port))
     group = nodes.Nodes(task.node_rank, task.nodes, task.job_id or "no job", task.rendezvous, _card(task))
     code = 1
-    try:
-        group.meet(task.config.train.node_timeout.seconds, (folder / family.STOP_FILE).exists, nodes.say)
-        group.watch()
-        code = _torchrun(folder, _node(task.node_rank, task.nodes, task.processes, task.rendezvous))
-    except UserError as error:
-        outcome.record(folder, Outcome(task.ranks[0], outcome.REFUSED, str(error)))
-    except nodes.NodesMissing as error:
-        outcome.record(folder, Outcome(task.ranks[0], outcome.LOST, str(error)))
-    except nodes.NodesStopped:
-        for rank in range(task.world_size):  # none of them has begun
-            outcome.record(folder, Outcome(rank, outcome.STOPPED))
-        code = 0
-    except SignalException:  # before torchrun could take it
-        pass
-    signal.signal(nodes.ABORT, signal.SIG_IGN)
+    with suppress(SignalException):  # from another node, before torchrun could take it
+        code = _run_among(group, task, folder)
+    signal.signal(_ABORT, signal.SIG_IGN)
     group.part(folder, failed=code != 0)
     return code
 
 
-def _node(rank: int, count: int, processes: int, rendezvous: Rendezvous) -> list[str]:
+def _run_among(group: nodes.Nodes, task: Task, folder: Path) -> int:
+    """Runs the workers of this node when all nodes are there; returns 0 if they have ended as they should."""
+    try:
+        group.meet(task.config.train.node_timeout.seconds, (folder / family.STOP_FILE).exists, _warn)
+        if group.network:
+            sys.stdout.write(f"{group.network}\n")
+            sys.stdout.flush()
+        if group.interface is not None:
+            os.environ |= interface.variables(group.interface)
+        group.watch(lambda: os.kill(os.getpid(), _ABORT))
+        group.reach()
+        return _torchrun(folder, _node(task.node_rank, task.nodes, task.processes, *group.first))
+    except UserError as error:
+        outcome.record(folder, Outcome(task.ranks[0], outcome.REFUSED, str(error)))
+    except (NodesMissing, NodesApart) as error:
+        outcome.record(folder, Outcome(task.ranks[0], outcome.LOST, str(error)))
+    except NodesStopped:
+        for rank in range(task.world_size):  # none of them has begun
+            outcome.record(folder, Outcome(rank, outcome.STOPPED))
+        return 0
+    return 1
+
+
+def _node(rank: int, count: int, processes: int, address: str, port: int) -> list[str]:
     """torchrun's options for one node of `count`."""
     return [
         *(f"--nnodes={count}", f"--node-rank={rank}", f"--nproc-per-node={processes}"),
-        *(f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}"),
+        *(f"--master-addr={address}", f"--master-port={port}"),
     ]
 
 
@@ -101,7 +119,12 @@ def _abort(number: int, frame: object) -> None:
     raise SignalException("another node has failed", signal.Signals(number))
 
 
-def _card(task: Task) -> nodes.Card:
+def _warn(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _card(task: Task) -> Card:
     versions = {name: version(name) for name in _COMPARED} | {"wikillm": code_version()}
     shared = {
         f"{section}.{key}": value
@@ -109,4 +132,5 @@ def _card(task: Task) -> nodes.Card:
         for key, value in values.items()
         if f"{section}.{key}" not in _OF_A_NODE
     }
-    return nodes.Card(socket.gethostname(), task.start, task.processes, versions, shared)
+    shared["train.device"] = task.device.kind  # what `auto` has come to must be the same on all nodes
+    return Card(socket.gethostname(), task.start, task.processes, versions, shared)

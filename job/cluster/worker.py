@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from job import console, storage
-from job.cluster import outcome, stop
+from job.cluster import interface, outcome, stop
 from job.cluster.device import Device
 from job.cluster.family import ANY_PORT, FOLDER_VARIABLE, PARENT_VARIABLE, STOP_FILE, die_with_parent, leave
 from job.cluster.outcome import Outcome
@@ -101,6 +101,9 @@ def main() -> int:
     except Exception as error:
         if (mendable := disk_error(error)) is not None:
             outcome.record(folder, Outcome(world.rank, outcome.REFUSED, str(name_setting(task.config, mendable))))
+            return EXIT_FAILED
+        if (apart := interface.join_error(error)) is not None:
+            outcome.record(folder, Outcome(world.rank, outcome.LOST, apart))
             return EXIT_FAILED
         outcome.record(folder, Outcome(world.rank, outcome.CRASHED, traceback.format_exc()))
     else:

@@ -66,6 +66,8 @@ def at(**environment: str) -> Place:
     [
         ({}, "this machine", (0, 1), None),
         (BY_HAND, "several nodes", (1, 2), ("10.0.0.5", 29500)),
+        (BY_HAND | {"MASTER_ADDR": "fd00::1"}, "several nodes", (1, 2), ("fd00::1", 29500)),
+        (BY_HAND | {"MASTER_ADDR": "[fd00::1]"}, "several nodes", (1, 2), ("fd00::1", 29500)),
         (SLURM_STEP, "Slurm", (1, 2), ("gpu003", port_of("42.0"))),
         (SLURM_STEP | {"MASTER_ADDR": "ib0-gpu003", "MASTER_PORT": "3333"}, "Slurm", (1, 2), ("ib0-gpu003", 3333)),
         (SLURM_STEP | ONE_NODE_STEP, "Slurm", (0, 1), None),
@@ -135,6 +137,11 @@ def test_a_process_that_torchrun_has_started_is_a_worker() -> None:
         (BY_HAND | {"WIKILLM_NODE_RANK": "first"}, "WIKILLM_NODE_RANK"),
         (BY_HAND | {"MASTER_PORT": "0"}, "MASTER_PORT"),
         (BY_HAND | {"MASTER_PORT": "65536"}, "MASTER_PORT"),
+        # Not an address that other nodes can use.
+        (BY_HAND | {"MASTER_ADDR": "fe80::1%eth0"}, "MASTER_ADDR"),
+        (BY_HAND | {"MASTER_ADDR": "10.0.0.5:29500"}, "MASTER_ADDR"),
+        (BY_HAND | {"MASTER_ADDR": "tcp://10.0.0.5"}, "MASTER_ADDR"),
+        (SLURM_STEP | {"MASTER_ADDR": "the first"}, "MASTER_ADDR"),
         (TRAINER | {"PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE"),
         (TRAINER | {"PET_NPROC_PER_NODE": "cpu"}, "PET_NPROC_PER_NODE"),
         (TRAINER | {"PET_NPROC_PER_NODE": "gpu"}, "PET_NPROC_PER_NODE"),
@@ -145,6 +152,11 @@ def test_what_should_be_many_is_never_taken_for_one(environment: dict[str, str],
     with pytest.raises(UserError) as error:
         at(**environment)
     assert error.value.setting == named
+
+
+def test_an_ipv6_rendezvous_is_written_so_that_its_port_can_be_told() -> None:
+    assert str(Rendezvous("fd00::1", 29500)) == "[fd00::1]:29500"
+    assert str(Rendezvous("10.0.0.5", 29500)) == "10.0.0.5:29500"
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from job import storage
+from job.cluster import interface
 from job.cluster.launch import find_device
-from job.cluster.place import find_place
+from job.cluster.place import Rendezvous, find_place
 from job.cluster.preflight import data, machine, run, store, world
 from job.cluster.preflight.elsewhere import check_elsewhere
 from job.cluster.preflight.findings import Findings, show
@@ -180,6 +182,8 @@ def _check_here(findings: Findings, config: Config, manifest: Manifest | None, s
         place = find_place()
         for fact in place.facts:
             findings.right(fact.what, fact.value + (f" ({fact.source})" if fact.source else ""))
+        if place.rendezvous is not None:
+            findings.right("network", network_towards(place.rendezvous))
         gpus = machine.check_gpus(findings, config, place)
         asked = config.train.processes or place.processes or max(1, len(gpus))
         processes = place.world.local_world_size if place.world else asked
@@ -201,3 +205,11 @@ def _check_here(findings: Findings, config: Config, manifest: Manifest | None, s
             seconds=None if place.ends_at is None else place.ends_at - time.time(),
         )
     return None
+
+
+def network_towards(rendezvous: Rendezvous) -> str:
+    """The interface that the workers of this node will use, as far as that is known before the nodes meet."""
+    found = interface.leading_to(rendezvous.address)
+    if found is None or ip_address(found.address).is_loopback:
+        return f"found when the nodes meet; from here, {rendezvous.address} leads to no other machine"
+    return f"{interface.described(found, rendezvous)}; this node has {found.address} there"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job import storage
+from job.cluster import interface
 from job.cluster.place import Place
 from job.cluster.preflight.driver import check_driver
 from job.cluster.preflight.findings import Findings
@@ -141,7 +142,8 @@ def check_gpus(findings: Findings, config: Config, place: Place) -> list[GpuFoun
     if processes > 1 or are_several:
         _check_nccl(findings)
     if are_several:
-        check_interconnect(findings)
+        found = interface.leading_to(place.rendezvous.address) if place.rendezvous else None
+        check_interconnect(findings, os.environ | (interface.variables(found) if found else {}))
     return gpus
 
 
