@@ -39,6 +39,9 @@ class Project:
     def __init__(self, folder: Path, docker: Engine, image: str) -> None:
         self.folder, self.docker = folder, docker
         self.name = f"wikillm-{secrets.token_hex(4)}"
+        # Of its own, since Compose makes a container anew when its image's name means another image.
+        self._image = f"{self.name}:tried"
+        docker("tag", image, self._image)
         self.configs = folder / "configs"
         self.configs.mkdir(mode=0o755)
         (folder / "launch").mkdir()
@@ -48,15 +51,21 @@ class Project:
             _import_store(docker, folder / "store", store)
         changes = {
             "store": "network_mode: none",
-            "prepare": f"image: {image}",
+            "prepare": f"image: {self._image}",
             # There is no GPU here.
-            "train": f"image: {image}\n    deploy: !reset null",
+            "train": f"image: {self._image}\n    deploy: !reset null",
         }
         services = "".join(f"  {service}:\n    {change}\n" for service, change in changes.items())
         (folder / "launch" / "here.yaml").write_text(f"services:\n{services}", encoding="utf-8")
         files = ["--file=launch/compose.yaml", "--file=launch/here.yaml", f"--project-name={self.name}"]
         # In place of the words `docker compose -f launch/compose.yaml`.
         self._docker = f'docker() {{ shift 3; command {shlex.join([str(COMPOSE), *files])} "$@"; }}'
+
+    def remove(self) -> None:
+        """Removes all that was made."""
+        if (self.folder / "launch" / ".env").exists():  # without it, nothing starts
+            self("down", "--volumes", "--timeout=0")
+        self.docker("image", "rm", self._image)
 
     def __call__(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs `docker compose` with both files."""
