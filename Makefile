@@ -28,7 +28,7 @@ demo: setup ## the whole path on this machine: no GPU, no account, no data of yo
 	$(RUN) -m job demo
 
 test: setup ## the tests, against a real S3 server and real processes; the longer ones have targets of their own
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile -o faulthandler_timeout=330
 
 chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
 	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos

@@ -12,7 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 PUSHED = "build/image-pushed"
 _REFERENCE = re.compile(r"(?P<name>[a-z0-9][\w.:/-]*)@(?P<digest>sha256:[0-9a-f]{64})")
-_PLACES = {
+PLACES = {
     "launch/compose.yaml": (re.compile(r"^(x-job: &job\n  image: )\S+", re.MULTILINE), r"\g<1>{name}@{digest}"),
     "launch/kubernetes/base/kustomization.yaml": (
         re.compile(r"(  - name: wikillm\n    newName: )\S+(.*\n    )(?:newTag|digest): \S+"),
@@ -36,7 +36,7 @@ def set_image(reference: str, repository: Path = REPOSITORY) -> list[str]:
             f"{reference!r} names no image by its digest, as registry/name@sha256:...: `make push` prints it"
         )
     written = {}
-    for spec, (place, replacement) in _PLACES.items():
+    for spec, (place, replacement) in PLACES.items():
         text, found = place.subn(
             replacement.format(**image.groupdict()), (repository / spec).read_text(encoding="utf-8")
         )

@@ -142,8 +142,8 @@ def check_gpus(findings: Findings, config: Config, place: Place) -> list[GpuFoun
     if processes > 1 or are_several:
         _check_nccl(findings)
     if are_several:
-        found = interface.leading_to(place.rendezvous.address) if place.rendezvous else None
-        check_interconnect(findings, os.environ | (interface.variables(found) if found else {}))
+        over = interface.leading_to(place.rendezvous.address) if place.rendezvous else None
+        check_interconnect(findings, os.environ | (interface.variables(over) if over else {}))
     return gpus
 
 
