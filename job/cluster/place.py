@@ -29,6 +29,8 @@ _FIRST_PORT, _PORTS = 20000, 10000
 """Rendezvous ports: below those that the kernel gives to outgoing connections, from 32768 on."""
 _FIRST_SPECIAL_STEP = 4294967290
 """Slurm's steps from here on are shells: interactive, batch, extern."""
+_SLURM_NO_TIME = 4294967294
+"""Slurm writes "not set" and "infinite" as this number and the next one, which would be in the year 2106."""
 
 
 class Rendezvous(NamedTuple):
@@ -337,8 +339,11 @@ def port_of(job_id: str) -> int:
 
 
 def _find_end(environment: Mapping[str, str]) -> tuple[float | None, str]:
-    if "SLURM_JOB_END_TIME" in environment:
-        return float(number(environment, "SLURM_JOB_END_TIME")), "SLURM_JOB_END_TIME"
+    """Return when the place ends this job, and where that was found. Slurm's values for "no limit" are no end."""
+    if (text := environment.get("SLURM_JOB_END_TIME")) is not None:
+        if text.isdecimal() and time.time() < int(text) < _SLURM_NO_TIME:
+            return float(text), "SLURM_JOB_END_TIME"
+        return None, f"SLURM_JOB_END_TIME is {text or 'empty'}, not a time to come"
     if environment.get("SWANLAB_RUNTIME") == "task":
         return time.time() + _SWANLAB_SECONDS - _SWANLAB_SET_UP_SECONDS, "SWANLAB_RUNTIME: a task ends after 4 hours"
     return None, "train.max_time sets one"

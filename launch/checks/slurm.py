@@ -19,6 +19,7 @@ DEFAULT_CONFIG = "configs/wiki-123m.yaml"
 """Of the script, where there is neither JOB_CONFIG nor job.yaml."""
 _SHORT = {"N": "nodes", "n": "ntasks", "t": "time", "G": "gpus", "J": "job-name", "p": "partition", "o": "output"}
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_GPU = re.compile(r"gpu(:|$)")
 _KILL_WAIT_SECONDS = 30
 """Slurm's default KillWait, between the end of the time and SIGKILL."""
 _RUNTIMES = {"pyxis": "", "apptainer": "apptainer", "charliecloud": "ch-run"}
@@ -35,7 +36,7 @@ def check_slurm(findings: Findings, config: Config, script: Path) -> Target | No
         text = _read(script)
         options = _directives(text)
         findings.right("script", f"{script}: {' '.join(f'--{name}={value}' for name, value in options.items())}")
-        gpus, kind = _gpus(options)
+        gpus, kind = _gpus(findings, options)
         _check_tasks(findings, options)
         _check_requeue(findings, text, options)
         _check_runtime(findings, text)
@@ -115,13 +116,22 @@ def _seconds(text: str) -> float | None:
     return (days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-def _gpus(options: dict[str, str]) -> tuple[int, str]:
+def _gpus(findings: Findings, options: dict[str, str]) -> tuple[int, str]:
     """GPUs of a node and their kind, in small letters; empty where it is not said."""
-    text = options.get("gpus-per-node") or next(
-        (one.partition(":")[2] for one in options.get("gres", "").split(",") if one.startswith("gpu")), ""
-    )
-    if not text:
-        return (1, "") if options.get("gres", "").startswith("gpu") else (0, "")
+    gres = next((one.partition(":")[2] or "1" for one in options.get("gres", "").split(",") if _GPU.match(one)), "")
+    asked = {"gres": gres} | {name: options[name] for name in ("gpus-per-node", "gpus-per-task") if name in options}
+    found = {f"--{name}": _counted(text) for name, text in asked.items() if text}
+    if "gpus" in options:
+        count, kind = _counted(options["gpus"])
+        found["--gpus"] = count // int(options.get("nodes", "1").partition("-")[0]), kind
+    if len({count for count, _ in found.values()}) > 1:
+        said = " and ".join(f"{name} for {count}" for name, (count, _) in found.items())
+        findings.wrong("GPUs", f"of a node: the script asks by {said}", "keep #SBATCH --gpus-per-node=N alone")
+    return next(iter(found.values()), (0, ""))
+
+
+def _counted(text: str) -> tuple[int, str]:
+    """How many GPUs, and of which kind: ``2``, ``h100`` or ``h100:2``."""
     kind, _, count = text.rpartition(":")
     return (int(count), kind.lower()) if count.isdecimal() else (1, count.lower())
 
@@ -210,11 +220,15 @@ def _ask_slurm(findings: Findings, script: Path) -> None:
     if (program := shutil.which("sbatch")) is None:
         findings.unsure("sbatch", "is not on this machine", "submit it from one that has it")
         return
-    done = subprocess.run(
-        [program, "--test-only", str(script)], capture_output=True, text=True, timeout=_SBATCH_SECONDS, check=False
-    )
+    command = [program, "--test-only", str(script)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SBATCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        findings.unsure("sbatch", f"no answer in {_SBATCH_SECONDS} s", "submit it from a login node")
+        return
     said = (done.stderr or done.stdout).strip().removeprefix("sbatch: ")
     if re.search("configuration source|contact slurm controller", said):
         findings.unsure("sbatch", f"no Slurm answers here: {said.splitlines()[-1]}", "submit it from a login node")
     else:
+        said = said or f"exit code {done.returncode}, and no word"
         findings.judge("sbatch", done.returncode == 0, said, "correct what Slurm names")

@@ -212,10 +212,20 @@ def test_the_processes_that_the_trainer_asks_for_are_taken_or_explained(
 def test_the_time_that_a_place_leaves() -> None:
     assert at().ends_at is None
     assert at(**SKYPILOT).ends_at is None
-    assert at(**SLURM_STEP, SLURM_JOB_END_TIME="1800000000").ends_at == 1.8e9
+    soon = int(time.time()) + 600
+    assert at(**SLURM_STEP, SLURM_JOB_END_TIME=str(soon)).ends_at == soon
     swanlab = at(SWANLAB_RUNTIME="task").ends_at
     assert swanlab is not None
     assert 3.5 * 3600 < swanlab - time.time() < 4 * 3600
+
+
+@pytest.mark.parametrize("end", ["", "0", "1700000000", "4294967294", "4294967295", "NONE", "Unknown"])
+def test_an_end_time_that_is_not_to_come_is_no_limit(end: str) -> None:
+    place = at(**SLURM_STEP, SLURM_JOB_END_TIME=end)
+    assert place.ends_at is None
+    (fact,) = [fact for fact in place.facts if fact.what == "time left"]
+    assert fact.value == "no limit is known"
+    assert fact.source == f"SLURM_JOB_END_TIME is {end or 'empty'}, not a time to come"
 
 
 @pytest.mark.parametrize(

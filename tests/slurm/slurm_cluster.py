@@ -170,7 +170,7 @@ class SlurmCluster:
         (folder / "hosts").write_text(f"127.0.0.1 localhost control\n{names}")
         for index in range(GPUS):  # of a range for experiments: Slurm only looks whether they exist
             os.mknod(folder / f"gpu{index}", stat.S_IFCHR | 0o600, os.makedev(60, index))
-        (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
+        (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Type=h100 File={folder}/gpu[0-{GPUS - 1}]\n")
         # Version 1 of cgroups where it is there: it finds the children that a job has left behind.
         freezer = os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
@@ -209,7 +209,7 @@ MinJobAge=3600
 MailProg=/bin/true
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=DEFAULT CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN
+NodeName=DEFAULT CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:h100:{GPUS} State=UNKNOWN
 {"".join(f"NodeName={n} NodeAddr={a} Port={ports.pop()}" + chr(10) for n, a in self.addresses.items())}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 MaxTime=INFINITE State=UP
 PartitionName=low Nodes=ALL PriorityTier=1 MaxTime=INFINITE State=UP

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Stands for python: `stand_in.sh -m job COMMAND --config SCRIPT …` runs a script, which says how this start ends.
+[[ $1 == -c ]] && exit # it is asked whether it can import the program
 # shellcheck disable=SC2034 # the script reads these
 start=$((${SLURM_RESTART_COUNT:-0} + 1)) node=$SLURM_PROCID here=$5
 # await SIGNAL COMMAND…: when both nodes are there, the first runs the command; until the signal comes.

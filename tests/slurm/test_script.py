@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import REPOSITORY, SCRIPT, SlurmCluster, await_true
+from stand_ins import ENROOT
 
 STAND_IN = Path(__file__).with_name("stand_in.sh")
 SECRET = "a-secret-for-slurm"
@@ -153,6 +154,8 @@ def test_the_script_works_as_it_stands(
     )
     assert cluster.await_end(job)["ExitCode"] == "0:0", (tmp_path / "log").read_text()
     lines = (tmp_path / "log").read_text().splitlines()[1:]
+    label = "0: " if nodes > 1 else ""
+    lines.remove(f"{label}slurm.sh: job {job}: the entrypoint starts")
     assert sorted(lines) == ([expected] if nodes == 1 else [f"{node}: {expected}" for node in range(nodes)])
 
 
@@ -240,17 +243,25 @@ def test_what_is_missing_is_said_in_one_line_and_is_not_tried_again(
 
 FAKES = {
     "apptainer": '#!/bin/bash\nprintf "%s\\n" "$@"\n',
-    # Slurm's own but for what the plugin adds.
+    # Slurm's own but for what the plugin adds; enroot is as strict about names.
     "srun": """#!/bin/bash
-        for one; do case $one in --help) echo --container-image; exit ;; --container-*) shown=1 ;; esac; done
+        enroot=$(cat "$0.names")
+        for one; do
+            case $one in
+                --help) echo --container-image --ntasks; exit ;;
+                --container-image=[./]*) shown=1 ;;
+                --container-image=*) [[ docker://${one#*=} =~ $enroot ]] || exit 1; shown=1 ;;
+            esac
+        done
         [[ ${shown:-} ]] && exec printf '%s\\n' "$@"
         exec {srun} "$@"
     """,
 }
 INSIDE = (
     *("env", "PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin", "PYTHONPATH=/app", "HOME=/scratch"),
-    *("WIKILLM_SCRATCH=/scratch", "python", "-m", "job", "train", "--config", "/app/configs/demo.yaml", "--a.b", "c d"),
+    *("WIKILLM_SCRATCH=/scratch", "sh", "-c"),
 )
+COMMAND = ["python", "-m", "job", "train", "--config", "/app/configs/demo.yaml", "--a.b", "c d"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +270,7 @@ INSIDE = (
         ("apptainer", "a.example/b/c:1", ["exec", "--pwd", "/app", "--bind", "MOUNTS", "docker://a.example/b/c:1"]),
         ("apptainer", "/images/c.sif", ["exec", "--pwd", "/app", "--bind", "MOUNTS", "/images/c.sif"]),
         ("pyxis", "a.example/b/c:1", ["--container-image=a.example#b/c:1", "--container-mounts=MOUNTS"]),
+        ("pyxis", "a.example/c@sha256:0a", ["--container-image=a.example#c:sha256:0a", "--container-mounts=MOUNTS"]),
         ("pyxis", "/images/c.sqsh", ["--container-image=/images/c.sqsh", "--container-mounts=MOUNTS"]),
     ],
 )  # fmt: skip
@@ -269,6 +281,7 @@ def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
     for name in ("apptainer",) if runtime == "apptainer" else ("srun",):
         (tmp_path / name).write_text(FAKES[name].replace("{srun}", srun))
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "srun.names").write_text(f"^{ENROOT}$")
     scratch = tmp_path / "scratch"
     private = scratch / f"wikillm-{os.getuid()}"
     job = cluster.submit(
@@ -281,7 +294,9 @@ def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
     lines = (tmp_path / "log").read_text().splitlines()[1:]
     mounts = f"{REPOSITORY}/configs:/app/configs,{private}:/scratch,/data,/x:/y"
     wanted = [one.replace("MOUNTS", mounts) for one in expected]
-    assert lines[-len(INSIDE) :] == list(INSIDE)
+    assert lines[-len(COMMAND) :] == COMMAND
+    first = lines.index(INSIDE[0])
+    assert lines[first : first + len(INSIDE)] == list(INSIDE)
     assert [line for line in lines if line in wanted] == wanted
     assert private.stat().st_mode & 0o777 == 0o700
 
