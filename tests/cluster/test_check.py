@@ -390,6 +390,9 @@ MISTAKES: dict[str, tuple[str | None, Spoil, str, str]] = {
     "Slurm: never started again": (SLURM, edit("slurm.sh", "scontrol requeue", "echo"), "requeue", "slurm.sh"),
     "Slurm: a step that outlives a node": (SLURM, edit("slurm.sh", " --wait=[^ )]+", ""), "requeue", "--wait"),
     "Slurm: lines of Windows": (SLURM, edit("slurm.sh", "$", "\r"), "script", "sed -i"),
+    "Slurm: GPUs asked for in two ways": (
+        SLURM, edit("slurm.sh", r"^#SBATCH --gpus-per-node=1", "#SBATCH --gres=gpu:2\n#SBATCH --gpus-per-node=1"),
+        "GPUs", "keep #SBATCH --gpus-per-node=N alone"),
     "Slurm: more processes than GPUs": (SLURM, options(train__processes=4), "GPUs", "--gpus-per-node"),
     # Kubernetes
     "Kubernetes: an image that was never pushed": (
