@@ -10,7 +10,7 @@ OLDEST_PYTHON = (3, 11)
 """As `requires-python` in pyproject.toml."""
 PACKAGES = (
     *("accelerate", "datasets", "deepspeed", "fastokens", "fsspec", "huggingface_hub", "matplotlib", "numpy"),
-    *("orjson", "packaging", "pyarrow", "pydantic", "requests", "rich", "s3fs", "safetensors", "swanlab"),
+    *("orjson", "packaging", "psutil", "pyarrow", "pydantic", "requests", "rich", "s3fs", "safetensors", "swanlab"),
     *("tokenizers", "torch", "transformers", "yaml", "zstandard"),
 )
 """What the dependencies in pyproject.toml are imported as."""

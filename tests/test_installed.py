@@ -38,7 +38,7 @@ def test_an_interpreter_without_packages_names_the_right_one(bare_python: Path, 
     folder.mkdir()
     checkout(folder)
     words = [str(bare_python), "-m", "job", "train", "--data.source", "https://me:hunter2@example.org/x"]
-    lacks = f"python: '{bare_python}': does not have accelerate, datasets, deepspeed and 19 more packages; "
+    lacks = f"python: '{bare_python}': does not have accelerate, datasets, deepspeed and 20 more packages; "
     ended = subprocess.run(words, cwd=folder, env={}, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (EXIT_REFUSED, "")
     assert ended.stderr == f"{lacks}use .venv/bin/python -m job, which `make setup` has made\n"
