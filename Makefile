@@ -33,7 +33,7 @@ test: setup ## the tests, against a real S3 server and real processes; the longe
 chaos: setup ## kills a run RUNS times at moments drawn from SEED, and compares it with one left in peace
 	RUNS=$(RUNS) SEED=$(SEED) $(RUN) -m pytest -s -m chaos tests/chaos
 
-test-recovery: setup ## runs that are stopped, fail, hang, lose their store or one of their nodes (ten minutes)
+test-recovery: setup ## runs that are stopped, fail, hang, lose their store or one of their nodes (twenty minutes)
 	$(RUN) -m pytest -n 2 --dist loadfile -m recovery tests
 
 test-export: setup $(VENV)-transformers4/.installed ## that transformers 4 computes with final/ what was trained
@@ -139,7 +139,7 @@ bench-memory: setup ## peak memory of the chunked loss against the plain one (ne
 bench-gpu: setup ## correctness, speed of each lever and a trace, on one GPU, in 8 minutes (needs no data and no network)
 	$(RUN) -m benchmarks.gpu --json gpu.json --trace gpu-trace
 
-bench-prepare: setup ## preparing against the tutorial's `map`, and with more processes (ten minutes)
+bench-prepare: setup ## preparing against the tutorial's `map`, and with more processes (twenty minutes)
 	$(RUN) -m benchmarks.prepare --only compare scale
 
 bench-identify: setup ## what it costs to identify 2 GB of corpus in object storage, beside reading it (two minutes)

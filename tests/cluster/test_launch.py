@@ -37,6 +37,7 @@ def one_process(data_set: DataSet, bucket: str, tmp_path: Path) -> Path:
 # ---- Failures ----
 
 
+@pytest.mark.recovery
 def test_a_worker_that_raises_is_shown_once_with_its_rank_and_takes_the_others_along(
     settings: Path, bucket: str
 ) -> None:
@@ -201,6 +202,7 @@ def test_as_the_first_process_of_a_container_it_stops_as_anywhere(one_process: P
     assert still_alive(others) == []
 
 
+@pytest.mark.recovery
 def test_a_second_signal_stops_at_once(settings: Path, bucket: str) -> None:
     with Job("train", settings) as job:
         job.read_until("step 3/")

@@ -112,7 +112,12 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Grou
 
 @pytest.mark.parametrize(
     ("count", "is_real"),
-    [(2, True), (16, False), (64, False), (256, False), pytest.param(256, True, marks=pytest.mark.recovery)],
+    [
+        (2, True),
+        (16, False),
+        (64, False),
+        *(pytest.param(256, real, marks=pytest.mark.recovery) for real in (False, True)),
+    ],
 )
 def test_what_the_store_is_asked_for_grows_with_the_nodes_and_not_with_their_square(
     start: Callable[..., Group], count: int, is_real: bool

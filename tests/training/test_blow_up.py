@@ -26,7 +26,9 @@ from job.training.guard import NEEDED_NORMS, REMEMBERED_NORMS, Guard
 SeenIn = Callable[[str], dict[str, Any]]
 
 PROCESSES = 2
-in_each_strategy = pytest.mark.parametrize("strategy", ["zero2", pytest.param("ddp", marks=pytest.mark.recovery)])
+in_each_strategy = pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=pytest.mark.recovery) for name in ("zero2", "ddp")]
+)
 in_each_format = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 in_each_way = pytest.mark.parametrize("accumulation_steps", [1, 4])
 

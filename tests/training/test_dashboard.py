@@ -21,6 +21,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 DEADLINE_SECONDS = 20
 
 pytestmark = [
+    pytest.mark.recovery,
     pytest.mark.skipif(
         importlib.util.find_spec("swanboard") is None,
         reason="the dashboard is not installed: pip install 'swanlab[dashboard]'",

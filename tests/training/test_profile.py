@@ -32,6 +32,7 @@ def test_the_steps_asked_for_are_profiled_and_without_compiler_and_gpu_the_run_s
     assert len(updates) == 2 * 2  # steps and parameter groups
 
 
+@pytest.mark.recovery
 def test_a_run_that_waits_for_data_says_for_what_and_what_to_change(
     data_set: DataSet, bucket: str, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def measured(output: str) -> dict[int, list[float]]:
 # ---- Whole runs ----
 
 
+@pytest.mark.recovery
 def test_a_run_stopped_twice_is_to_the_bit_the_run_that_was_not(
     finished_run: FinishedRun, data_set: DataSet, s3_server: S3Server, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_run_goes_on_from_a_named_checkpoint_of_another_one_in_another_world(
     assert stored(finished_run.output) == origin
 
 
+@pytest.mark.recovery
 def test_any_number_of_processes_that_divides_the_batch_trains_and_its_micro_batch_is_kept_on_resume(
     finished_run: FinishedRun, data_set: DataSet, output: str, tmp_path: Path
 ) -> None:
