@@ -105,7 +105,7 @@ def seen_in(
             env=os.environ | worker_environment(ON_CPU, processes, Config()) | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         found: dict[str, Any] = json.loads((folder / "seen.json").read_text())

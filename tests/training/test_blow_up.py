@@ -78,7 +78,7 @@ def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
             env=os.environ | worker_environment(ON_CPU, PROCESSES, Config()) | {"PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         found: dict[str, Any] = json.loads((folder / "seen.json").read_text())

@@ -29,6 +29,7 @@ from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_c
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 
+pytestmark = pytest.mark.timeout(900)  # one test may launch all worlds
 in_each_world = pytest.mark.parametrize(
     ("processes", "strategy"),
     [pytest.param(*world, marks=() if world in QUICK_WORLDS else pytest.mark.recovery) for world in WORLDS],
