@@ -28,6 +28,7 @@ from job.yaml_file import read_yaml, read_yaml_file
 MiB = 2**20
 GiB = 2**30
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+DeviceSetting = Literal["auto", "cuda", "cpu"]
 _LARGEST_BATCH = 2**20
 _LARGEST_WIDTH = 2**20
 """Upper limit of a layer's width: ten times the width of the largest models there are."""
@@ -185,7 +186,7 @@ class Train(Section):
     """The training run."""
 
     strategy: Literal["zero2", "ddp"] = setting("zero2", "DeepSpeed ZeRO stage 2, or PyTorch's data parallel")
-    device: Literal["auto", "cuda", "cpu"] = setting(
+    device: DeviceSetting = setting(
         "auto", "What it computes on; auto: the GPUs of this machine, where there are none its CPU"
     )
     processes: int | None = setting(

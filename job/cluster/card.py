@@ -1,4 +1,4 @@
-"""What the nodes of a run compare before they start: what they bring, and that they are told the same."""
+"""The description of a node, which is compared with those of the others before the workers start."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,21 +8,21 @@ from job.errors import UserError
 
 @dataclass(frozen=True)
 class Card:
-    """What a node says of itself; what follows the token must be the same on all nodes."""
+    """Description of a node. The fields after `token` must be equal on all nodes."""
 
     host: str
     token: str
-    """Of this start of it: whoever takes its place has another."""
+    """Identifies this start of the node: a node that replaces it has another token."""
     processes: int
-    """Workers of the node."""
+    """Number of workers on the node."""
     versions: dict[str, str]
-    """Of the packages that decide what is computed, by name."""
+    """Versions of the packages that affect the results, by package name."""
     settings: dict[str, Any]
-    """By dotted name, without those that are a node's own."""
+    """Settings by dotted name, without those that may differ between nodes."""
 
 
 def misfit(cards: list[Card]) -> UserError | None:
-    """In what a node differs from node 0, if any does."""
+    """Return an error that names the first difference of a node from node 0; None if there is none."""
     first, remedy = cards[0], "start the same command, with the same image and settings, on all nodes"
     for node, card in enumerate(cards):
         where = f"on {card.host} (node {node}), but {{!r}} on {first.host} (node 0)"

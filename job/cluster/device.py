@@ -1,4 +1,4 @@
-"""Which device the processes of a node compute on: decided once, before they start, and told to all of them.
+"""The choice between GPU and CPU: made once for all processes of a node, before they start.
 
 The environment and the driver's files promise GPUs; only torch knows whether it can use them. Where a GPU is promised,
 torch is asked, in a process of its own. A promise that is not kept is an error: a job that has reserved GPUs would
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from job.cluster.gpus import Gpus
+from job.config import DeviceSetting
 from job.errors import UserError, one_line
 from job.invocation import command
 
-DeviceSetting = Literal["auto", "cuda", "cpu"]
 _PROBE_SECONDS = 180
 """Importing torch from a network disk takes a minute at times; a driver that hangs never answers."""
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -27,13 +27,13 @@ _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class Device:
-    """What the processes of a node compute on."""
+    """Device that all worker processes of a node use."""
 
     kind: Literal["cuda", "cpu"]
     gpus: tuple[str, ...]
     """Names of the GPUs that this process may use, in torch's order; empty on a CPU."""
     reason: str
-    """Why it is this one."""
+    """Why this device was chosen."""
 
     def environment(self) -> dict[str, str]:
         """Variables of the workers, so that no library in them finds another device."""
@@ -45,12 +45,12 @@ ON_CPU = Device("cpu", (), "train.device is cpu")
 
 @dataclass(frozen=True)
 class Answer:
-    """What torch says of the GPUs."""
+    """Result of trying the GPUs with torch."""
 
     gpus: tuple[str, ...]
-    """Names of those on which it has computed something."""
+    """Names of the GPUs on which a computation succeeded."""
     error: str
-    """Why it cannot use the next one, or any; empty if it can use all."""
+    """Why the next GPU, or any GPU, cannot be used; empty if all can be used."""
     build: str
     """Version and CUDA version of torch, such as ``torch 2.13.0+cu130, built for CUDA 13.0``."""
 
@@ -95,7 +95,7 @@ def _remedy(setting: DeviceSetting) -> str:
 
 
 def driver_version(path: Path = _DRIVER_VERSION) -> str | None:
-    """Version of NVIDIA's driver that is loaded; None if there is none or it does not say."""
+    """Return the version of the loaded NVIDIA driver; None if no driver is loaded or its file cannot be read."""
     try:
         found = re.search(r"Kernel Module\b.*?\s(\d+\.\d[\d.]*)\s", path.read_text(encoding="utf-8"))
     except OSError:

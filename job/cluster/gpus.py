@@ -18,11 +18,11 @@ class Gpus(NamedTuple):
 
     number: int
     source: str
-    """Where the number is from."""
+    """Variable or folder that gave the number."""
     is_by_name: bool = False
-    """Each of them was given to this process by somebody; device files may be those of others as well."""
+    """True if a scheduler or user named these GPUs for this process; device files may belong to other processes too."""
     may_be: bool = False
-    """There may be some where none are counted."""
+    """True if there may be GPUs although none were counted."""
 
 
 def find_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> Gpus:
@@ -60,13 +60,13 @@ def find_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> G
 
 
 def _named_devices(text: str) -> int:
-    """How many devices a list names, by index or UUID, up to the first entry that is none."""
+    """Return how many devices a list names by index or UUID, up to the first entry that is neither."""
     words = [word.strip() for word in text.split(",")]
     return len(list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-[\w/-]+").fullmatch, words)))
 
 
 def processes_asked(environment: Mapping[str, str], gpus: Gpus) -> tuple[int | None, str]:
-    """How many workers the launcher wants on this node, and where that is from; None: one for each GPU, or 1.
+    """Return how many workers the launcher wants on this node (None: one per GPU, or one without GPUs), and why.
 
     Raises:
         UserError: PET_NPROC_PER_NODE, which is torchrun's option, has a value that cannot be followed here.

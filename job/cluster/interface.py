@@ -19,7 +19,7 @@ from job.errors import UserError, one_line
 
 GLOO, NCCL, _NCCL_FAMILY = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
-"""Where a site or a user may have set NCCL's variables; the environment wins over them."""
+"""Files in which a site or a user may set NCCL's variables; environment variables have priority."""
 REMEDY = (
     "workers connect to each other at any port: let all of them through between the nodes (firewall, security group, "
     f"network policy), or name another interface in {GLOO} and {NCCL}"
@@ -31,7 +31,7 @@ _JOIN_ERRORS = (
     re.compile(r"Gloo connectFullMesh failed.*Connect (?P<why>timeout)(?P<to>)", re.S),  # the one that is connected to
     re.compile(r"NCCL error.*connect to (?P<to>\S+)<\d+> returned (?P<why>[^,]+), exceeded", re.S),
 )
-"""What Gloo and NCCL say where a worker cannot connect to another one."""
+"""Error messages of Gloo and NCCL for a worker that cannot connect to another one."""
 
 
 class Interface(NamedTuple):

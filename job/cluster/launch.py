@@ -92,14 +92,19 @@ def find_device(config: Config, place: Place) -> Device:
     return choose_device(config.train.device, place.gpus, lambda: ask_torch(own))
 
 
+def workers_wanted(config: Config, place: Place, gpus: int) -> int:
+    """Return the number of workers of a node with so many GPUs: the setting's, the launcher's, or one per GPU."""
+    return config.train.processes or place.processes or max(1, gpus)
+
+
 def processes(config: Config, place: Place, device: Device) -> int:
-    """How many workers each node runs.
+    """Return the number of workers of each node.
 
     Raises:
         UserError: they are more than its GPUs, of which each takes one.
     """
     gpus = len(device.gpus)
-    wanted = config.train.processes or place.processes or max(1, gpus)
+    wanted = workers_wanted(config, place, gpus)
     if device.kind == "cuda" and wanted > gpus:
         expected = f"expected at most {gpus}: each process takes a GPU of its own"
         raise UserError("train.processes", wanted, expected, f"set it to {gpus}, or to null")

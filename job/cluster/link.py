@@ -1,4 +1,4 @@
-"""The way from each node to the next one, tried before the workers start.
+"""A test of the connection from each node to the next one, before the workers start.
 
 That all nodes reach node 0 says little: a firewall may let one port through, and the workers would wait for minutes and
 then end with a traceback. So each node listens where its workers will, and the node before it connects. With the ring
@@ -13,10 +13,10 @@ from job.cluster import interface
 from job.cluster.interface import Interface
 
 _MOST_AT_ONCE = 2048
-"""Nodes that may knock at the same moment; the system may allow fewer, and the others knock again."""
+"""Connections that may wait to be accepted. The system may allow fewer; the other nodes then try again."""
 _MOST_NAMED = 8
 _REACHED_SECONDS = 15.0
-"""The system answers for a node that is busy: only what is blocked, or lost again and again, takes so long."""
+"""Timeout of a connection. The kernel answers even on a busy node, so only blocked or lost packets take this long."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Link:
     host: str
     node: int
     address: str
-    """Of the interface that Gloo takes."""
+    """Address of the interface that Gloo uses."""
     port: int
-    """Where the node listens for the node before it; 0 if it cannot."""
+    """Port at which the node listens for the node before it; 0 if it cannot listen."""
     first: str
     """Address of node 0, as this node has reached it."""
     network: str
@@ -77,7 +77,7 @@ def interface_towards(links: list[Link]) -> Interface | None:
 
 
 def described(links: list[Link]) -> str:
-    """The interfaces of all nodes, those of equal ones once."""
+    """Describe the interfaces of all nodes in one line; nodes with equal interfaces are named together."""
     nodes: dict[str, list[int]] = {}
     for node, one in enumerate(links):
         nodes.setdefault(one.network, []).append(node)
@@ -87,7 +87,7 @@ def described(links: list[Link]) -> str:
 
 
 def listed(nodes: list[int]) -> str:
-    """A list of nodes that a line can hold."""
+    """Format a list of node numbers, shortened if it is long."""
     return f"{nodes[:_MOST_NAMED]}" + (f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else "")
 
 

@@ -62,7 +62,7 @@ class Nodes:
     def __init__(self, rank: int, count: int, job: str, rendezvous: Rendezvous, card: Card) -> None:
         self.rank, self.count, self._job, self._rendezvous, self._card = rank, count, job, rendezvous, card
         self.interface: Interface | None = None
-        """The one over which this node reaches the others; None if that is not known."""
+        """Interface over which this node reaches the others; None if it is not known."""
         self.first = Rendezvous(loopback.ADDRESS, rendezvous.port)
         """The rendezvous, as this node reaches it: an address instead of a name."""
         self.network = ""
@@ -73,7 +73,7 @@ class Nodes:
         self._no_answer = ""
         self._store: Any = None
         self._has_met = False
-        # What follows is of the watching.
+        # State of the threads that watch the other nodes.
         self._over: dict[str, Any] | None = None
         self._parting, self._done = threading.Event(), threading.Event()
         self._beats: dict[int, tuple[Any, float]] = {}
@@ -181,7 +181,7 @@ class Nodes:
         self._store = PrefixStore(f"nodes of {self._job}", store)
 
     def _is_reachable(self) -> bool:
-        """Whether node 0 answers; if so, also notes over what it was reached."""
+        """Return True if node 0 answers, and remember the addresses of that connection."""
         try:
             with socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS) as connection:
                 if self.rank != 0:
@@ -205,7 +205,7 @@ class Nodes:
         self._set(f"link/{self.rank}", asdict(self._link))
 
     def reach(self) -> None:
-        """Tries whether the workers of this node will reach those of the next one.
+        """Check that the workers of this node can reach those of the next one.
 
         Raises:
             link.NodesApart: they will not.

@@ -1,4 +1,4 @@
-"""Waiting for other nodes before the start: with a limit, and not in silence."""
+"""Waiting for other nodes before the start, with a time limit and messages."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from job import awake
 
 _FIRST_WORD_SECONDS = 10.0
-"""A person is told whom a start waits for after this time, and then each time it has doubled."""
+"""Time until the first message that says which nodes are missing; further messages come at twice the time each."""
 _POLL_SECONDS = 0.2
 
 
@@ -19,7 +19,7 @@ class NodesMissing(Exception):
 
 
 class Wait:
-    """Waits for other nodes, with a limit for all of it, and tells a person what for."""
+    """Waits for several conditions under one time limit, and prints what it waits for."""
 
     def __init__(self, timeout_seconds: float, stop_requested: Callable[[], bool], say: Callable[[str], None]) -> None:
         self._began, self._timeout_seconds = awake.seconds(), timeout_seconds

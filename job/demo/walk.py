@@ -104,7 +104,7 @@ def walk(config: Config) -> int:
 
 
 def on_usable_device(config: Config, say: Callable[[str], None]) -> Config:
-    """The settings, for the CPU where there are GPUs that cannot be used: the demonstration needs none."""
+    """Return the settings, with train.device cpu where GPUs are promised that torch cannot use."""
     try:
         find_device(config, find_place())
     except UserError as error:

@@ -14,7 +14,7 @@ class BatchCut:
     gradient_accumulation_steps: int
     micro_batch_size: int
     reason: str = ""
-    """Why the micro-batch is not the one asked for; empty if it is."""
+    """Why the micro-batch differs from `train.micro_batch_size`; empty if it does not."""
 
     def __str__(self) -> str:
         because = f" ({self.reason})" if self.reason else ""

@@ -404,7 +404,7 @@ def _train(config: Config, world: World, start: Start, closing: ExitStack) -> st
 
 
 def strategy_of(config: Config, cut: BatchCut) -> Strategy:
-    """The settings of the engine, for a batch that is cut so."""
+    """Return the engine's settings for this division of the batch."""
     train = config.train
     return Strategy(
         train.strategy,
@@ -503,7 +503,7 @@ def _samples(
 
 
 def device_name(device: torch.device) -> str:
-    """``cpu``, or the name of the GPU."""
+    """Return ``cpu``, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

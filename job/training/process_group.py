@@ -1,4 +1,4 @@
-"""The process group of a run: all processes, on the device that was chosen before they started."""
+"""The process group of a run, on the device that was chosen before the processes started."""
 
 import torch
 import torch.distributed as dist

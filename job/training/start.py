@@ -21,6 +21,6 @@ class Start:
     on_hang: Callable[[str], None]
     """Called, from a thread, with a line that says which process does not come; it does not return."""
     device: str
-    """``cuda`` or ``cpu``: what all processes of this node compute on."""
+    """Device of all processes of this node: ``cuda`` or ``cpu``."""
     device_reason: str
-    """Why that was chosen."""
+    """Why this device was chosen."""

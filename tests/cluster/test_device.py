@@ -13,7 +13,7 @@ from job.cluster import device
 from job.cluster.device import Answer, choose_device, driver_version
 from job.cluster.gpus import Gpus
 from job.cluster.place import find_place
-from job.config import load
+from job.config import DeviceSetting, load
 from job.demo.walk import on_usable_device
 from job.errors import EXIT_REFUSED, UserError
 
@@ -66,7 +66,7 @@ def test_device_files_of_others_promise_one_gpu_at_least() -> None:
     ],
 )
 def test_promised_gpu_that_torch_cannot_use_is_refused_with_reason_driver_and_build(
-    setting: device.DeviceSetting, answer: Answer, able: str
+    setting: DeviceSetting, answer: Answer, able: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         choose_device(setting, TWO, lambda: answer)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from job import storage
 from job.cluster import interface
-from job.cluster.launch import find_device
+from job.cluster.launch import find_device, workers_wanted
 from job.cluster.place import Rendezvous, find_place
 from job.cluster.preflight import data, machine, run, store, world
 from job.cluster.preflight.elsewhere import check_elsewhere
@@ -185,8 +185,7 @@ def _check_here(findings: Findings, config: Config, manifest: Manifest | None, s
         if place.rendezvous is not None:
             findings.right("network", network_towards(place.rendezvous))
         gpus = machine.check_gpus(findings, config, place)
-        asked = config.train.processes or place.processes or max(1, len(gpus))
-        processes = place.world.local_world_size if place.world else asked
+        processes = place.world.local_world_size if place.world else workers_wanted(config, place, len(gpus))
         with findings.guard("device"):
             device = find_device(config, place)
             findings.right("device", f"{device.kind}: {device.reason}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from job import storage
 from job.cluster import interface
+from job.cluster.launch import workers_wanted
 from job.cluster.place import Place
 from job.cluster.preflight.driver import check_driver
 from job.cluster.preflight.findings import Findings
@@ -119,7 +120,7 @@ def check_gpus(findings: Findings, config: Config, place: Place) -> list[GpuFoun
         return []
     names = {gpu.name for gpu in gpus}
     found = f"{len(gpus)} x {' and '.join(sorted(names))}"
-    processes = config.train.processes or place.processes or len(gpus)
+    processes = workers_wanted(config, place, len(gpus))
     busy = [gpu for gpu in gpus if (gpu.used_bytes or 0) > _IN_USE_BYTES]
     old = [gpu for gpu in gpus if gpu.capability is not None and gpu.capability < _BF16_CAPABILITY]
     if processes > len(gpus):
