@@ -71,7 +71,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
     USER=wikillm \
     LOGNAME=wikillm
 # All that is written at run time goes to one volume (and /tmp). All users can write to it, so `python -m job` makes a
-# folder for its user alone in it, and has HOME and the libraries' caches point there (job/scratch.py).
+# folder for its user alone in it, and has HOME and the libraries' caches point there (job/local_dirs.py).
 ENV HOME=/scratch \
     WIKILLM_SCRATCH=/scratch
 WORKDIR /app

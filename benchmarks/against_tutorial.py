@@ -4,7 +4,7 @@
 
 Both sides are commands, `python -m job ...` and `python -m benchmarks.tutorial ...`, with the same model, dtype, batch,
 number of threads and number of processes; they take turns, each time in fresh processes, and the medians are compared.
-A bar is what this project asks of the ratio. Evaluation alone is measured through `job.training.held_out`,
+A bar is what this project asks of the ratio. Evaluation alone is measured through `job.training.validation`,
 since `job evaluate` does not say how long it took.
 
 Without a corpus of yours, articles are made from the bundled sample: clauses cut and joined, so that few are the same,
@@ -33,9 +33,9 @@ from benchmarks.machine import cpu_name, peak_bytes
 from benchmarks.watched import Finished, Stages, run
 from job.config import Config, load
 from job.data.manifest import load_manifest
-from job.model.counts import flops_per_token
+from job.model.flops import flops_per_token
 from job.model.spec import ModelSpec
-from job.training.metrics import read_metrics
+from job.runs.metrics_file import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 SAMPLE = REPOSITORY / "job/demo/sample.jsonl"
@@ -221,8 +221,8 @@ class Bench:
         """`job train`, from the command to its last step."""
         output = self._new_folder("run")
         stages = {
-            "the launcher runs": lambda log, words: any("job.cluster.agent" in one for one in words),
-            "the worker runs": lambda log, words: any("job.cluster.worker" in one for one in words),
+            "the launcher runs": lambda log, words: any("job.launcher.agent" in one for one in words),
+            "the worker runs": lambda log, words: any("job.launcher.worker" in one for one in words),
             "the run is taken over": lambda log, words: "\nrun " in f"\n{log}",
             "first step": lambda log, words: "\nstep 1/" in log,
         }
@@ -508,10 +508,10 @@ def evaluate_here(words: dict[str, Any]) -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from job.data.tokenizer import load_tokenizer
     from job.model.architecture import LanguageModel, build_model
-    from job.training.agreement import Lockstep
+    from job.runs.world import World
+    from job.training.distributed import Lockstep
     from job.training.engine import Strategy, start_accelerator
-    from job.training.held_out import HeldOut
-    from job.training.world import World
+    from job.training.validation import HeldOut
 
     overrides = [("data.shards", words["shards"]), ("data.cache_dir", words["cache"])]
     config = load(None, [*overrides, ("evaluate.batch_size", str(words["batch"]))])

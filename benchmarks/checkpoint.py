@@ -46,10 +46,10 @@ def work(part: str, strategy_name: str, sizes: Mapping[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from job.cluster.family import leave
+    from job.launcher.processes import leave
+    from job.log_setup import silence_libraries
     from job.model.architecture import LanguageModel, build_model
     from job.model.spec import ModelSpec
-    from job.quiet import silence_libraries
     from job.training.engine import AdamW, Engine, Strategy, start_accelerator
 
     silence_libraries()
@@ -83,7 +83,7 @@ def _train(engine: "Engine", rank: int, step: Callable[[], float], saves: int, i
     import torch
     import torch.distributed as dist
 
-    from job.training.checkpoint import TrainingState, save_checkpoint
+    from job.runs.checkpoint import TrainingState, save_checkpoint
 
     measured: dict[str, list[float]] = {"alone": [], "beside": [], "still": [], "upload": []}
     snapshot = engine.empty_snapshot() if is_saved and rank == 0 else None
@@ -119,7 +119,7 @@ def _go_on(engine: "Engine", rank: int) -> dict[str, Any]:
     """Seconds to bring the newest checkpoint to this machine and to take it in; as the training loop does it."""
     import torch.distributed as dist
 
-    from job.training.checkpoint import CheckpointFiles, download_checkpoint, list_checkpoints, open_checkpoint
+    from job.runs.checkpoint import CheckpointFiles, download_checkpoint, list_checkpoints, open_checkpoint
 
     began, folder = time.perf_counter(), Path(os.environ["SCRATCH"])
     output = os.environ["OUTPUT"]
@@ -138,9 +138,9 @@ def _go_on(engine: "Engine", rank: int) -> dict[str, Any]:
 
 def measure(strategy: str, sizes: Mapping[str, Any], output: str) -> dict[str, dict[str, list[float]]]:
     """What the first process measured, by part; each part in new processes."""
-    from job.cluster.device import ON_CPU
-    from job.cluster.launch import worker_environment
     from job.config import Config
+    from job.launcher.device import ON_CPU
+    from job.launcher.supervisor import worker_environment
 
     environment = os.environ | worker_environment(ON_CPU, PROCESSES, Config())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]

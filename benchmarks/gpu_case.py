@@ -31,11 +31,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from benchmarks.gpu import Case
 from benchmarks.machine import peak_bytes as resident_peak_bytes
-from job.model import architecture, counts, loss
+from job.log_setup import silence_libraries
+from job.model import architecture, loss
+from job.model import flops as counts
 from job.model.architecture import LanguageModel, build_model
 from job.model.attention import document_bounds, why_not_flash_attention_3, why_not_packed
 from job.model.spec import ModelSpec
-from job.quiet import silence_libraries
 
 WARM_UP_STEPS, LEAST_STEPS, MOST_STEPS = 3, 4, 30
 MEASURED_SECONDS = 4.0

@@ -91,9 +91,9 @@ def run_ours(
 ) -> dict[str, Any]:
     """`prepare` in so many processes."""
     from job import storage
-    from job.data.shards import Recipe
+    from job.data.prepare import Recipe
+    from job.data.prepare_processes import prepare_in_processes
     from job.data.tokenizer import load_tokenizer
-    from job.data.workers import prepare_in_processes
 
     tokenizer = load_tokenizer(tokenizer_folder, scratch)
     notices: list[str] = []

@@ -47,10 +47,10 @@ def work(way: str, sizes: Mapping[str, int]) -> None:
     import torch
     import torch.distributed as dist
 
-    from job.cluster.family import leave
+    from job.launcher.processes import leave
+    from job.log_setup import silence_libraries
     from job.model.architecture import LanguageModel, build_model
     from job.model.spec import ModelSpec
-    from job.quiet import silence_libraries
 
     silence_libraries()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -170,9 +170,9 @@ def place(file: str, name: str) -> str:
 
 def measure(case: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What the first process of a case prints."""
-    from job.cluster.device import ON_CPU
-    from job.cluster.launch import worker_environment
     from job.config import Config
+    from job.launcher.device import ON_CPU
+    from job.launcher.supervisor import worker_environment
 
     way, processes = CASES[case]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

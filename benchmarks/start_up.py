@@ -46,8 +46,8 @@ def measure(tree: Path, shards: str, output: str, cache: Path) -> tuple[list[flo
             with suppress(psutil.NoSuchProcess):
                 words = [one.cmdline() for one in psutil.Process(process.pid).children(recursive=True)]
             have = (
-                any("job.cluster.agent" in one for one in words),
-                any(one[1:] == ["-u", "-m", "job.cluster.worker"] for one in words),
+                any("job.launcher.agent" in one for one in words),
+                any(one[1:] == ["-u", "-m", "job.launcher.worker"] for one in words),
                 "\nrun " in f"\n{log.read_text()}",
                 "\nstep 1/1 | loss" in log.read_text(),
             )

@@ -24,9 +24,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.machine import cpu_name
-from job.data.cache import ShardCache
+from job.data.cache_quota import Room
 from job.data.manifest import Shard
-from job.data.room import Room
+from job.data.shard_cache import ShardCache
 
 _PIECE_BYTES = 2**24
 _SPARE_BYTES = 8 * 10**9

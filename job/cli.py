@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from job import config as settings
-from job.cluster import stop
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError, disk_error
 from job.invocation import python
-from job.origin import name_setting
+from job.launcher import signals as stop
+from job.local_dirs import use_scratch
 from job.redaction import redacted
-from job.scratch import use_scratch
+from job.setting_origin import name_setting
 
 CONFIG_VARIABLE = "JOB_CONFIG"
 _DEFAULT_CONFIG = "job.yaml"

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from job import storage
-from job.cluster.place import find_place, part_of_array
-from job.cluster.stop import Requests, Stopped, raised
 from job.config import Config
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
 from job.data.dataset_files import Choice
 from job.data.fingerprint import Identified
 from job.data.listing import Listing, some
 from job.data.manifest import load_manifest
-from job.data.shards import Recipe, describe
+from job.data.prepare import Recipe, describe
+from job.data.prepare_processes import prepare_in_processes
 from job.data.split import is_held_out
 from job.data.tokenizer import (
     load_tokenizer,
@@ -25,11 +24,12 @@ from job.data.tokenizer import (
     store_tokenizer,
     train_tokenizer,
 )
-from job.data.workers import prepare_in_processes
 from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
-from job.quiet import silence_libraries
+from job.launcher.environment import find_place, part_of_array
+from job.launcher.signals import Requests, Stopped, raised
+from job.local_dirs import cache_folder
+from job.log_setup import silence_libraries
 from job.report import Report
-from job.scratch import cache_folder
 
 _MOST_BAD_RECORDS_SHOWN = 10
 _MOST_EQUAL_SHOWN = 3
@@ -132,8 +132,8 @@ def tokenizer(config: Config, words: Sequence[str] = ()) -> int:
 def generate(config: Config, words: Sequence[str] = ()) -> int:
     """A trained model → text."""
     silence_libraries()
-    from job.training.generation import Sampling, continue_text
-    from job.training.trained import load_trained
+    from job.model.generation import Sampling, continue_text
+    from job.runs.load_model import load_trained
 
     source, setting = (
         config.generate.model or config.run.output,
@@ -152,9 +152,9 @@ def generate(config: Config, words: Sequence[str] = ()) -> int:
 def train(config: Config, words: Sequence[str] = ()) -> int:
     """Shards → model."""
     requests = Requests()
-    from job.cluster.launch import find_device, launch, world_size
+    from job.data.batching import cut_batch
+    from job.launcher.supervisor import find_device, launch, world_size
     from job.model.spec import ModelSpec
-    from job.training.batching import cut_batch
     from job.training.rules import check_learning_rates
 
     # The workers check these as well, but they take seconds to start.
@@ -170,7 +170,7 @@ def train(config: Config, words: Sequence[str] = ()) -> int:
 def evaluate(config: Config, words: Sequence[str] = ()) -> int:
     """A trained model → held-out loss."""
     requests = Requests()
-    from job.cluster.launch import find_device, launch
+    from job.launcher.supervisor import find_device, launch
 
     place = find_place()
     return launch("evaluate", config, place, find_device(config, place), requests)
@@ -180,7 +180,7 @@ def check(
     config: Config, config_path: str | None = None, overrides: Sequence[tuple[str, str]] = (), **options: Any
 ) -> int:
     """Settings → what is wrong with them, and the plan."""
-    from job.cluster.preflight.check import check
+    from job.preflight.check import check
 
     return check(config, config_path=config_path, overrides=overrides, **options)
 

@@ -20,9 +20,9 @@ from pydantic import ByteSize, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from job.errors import UserError, refuse
-from job.familiar import hint
 from job.redaction import learn_urls, redacted_tree
 from job.setting_kinds import YEAR_SECONDS, Duration, Section, StepRange, members, setting
+from job.suggestions import hint
 from job.yaml_file import read_yaml, read_yaml_file
 
 MiB = 2**20

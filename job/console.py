@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from typing_extensions import override
 
-from job import awake
+from job import clock as awake
 from job.redaction import learn_environment, redacted
 
 _NAMES = {1: "standard output", 2: "standard error"}

@@ -6,7 +6,7 @@ A secret is known by its place or by its value:
     by value   environment variables whose names say that they hold a secret; what the URLs of the settings hold
 
 The callers are the doors through which text leaves: the standard streams (`job.console`), lines and tables before they
-are laid out (`job.report`), errors and whatever is cut to a length (`job.errors`), records (`job.record`), and the
+are laid out (`job.report`), errors and whatever is cut to a length (`job.errors`), records (`job.json_record`), and the
 settings as they are recorded (`job.config`). A process reads the real values in its own settings and environment.
 
 A signature is no part of what a URL names, so all parameters that belong to it become one mark. The same URL, signed

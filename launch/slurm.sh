@@ -209,7 +209,7 @@ esac
 # ---- Run it ----
 log=$(readlink --canonicalize /dev/stderr) && [[ -f $log ]] || log=/dev/null # it is what one start knows of another
 before=$(stat --format %s "$log") && [[ $before =~ ^[0-9]+$ ]] || log=/dev/null before=0
-# What is in the scratch folder is executed, and others can guess its name. RUNTIME=none leaves this to job/scratch.py.
+# What is in the scratch folder is executed, and others can guess its name. RUNTIME=none leaves this to job/local_dirs.py.
 # shellcheck disable=SC2016
 make_private='umask 077; mkdir --parents -- "$0"; found=$(stat --format "%F, uid %u, mode %a" -- "$0")
     [[ $found == "directory, uid $UID, mode "*[0145] ]] && chmod 700 -- "$0" && exit

@@ -12,10 +12,10 @@ from job import config as settings
 from job.data.manifest import Manifest
 from job.data.tokenizer import TextTokenizer
 from job.model.architecture import build_model
+from job.model.generation import Sampling
 from job.model.spec import ModelSpec
-from job.training.export import export_model, usage
-from job.training.form import HARD_TEXTS, Form, choose_form
-from job.training.generation import Sampling
+from job.runs.export import export_model, usage
+from job.runs.export_form import HARD_TEXTS, Form, choose_form
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -21,11 +21,11 @@ import yaml
 
 from job import storage
 from job.data.manifest import Manifest
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import TextTokenizer, train_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
-from job.training.checkpoint import list_checkpoints, open_checkpoint
+from job.runs.checkpoint import list_checkpoints, open_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 CONTEXT_LENGTH = 32
@@ -169,7 +169,7 @@ class Job:
         found: dict[int, psutil.Process] = {}
         for one in self.descendants():
             with suppress(psutil.NoSuchProcess):
-                if one.cmdline()[1:] == ["-u", "-m", "job.cluster.worker"]:
+                if one.cmdline()[1:] == ["-u", "-m", "job.launcher.worker"]:
                     found[int(one.environ()["RANK"])] = one
         return [one for _, one in sorted(found.items())]
 

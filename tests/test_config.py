@@ -9,7 +9,7 @@ import yaml
 
 from job import config as settings
 from job.errors import UserError
-from job.model.counts import flops_per_token, parameter_counts
+from job.model.flops import flops_per_token, parameter_counts
 from job.model.spec import ModelSpec
 
 PRESETS = sorted(Path("configs").glob("*.yaml"))

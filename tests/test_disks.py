@@ -15,7 +15,7 @@ from test_bad_input import GOOD, _job, _lines, _options
 from job import cli, commands
 from job import config as settings
 from job.errors import EXIT_REFUSED, disk_error
-from job.origin import name_setting
+from job.setting_origin import name_setting
 
 Mount = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from printed_commands import REASONS, REPOSITORY, Block, blocks_of, checkout, ru
 
 from job import config as settings
 from job.cli import parse
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import train_tokenizer
 from job.demo.walk import SAMPLE
 

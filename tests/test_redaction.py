@@ -19,15 +19,15 @@ from job import config as settings
 from job import redaction, storage
 from job.cli import main
 from job.data.corpus import CorpusFile
+from job.data.data_set_plan import make_plan
 from job.data.fingerprint import Fingerprint, _names
-from job.data.plan import make_plan
 from job.errors import UserError, one_line
-from job.record import record_bytes
+from job.json_record import record_bytes
+from job.model.generation import Sampling
 from job.redaction import redacted, redacted_tree, secrets_of, source_name
 from job.report import make_console
-from job.training.attempts import Attempts, note_failure
-from job.training.export import export_model
-from job.training.generation import Sampling
+from job.runs.attempts import Attempts, note_failure
+from job.runs.export import export_model
 
 VALUE = "hs/7Q+planted=ü"
 """Spelled in another way by a URL, by JSON and by Python."""
@@ -291,7 +291,7 @@ def test_an_attempt_records_its_origin_and_failure_without_one(tmp_path: Any) ->
 
 
 def test_a_model_card_has_none(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from job.training import export
+    from job.runs import export
 
     for name in ("write_model", "write_tokenizer", "other_ids"):  # what else the folder holds, and its check
         monkeypatch.setattr(export, name, lambda *_, **__: None)
@@ -357,8 +357,8 @@ def test_a_plan_does_not_depend_on_what_one_machine_knows(monkeypatch: pytest.Mo
 
 
 def test_a_run_goes_on_from_a_checkpoint_whose_url_is_signed_anew(tmp_path: Any) -> None:
-    from job.training.resume import _begun_at
-    from job.training.start import Start
+    from job.runs.launch_context import Start
+    from job.runs.resume import _begun_at
 
     attempts = Attempts(str(tmp_path))
     attempt = attempts.claim("run", "a-start", None, resume=signed_anew(1))

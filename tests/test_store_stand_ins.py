@@ -20,17 +20,17 @@ from small_run import REPOSITORY
 from store_stand_ins import COS, LIMITED, OBS, OSS, OSS_REFUSING, PLAIN, PUBLIC, TOS, StandIn, Store, stand_in
 
 from job import storage
-from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.store import check_output, check_store
 from job.config import Config
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import train_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
 from job.errors import UserError
+from job.preflight.findings import Findings
+from job.preflight.store import check_output, check_store
+from job.runs.attempts import Attempts
+from job.runs.run import begin_run
 from job.storage import Entry, StoreError, StoreOptions, creation, local, s3
-from job.training.attempts import Attempts
-from job.training.run import begin_run
 
 VENDORS = {
     "OSS": (OSS, "x-oss-forbid-overwrite: true"),

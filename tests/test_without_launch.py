@@ -64,7 +64,7 @@ def seen(image: Path) -> dict[str, Any]:
 
 
 def test_every_module_of_job_is_imported_without_launch(seen: dict[str, Any]) -> None:
-    assert {"job.cli", "job.training.loop", "job.cluster.worker", "job.cluster.preflight.check"} < set(seen["modules"])
+    assert {"job.cli", "job.training.train", "job.launcher.worker", "job.preflight.check"} < set(seen["modules"])
     assert seen["launch"] == []
 
 

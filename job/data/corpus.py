@@ -21,8 +21,8 @@ from job.data.dataset_files import ALL, Choice
 from job.data.dataset_source import row_slices
 from job.data.discovery import discover
 from job.data.documents import BadRecord, Document, Unfit, json_document
+from job.data.json_stream import CHUNK_BYTES, ByteStream, Record, elements, holds_array, lines
 from job.data.listing import CorpusFile, Listing
-from job.data.records import CHUNK_BYTES, ByteStream, Record, elements, holds_array, lines
 from job.data.slices import Cursor, SliceEnd, SliceItem, SliceStart
 
 __all__ = [

@@ -22,9 +22,9 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from job import storage
-from job.data.records import COMPRESSIONS, ByteStream
+from job.data.json_stream import COMPRESSIONS, ByteStream
 from job.errors import UserError, one_line
-from job.scratch import VARIABLE, private_folder, scratch_folder
+from job.local_dirs import VARIABLE, private_folder, scratch_folder
 
 _PROTOCOL = "wikillm"
 _LONGEST_REASON = 300

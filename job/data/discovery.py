@@ -18,9 +18,9 @@ from job.data import dataset_files, hub
 from job.data.dataset_files import ALL, Choice, Found
 from job.data.documents import Unfit, json_value
 from job.data.folders import Pattern, files_below
+from job.data.json_stream import COMPRESSIONS, ByteStream, Compression, without_blank
 from job.data.listing import CorpusFile, Format, LeftOut, Listing
 from job.data.outputs import Outputs
-from job.data.records import COMPRESSIONS, ByteStream, Compression, without_blank
 from job.errors import UserError
 from job.redaction import redacted_urls
 from job.storage.local import PARTIAL

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from job.data.records import Record
+from job.data.json_stream import Record
 
 _SHOWN_FIELDS = 8
 _TEXT_FIELDS = ("text", "content", "raw_content", "正文", "内容", "文本", "body", "article", "document", "passage")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from job.data.dataset_files import Rows
-from job.data.records import Compression
+from job.data.json_stream import Compression
 
 Format = Literal["json", "parquet", "rows"]
 """``rows``: what the `datasets` library reads."""

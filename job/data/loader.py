@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from job import storage
-from job.data.cache import ShardCache
 from job.data.manifest import Manifest, Shard
 from job.data.order import EvaluationOrder, Integers, WindowOrder, rank_groups, rank_slice
+from job.data.shard_cache import ShardCache
 from job.errors import UserError
 
 IGNORED_LABEL = -100

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from job import storage
 from job.errors import UserError
 from job.invocation import command
-from job.record import Versioned, parse_record
+from job.json_record import Versioned, parse_record
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 from job import storage
 from job.data.corpus import Group
+from job.data.data_set_plan import Plan
 from job.data.manifest import Shard
-from job.data.plan import Plan
 from job.errors import UserError
 from job.invocation import command
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from job import storage
+from job.data.cache_quota import Room
 from job.data.manifest import Shard
-from job.data.room import Room
-from job.data.verified import Changed, Signature, hash_file, is_noted, signature, write_note
+from job.data.verification_notes import Changed, Signature, hash_file, is_noted, signature, write_note
 from job.errors import UserError
 from job.invocation import command
 

@@ -22,8 +22,8 @@ from job.data import hub
 from job.data.tokenizer_files import PLAIN_CLASS, PUT_BACK, QWEN2_CLASS, TOKENIZER_FILES, described, write_description
 from job.errors import UserError, one_line
 from job.invocation import command
-from job.record import parse_record
-from job.scratch import private_folder
+from job.json_record import parse_record
+from job.local_dirs import private_folder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of a tokenizer trained here; it is Qwen2's, so that a model can change between the two."""

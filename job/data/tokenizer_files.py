@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job.errors import UserError
-from job.record import parse_record
+from job.json_record import parse_record
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -12,17 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from job import storage
-from job.cluster.launch import find_device
-from job.cluster.place import find_place
 from job.config import Config, to_yaml
-from job.demo.curve import draw_loss_curve
+from job.demo.loss_curve import draw_loss_curve
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from job.invocation import command, program
+from job.launcher.environment import find_place
+from job.launcher.supervisor import find_device
+from job.local_dirs import log_folder
 from job.report import Report
-from job.scratch import log_folder
-from job.training.checkpoint import list_checkpoints
-from job.training.metrics import read_metrics
+from job.runs.checkpoint import list_checkpoints
+from job.runs.metrics_file import read_metrics
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 FOLDER = Path("demo-output")

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from job.errors import UserError, one_line
+from job.json_record import parse_record
 from job.model.save_folder import ARCHITECTURES, CONFIG, WEIGHTS, output_biases
 from job.model.spec import EMBEDDING, HEAD, ModelSpec, tensor_shapes
-from job.record import parse_record
 
 INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")

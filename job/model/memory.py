@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from job.model.counts import parameter_counts
+from job.model.flops import parameter_counts
 from job.model.spec import ModelSpec
 
 _LOGITS_BYTES = {"cuda": 2**31, "cpu": 2**28}

@@ -21,7 +21,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile
 
 from job.errors import UserError
-from job.record import Record, parse_record
+from job.json_record import Record, parse_record
 from job.redaction import learn_environment, redacted_tree
 from job.storage import connection, creation, local, s3
 from job.storage.connection import StoreOptions, addressing, is_remote, is_web, url_path

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from job import awake
+from job import clock as awake
 from job.errors import one_line
 
 _NOTICE_SECONDS = 0.1

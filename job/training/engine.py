@@ -22,8 +22,8 @@ from job.errors import UserError, one_line
 from job.model.architecture import LanguageModel
 from job.model.attention import document_bounds, why_not_packed
 from job.model.memory import REDUCE_BUCKET
-from job.training.guard import Guard
-from job.training.moments import MOMENTS
+from job.model.optimizer_state import MOMENTS
+from job.training.bad_steps import Guard
 
 _PIECE = 2**24
 """Numbers of a partition that travel at a time: a GPU needs so much room for those of others, 64 MiB."""

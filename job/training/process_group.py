@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from job.training.world import World
+from job.runs.world import World
 
 
 def join(world: World, device: str) -> None:

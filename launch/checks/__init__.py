@@ -4,13 +4,13 @@
     kubernetes.py   the folders of kubernetes/, as pods.py renders them
     swanlab.py      swanlab.yaml and the account
 
-`job.cluster.preflight.elsewhere` loads this by its name; the image has no launch/, and does without.
+`job.preflight.other_places` loads this by its name; the image has no launch/, and does without.
 """
 
-from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import KUBERNETES_FOLDER, SLURM_SCRIPT, SWANLAB_SPEC, Target
 from job.config import Config
 from job.data.manifest import Manifest
+from job.preflight.findings import Findings
+from job.preflight.target import KUBERNETES_FOLDER, SLURM_SCRIPT, SWANLAB_SPEC, Target
 
 
 def check_place(

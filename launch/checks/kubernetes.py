@@ -9,11 +9,11 @@ from pathlib import Path
 
 from job import config as settings
 from job import storage
-from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import KUBERNETES_FOLDER, Target
 from job.config import Config
 from job.data.manifest import Manifest
 from job.errors import EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
+from job.preflight.findings import Findings
+from job.preflight.target import KUBERNETES_FOLDER, Target
 from job.redaction import is_secret_variable, redacted_urls
 from launch.checks.pods import Pods, quantity, render, tree
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from job.cluster.preflight.target import KUBERNETES_FOLDER
 from job.errors import UserError
+from job.preflight.target import KUBERNETES_FOLDER
 
 _RENDER_SECONDS = 60
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "": 1}

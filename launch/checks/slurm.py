@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 from job import storage
-from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import SLURM_SCRIPT, Target
 from job.config import Config
 from job.errors import EXIT_STOPPED, UserError
-from job.training.plan import GPUS
+from job.preflight.findings import Findings
+from job.preflight.target import SLURM_SCRIPT, Target
+from job.preflight.workload import GPUS
 from launch.checks.kubernetes import PLACEHOLDER
 
 DEFAULT_CONFIG = "configs/wiki-123m.yaml"

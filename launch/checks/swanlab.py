@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from job import storage
-from job.cluster.preflight.findings import Findings
-from job.cluster.preflight.target import SWANLAB_CREDENTIALS, SWANLAB_VOLUMES, Target
 from job.config import Config
 from job.invocation import command
+from job.preflight.findings import Findings
+from job.preflight.target import SWANLAB_CREDENTIALS, SWANLAB_VOLUMES, Target
 from launch.swanlab.service import find_account
 from launch.swanlab.settle import MAX_TIME
 from launch.swanlab.spec import load_spec

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from job.errors import NoProgress, UserError
-from job.training.attempts import DONE, GAVE_UP, Attempts
+from job.runs.attempts import DONE, GAVE_UP, Attempts
 from launch.swanlab.cos import UploadFailed
 from launch.swanlab.service import Service, ServiceDown, TaskState, TooManyTasks
 
@@ -42,7 +42,7 @@ def read_progress(output: str) -> Progress:
     Raises:
         UserError, StoreError: the store is not reached from here, or refuses.
     """
-    from job.training.checkpoint import list_checkpoints  # with torch behind it
+    from job.runs.checkpoint import list_checkpoints  # with torch behind it
 
     attempts = Attempts(output)
     newest, given_up = attempts.newest(), attempts.last_give_up()

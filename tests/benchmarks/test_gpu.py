@@ -347,7 +347,7 @@ def test_kinds_of_kernels_are_told_by_their_names(name, kind):
 def test_the_tutorials_model_is_the_one_of_the_preset_and_the_others_have_the_sizes_they_are_called():
     import yaml
 
-    from job.model.counts import parameter_counts
+    from job.model.flops import parameter_counts
 
     preset = yaml.safe_load((REPOSITORY / "configs/wiki-123m.yaml").read_text())["model"]
     spec, _ = gpu.MODELS["123M"]

@@ -24,8 +24,8 @@ from small_run import REPOSITORY
 from job import storage
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
-from job.training.attempts import Attempt, Attempts
-from job.training.checkpoint import Name, lineage, list_checkpoints
+from job.runs.attempts import Attempt, Attempts
+from job.runs.checkpoint import Name, lineage, list_checkpoints
 
 DRIZZLE = {
     SLOW_DOWN: 0.01,
@@ -186,9 +186,9 @@ class Start:
             for one in found["supervisor"].children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     words = one.cmdline()
-                    if "job.cluster.agent" in words:
+                    if "job.launcher.agent" in words:
                         found["launcher"] = one
-                    elif words[1:] == ["-u", "-m", "job.cluster.worker"]:
+                    elif words[1:] == ["-u", "-m", "job.launcher.worker"]:
                         found[f"worker {one.environ()['RANK']}"] = one
         return found
 

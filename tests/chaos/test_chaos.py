@@ -17,10 +17,10 @@ from small_run import DataSet, Job, checkpoint_urls, prepare_sample, stored, wri
 from job import storage
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE
-from job.training.attempts import Attempts
-from job.training.checkpoint import checkpoints_url, open_checkpoint
-from job.training.metrics import read_metrics
-from job.training.run import read_run
+from job.runs.attempts import Attempts
+from job.runs.checkpoint import checkpoints_url, open_checkpoint
+from job.runs.metrics_file import read_metrics
+from job.runs.run import read_run
 
 RUNS, SEED = int(os.environ.get("RUNS", "25")), int(os.environ.get("SEED", "2333"))
 STEPS = 100 + 8 * RUNS

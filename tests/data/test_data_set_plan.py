@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 from corpus_files import json_lines
-from test_shards import REPOSITORY, SAMPLE, KiB
-from test_shards import recipe as recipe_of
+from test_prepare_command import REPOSITORY, SAMPLE, KiB
+from test_prepare_command import recipe as recipe_of
 
 from job import storage
-from job.data import shards
+from job.data import prepare as shards
 from job.data.corpus import CorpusFile, Listing, list_corpus
 from job.data.fingerprint import BLOCK_BYTES, BLOCKS, blocks, identify
 from job.data.manifest import MANIFEST_NAME, load_manifest
-from job.data.shards import prepare
+from job.data.prepare import prepare
 from job.data.tokenizer import TextTokenizer, train_tokenizer
 from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
 

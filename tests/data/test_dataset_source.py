@@ -20,17 +20,17 @@ from corpus_files import compressed, json_lines, parquet
 from dataset_hub import COMMIT, DatasetHub, dataset_hub
 
 from job import commands, storage
-from job.cluster.preflight.data import check_data
-from job.cluster.preflight.findings import Findings
 from job.config import Config, load
 from job.data.corpus import BadRecord, CorpusFile, Document, Listing, SliceEnd, SliceStart, list_corpus, read_slices
 from job.data.dataset_files import Choice
 from job.data.fingerprint import identify
 from job.data.manifest import load_manifest
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
+from job.data.prepare_processes import prepare_in_processes
 from job.data.tokenizer import TextTokenizer
-from job.data.workers import prepare_in_processes
 from job.errors import UserError
+from job.preflight.data_set import check_data
+from job.preflight.findings import Findings
 
 KiB = 1024
 RECORDS = [
@@ -556,7 +556,7 @@ def test_check_and_tokenizer_take_such_a_corpus(folder: Path, tmp_path: Path) ->
 
 READ = """
 import json, sys
-from job import scratch
+from job import local_dirs as scratch
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
 from job.data.dataset_files import Choice
 from job.data.fingerprint import identify

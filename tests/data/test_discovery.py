@@ -13,15 +13,16 @@ from corpus_files import Fields, json_array, json_lines, parquet
 from job import config as settings
 from job import report, storage
 from job.cli import main
-from job.cluster.preflight.data import _check_corpus
-from job.cluster.preflight.findings import RIGHT, UNSURE, Findings
 from job.commands import _say_listed
-from job.data import discovery, shards
+from job.data import discovery
+from job.data import prepare as shards
 from job.data.corpus import Document, Listing, list_corpus, read_slices
 from job.data.folders import LOOP, SAME_FOLDER
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import TextTokenizer
 from job.errors import EXIT_REFUSED, UserError
+from job.preflight.data_set import _check_corpus
+from job.preflight.findings import RIGHT, UNSURE, Findings
 
 DOCUMENTS: list[Fields] = [{"id": str(number), "text": f"第{number}段"} for number in range(10)]
 LINES = json_lines(DOCUMENTS)

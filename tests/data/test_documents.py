@@ -17,7 +17,7 @@ from corpus_files import compressed, json_lines
 
 from job.data.corpus import BadRecord, Document, list_corpus, read_slices
 from job.data.documents import likely_text_field
-from job.data.shards import Recipe
+from job.data.prepare import Recipe
 from job.errors import UserError
 
 MARK = b"\xef\xbb\xbf"

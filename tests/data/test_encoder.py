@@ -17,9 +17,9 @@ from job import storage
 from job.data import encoder as encoder_module
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import load_manifest
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
+from job.data.prepare_processes import prepare_in_processes
 from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer
-from job.data.workers import prepare_in_processes
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = [json.loads(line) for line in (REPOSITORY / "job/demo/sample.jsonl").read_text(encoding="utf-8").splitlines()]

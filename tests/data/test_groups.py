@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job import storage
-from job.data import shards
+from job.data import prepare as shards
 from job.data.corpus import CorpusFile, Document, list_corpus, read_group, share_slices
 from job.data.fingerprint import identify
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 

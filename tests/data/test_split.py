@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.manifest import Shard, open_shard
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.split import is_held_out
 from job.data.tokenizer import TextTokenizer, train_tokenizer
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from job import storage
 from job.data import hub
 from job.data.corpus import list_corpus
-from job.data.shards import Recipe, prepare
+from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import (
     END_OF_DOCUMENT,
     TextTokenizer,

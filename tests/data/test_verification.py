@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cache import ROOMY, content, stored
+from test_shard_cache import ROOMY, content, stored
 from toy_data import LENGTH, DataSet, loader_of, rows, write_data_set
 
 from job import config as settings
 from job import storage
-from job.cluster.preflight.data import check_data
-from job.cluster.preflight.findings import Finding, Findings
-from job.data.cache import ShardCache
 from job.data.loader import BatchLoader, EvaluationLoader
 from job.data.order import EvaluationOrder
-from job.data.verified import hash_file, signature, write_note
+from job.data.shard_cache import ShardCache
+from job.data.verification_notes import hash_file, signature, write_note
 from job.errors import UserError
-from job.training.agreement import Lockstep
-from job.training.watchdog import Watchdog
-from job.training.world import World
+from job.preflight.data_set import check_data
+from job.preflight.findings import Finding, Findings
+from job.runs.world import World
+from job.training.distributed import Lockstep
+from job.training.hang_detector import Watchdog
 
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="gives files to another user")
@@ -354,9 +354,9 @@ def test_deep_check_reads_the_copies_in_the_cache(cached: tuple[DataSet, Path, P
 PROCESS = """
 import os, sys
 from job.data import shard_files
-from job.data.cache import ShardCache
+from job.data.shard_cache import ShardCache
 from job.data.manifest import load_manifest
-from job.data.verified import hash_file
+from job.data.verification_notes import hash_file
 read = []
 def counted(descriptor, on_bytes):
     read.append(descriptor)

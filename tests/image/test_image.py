@@ -14,7 +14,7 @@ import pytest
 
 from job import storage
 from job.demo.server import S3Server
-from job.training.metrics import read_metrics
+from job.runs.metrics_file import read_metrics
 from tests.image.registry import Registry
 from tests.image.stand_in import REPOSITORY, SECRET, Engine, build_image, engine
 from tests.small_run import prepare_sample, write_settings

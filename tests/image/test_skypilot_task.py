@@ -13,7 +13,7 @@ from job import storage
 from job.data.tokenizer import train_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
-from job.training.metrics import read_metrics
+from job.runs.metrics_file import read_metrics
 from tests.image.stand_in import REPOSITORY, build_image, engine
 from tests.small_run import ALONE, CONTEXT_LENGTH, MODEL
 

@@ -12,7 +12,7 @@ import yaml
 from cluster import FOLDERS, OVERLAYS, RESTARTED_AS_ONE, Manifest, Pod
 from schemas import MODELS, NEWEST, OLDEST, known
 
-from job.cluster.place import find_place
+from job.launcher.environment import find_place
 
 TRAINING = tuple(folder for folder in OVERLAYS if folder != "prepare")
 SEVERAL_NODES = tuple(folder for folder in TRAINING if folder != "single")

@@ -15,8 +15,8 @@ from cluster import FOLDERS, OF_ONE_JOB, RESTARTED_AS_ONE, Manifest, Pod, Render
 from schemas import MODELS, NEWEST, OLDEST, known
 
 from job import cli, config
-from job.cluster.place import Rendezvous, find_place, part_of_array
-from job.model.counts import parameter_counts
+from job.launcher.environment import Rendezvous, find_place, part_of_array
+from job.model.flops import parameter_counts
 from job.model.spec import ModelSpec
 
 SECRETS = {"wikillm": {"AWS_ACCESS_KEY_ID": "a key", "AWS_SECRET_ACCESS_KEY": "a secret"}}

@@ -18,9 +18,9 @@ from job.data.manifest import load_manifest
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
 from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
-from job.training.attempts import Attempts
-from job.training.checkpoint import open_checkpoint
-from job.training.metrics import read_metrics
+from job.runs.attempts import Attempts
+from job.runs.checkpoint import open_checkpoint
+from job.runs.metrics_file import read_metrics
 from tests.image.stand_in import Engine, build_image, engine
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]

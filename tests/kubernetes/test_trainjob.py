@@ -7,8 +7,8 @@ import pytest
 from cluster import FOLDERS, Manifest, Pod
 from trainer import jobset_of_trainjob
 
-from job.cluster.place import Rendezvous, find_place
 from job.errors import UserError
+from job.launcher.environment import Rendezvous, find_place
 
 SECRETS = {"wikillm": {"AWS_ACCESS_KEY_ID": "a key"}}
 

@@ -13,6 +13,6 @@ if "RANK" in os.environ:
 
     schedule.learning_rate = fail
 elif os.environ.get("LEAKS_IN") == "prepare":
-    from job.data import shards
+    from job.data import prepare as shards
 
     shards.identify = fail  # type: ignore[assignment]

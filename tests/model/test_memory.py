@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from job.model.architecture import LanguageModel, build_model
-from job.model.counts import parameter_counts
+from job.model.flops import parameter_counts
 from job.model.loss import default_chunk_tokens
 from job.model.memory import _default_chunk_tokens, process_memory, saved_bytes_per_token
 from job.model.spec import ModelSpec

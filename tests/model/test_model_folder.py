@@ -20,9 +20,9 @@ from job.errors import EXIT_DONE, EXIT_REFUSED
 from job.model.architecture import build_model
 from job.model.save_folder import write_model
 from job.model.spec import ModelSpec, tensor_shapes
-from job.training.export import export_model
-from job.training.form import choose_form
-from job.training.trained import load_trained
+from job.runs.export import export_model
+from job.runs.export_form import choose_form
+from job.runs.load_model import load_trained
 
 LAYER = "model.layers.1.self_attn"
 Spoil = Callable[[Path], object]

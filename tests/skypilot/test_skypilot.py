@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.cluster.place import find_place, part_of_array, port_of
+from job.launcher.environment import find_place, part_of_array, port_of
 
 pytestmark = [pytest.mark.skypilot, pytest.mark.timeout(600)]
 

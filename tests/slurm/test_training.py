@@ -21,8 +21,8 @@ from small_run import DataSet, checkpoint_urls, prepare_sample, stored, write_se
 from job.data.tokenizer import store_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
-from job.training.checkpoint import open_checkpoint
-from job.training.run import read_run
+from job.runs.checkpoint import open_checkpoint
+from job.runs.run import read_run
 from tests.image.stand_in import FOLDER, export_rootfs
 
 STEPS, FROZEN_AFTER = 200, 20
@@ -89,7 +89,7 @@ class Run:
 
 def _is_worker(process: psutil.Process, job: str) -> bool:
     with suppress(psutil.Error):
-        return "job.cluster.worker" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == job
+        return "job.launcher.worker" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == job
     return False
 
 

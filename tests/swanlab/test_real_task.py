@@ -12,7 +12,7 @@ from small_run import checkpoint_urls, prepare_sample, run, write_settings
 from job import storage
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE
-from job.training.attempts import DONE, Attempts
+from job.runs.attempts import DONE, Attempts
 from launch.swanlab.cli import SPEC
 
 pytestmark = [

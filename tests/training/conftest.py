@@ -15,10 +15,10 @@ from engine_worker import LAST_STEP, PYTHONPATH, RESUMES_FROM, SAVED_STEP, Case
 from fault_proxy import FaultProxy
 from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
 
-from job.cluster.device import ON_CPU
-from job.cluster.launch import worker_environment
 from job.config import Config
 from job.demo.server import S3Server
+from job.launcher.device import ON_CPU
+from job.launcher.supervisor import worker_environment
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ import torch
 from engine_worker import PYTHONPATH, Case
 from small_run import REPOSITORY
 
-from job.cluster.device import ON_CPU
-from job.cluster.launch import worker_environment
 from job.config import Config
-from job.training.guard import NEEDED_NORMS, REMEMBERED_NORMS, Guard
+from job.launcher.device import ON_CPU
+from job.launcher.supervisor import worker_environment
+from job.training.bad_steps import NEEDED_NORMS, REMEMBERED_NORMS, Guard
 
 SeenIn = Callable[[str], dict[str, Any]]
 

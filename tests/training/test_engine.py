@@ -25,7 +25,7 @@ from small_run import DataSet, tensor_files
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.training.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
+from job.runs.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 

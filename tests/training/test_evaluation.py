@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from job.data.split import is_held_out
 from job.demo.walk import SAMPLE
+from job.runs.metrics_file import read_metrics
 from job.training.evaluation import Evaluation
-from job.training.metrics import read_metrics
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 

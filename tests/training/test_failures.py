@@ -25,7 +25,7 @@ from small_run import (
 )
 
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_REFUSED, EXIT_STOPPED
-from job.training.metrics import read_metrics
+from job.runs.metrics_file import read_metrics
 
 pytestmark = pytest.mark.recovery
 

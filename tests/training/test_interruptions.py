@@ -11,9 +11,9 @@ from small_run import ALONE, ENDLESS, STEPS, FinishedRun, Job, WriteSettings, ru
 
 from job import storage
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
-from job.training.attempts import STOPPED, SUPERSEDED, Attempts
-from job.training.checkpoint import list_checkpoints
-from job.training.metrics import read_metrics
+from job.runs.attempts import STOPPED, SUPERSEDED, Attempts
+from job.runs.checkpoint import list_checkpoints
+from job.runs.metrics_file import read_metrics
 
 pytestmark = pytest.mark.recovery
 

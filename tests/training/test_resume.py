@@ -23,8 +23,8 @@ from small_run import (
 from job import storage
 from job.demo.server import S3Server
 from job.errors import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
-from job.training.checkpoint import open_checkpoint
-from job.training.metrics import read_metrics
+from job.runs.checkpoint import open_checkpoint
+from job.runs.metrics_file import read_metrics
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 

@@ -5,20 +5,20 @@ from typing import Any
 
 import pytest
 from small_run import ALONE, DataSet, run, write_settings
-from test_plan import data_set as manifest_of
+from test_workload import data_set as manifest_of
 
 from job import config as settings
-from job.cluster.preflight.findings import UNSURE, WRONG, Findings
-from job.cluster.preflight.settings import check_run_rules
 from job.config import Config
 from job.data.manifest import Manifest
 from job.errors import EXIT_DONE, UserError
-from job.model.counts import TokenFlops
-from job.training.attempts import Attempts
-from job.training.changes import Change, change_of_schedule, changes
-from job.training.identity import differences
-from job.training.metrics import read_metrics
-from job.training.plan import plan
+from job.model.flops import TokenFlops
+from job.preflight.findings import UNSURE, WRONG, Findings
+from job.preflight.settings import check_run_rules
+from job.preflight.workload import plan
+from job.runs.attempts import Attempts
+from job.runs.compatibility import differences
+from job.runs.metrics_file import read_metrics
+from job.runs.setting_changes import Change, change_of_schedule, changes
 from job.training.rules import Length, about_nodes, check_learning_rates, remarks
 
 FINE = {
