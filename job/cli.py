@@ -1,8 +1,9 @@
-"""The command line: which command, which settings, and one line for whatever is wrong with either."""
+"""The command line: parses it, reads the settings, runs the command, and prints every user's mistake as one line."""
 
 import difflib
 import importlib
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from rich.markup import escape
 from job import config as settings
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError, disk_error
-from job.invocation import python
-from job.launcher import signals as stop
+from job.invocation import python, suggesting_config
+from job.launcher import signals
 from job.local_dirs import use_scratch
 from job.redaction import redacted
 from job.setting_origin import name_setting
+from job.version import code_version
 
 CONFIG_VARIABLE = "JOB_CONFIG"
 _DEFAULT_CONFIG = "job.yaml"
@@ -29,27 +31,32 @@ _DEFAULT_CONFIG = "job.yaml"
 
 @dataclass
 class Arguments:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     command: str
     config_path: str | None = None
     overrides: list[tuple[str, str]] = field(default_factory=list)
+    """Dotted name and value of each setting on the command line."""
     words: list[str] = field(default_factory=list)
-    """What stands there without a name: prompts of `generate`."""
+    """Positional arguments: the prompts of `generate`, or the runs of `report`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The command's own."""
+    """Values of the options that only this command has."""
     wants_help: bool = False
+    wants_version: bool = False
     wants_config: bool = False
     is_bare: bool = False
-    """Nothing at all was typed."""
+    """True if the command line is empty."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a command line; returns the exit code."""
+    """Run a command line and return its exit code."""
     try:
         arguments = parse(argv)
         if arguments.wants_help:
             _print_help(arguments.command)
+            return EXIT_DONE
+        if arguments.wants_version:
+            sys.stdout.write(f"wikillm {code_version()}\n")
             return EXIT_DONE
         command = COMMANDS[arguments.command]
         path, named_by = find_config(arguments)
@@ -61,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
         if arguments.wants_config:
             sys.stdout.write(redacted(settings.to_yaml(config)))
             return EXIT_DONE
-        return _run(command, config, arguments)
+        with suggesting_config(_config_to_suggest(arguments, named_by)):
+            return _run(command, config, arguments)
     except (UserError, NoProgress) as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -70,17 +78,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(command: "Command", config: Config, arguments: Arguments) -> int:
-    if command.is_stopped_with_care:
-        stop.hold()  # before any thread is there that would not
-    use_scratch(lambda line: sys.stderr.write(f"{line}\n"))  # before a library asks where its cache is
-    from job import storage  # with the libraries behind it, which --help can do without
+    if command.handles_stop_signals:
+        signals.hold()  # Threads inherit the blocked signals, so this comes before the first thread starts.
+    use_scratch(lambda line: sys.stderr.write(f"{line}\n"))  # Libraries read these variables when they are imported.
+    from job import storage
 
     storage.configure(storage.StoreOptions(**config.store.model_dump()))
     try:
-        _say_where_temporary_files_go()
+        _warn_if_tmpdir_is_not_used()
         run = getattr(importlib.import_module("job.commands"), command.name)
         if command.options:
-            return int(run(config, arguments.config_path, arguments.overrides, **arguments.options))
+            words = {"words": arguments.words} if command.words else {}
+            return int(run(config, arguments.config_path, arguments.overrides, **words, **arguments.options))
         return int(run(config, arguments.words))
     except UserError as error:
         raise name_setting(config, error) from None
@@ -88,43 +97,47 @@ def _run(command: "Command", config: Config, arguments: Arguments) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
     except Exception as error:
-        if (mendable := disk_error(error)) is None:
+        if (user_error := disk_error(error)) is None:
             raise
-        raise name_setting(config, mendable) from None
+        raise name_setting(config, user_error) from None
 
 
-def _say_where_temporary_files_go() -> None:
-    """Python takes another folder where TMPDIR is full, read-only or missing, and says nothing."""
+def _warn_if_tmpdir_is_not_used() -> None:
+    """Print where temporary files go if TMPDIR cannot be written: Python then silently uses another folder."""
     wanted = os.environ.get("TMPDIR")
-    if wanted and (found := Path(tempfile.gettempdir())) != Path(wanted).absolute():
-        sys.stderr.write(f"TMPDIR: {wanted!r}: cannot be written (full or read-only?); temporary files go to {found}\n")
+    if wanted and (used := Path(tempfile.gettempdir())) != Path(wanted).absolute():
+        sys.stderr.write(f"TMPDIR: {wanted!r}: cannot be written (full or read-only?); temporary files go to {used}\n")
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Takes a command line apart; where no command is named, it is `train`.
+    """Parse a command line; without a command, it is `train`.
 
-    Settings that there are not are among the overrides; `config.load` refuses all of them at once.
+    Overrides of unknown settings are accepted here; `config.load` refuses all of them in one error.
 
     Raises:
-        UserError: an unknown command, a word too many, or an option without its value.
+        UserError: the command is unknown, there are positional arguments for a command that takes none, or an option
+            has no value.
     """
-    for typed in argv:
-        if not _is_text(typed):
-            expected = f"these bytes are no text in this locale's encoding, {sys.getfilesystemencoding()}"
-            raise UserError("command line", os.fsencode(typed), expected, "set LANG to the terminal's, such as C.UTF-8")
+    for argument in argv:
+        if not _is_text(argument):
+            expected = f"these bytes are not text in the encoding of this locale, {sys.getfilesystemencoding()}"
+            remedy = "set LANG to the encoding of your terminal, such as C.UTF-8"
+            raise UserError("command line", os.fsencode(argument), expected, remedy)
     if argv and argv[0] in ("-h", "--help"):
         return Arguments("", wants_help=True)
+    if argv and argv[0] == "--version":
+        return Arguments("", wants_version=True)
     has_command = bool(argv) and not argv[0].startswith("--")
     arguments = Arguments(argv[0] if has_command else "train", is_bare=not argv)
     if arguments.command not in COMMANDS:
         close = difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"commands are {', '.join(COMMANDS)}"
         raise UserError("command", argv[0], "unknown command", remedy)
-    known = _names()
+    known = {setting.name for setting in settings.settings()}
     rest = iter(argv[has_command:])
-    unread: str | None = None  # a word that was looked at, and is yet to be taken apart
-    while (word := next(rest, None) if unread is None else unread) is not None:
-        unread = None
+    pushed_back: str | None = None  # A word that was read as a possible value, but is parsed on its own.
+    while (word := next(rest, None) if pushed_back is None else pushed_back) is not None:
+        pushed_back = None
         if word in ("-h", "--help"):
             arguments.wants_help = True
         elif word == "--print-config":
@@ -139,9 +152,14 @@ def parse(argv: Sequence[str]) -> Arguments:
                 following = next(rest, None)
                 is_known = name == "config" or option is not None or name in known
                 if not is_known and (following is None or following.startswith("--")):
-                    unread = following  # it may be the name of a switch, which takes no value
+                    pushed_back = following  # The unknown option may be meant as a switch without a value.
                 elif following is None:
-                    raise UserError(name, None, "expected a value after it")
+                    raise UserError(
+                        f"--{name.removeprefix('--')}",
+                        None,
+                        "needs a value",
+                        f"write --{name.removeprefix('--')} VALUE",
+                    )
                 else:
                     value = following
             if name == "config":
@@ -152,20 +170,37 @@ def parse(argv: Sequence[str]) -> Arguments:
                 arguments.overrides.append((name, value))
         else:
             arguments.words.append(word)
-    if arguments.words and arguments.command != "generate":
-        raise UserError("command line", arguments.words[0], f"`{arguments.command}` takes no words", "see --help")
+    if arguments.words and not COMMANDS[arguments.command].words:
+        expected = f"`{arguments.command}` takes no arguments without a name"
+        raise UserError("command line", arguments.words[0], expected, f"{_named(arguments, known)}; see --help")
     return arguments
 
 
-def find_config(arguments: Arguments) -> tuple[str | None, str]:
-    """The file of settings and what names it: --config, or JOB_CONFIG, or job.yaml in the working directory.
+def _named(arguments: Arguments, known: set[str]) -> str:
+    """Return how to write the first argument that has no name."""
+    word = arguments.words[0]
+    name, equals, value = word.partition("=")
+    if name in known:
+        return f"write --{name} {shlex.quote(value) if equals else 'VALUE'}"
+    if arguments.command == "evaluate":
+        return f"write --evaluate.model {shlex.quote(word)}"
+    return "write settings as --section.key value"
 
-    None where there is none; a command that has a file of its own reads that, or what --config names. A JOB_CONFIG that
-    is set and empty means that no file is read.
+
+def find_config(arguments: Arguments) -> tuple[str | None, str]:
+    """Return the path of the settings file, and what names it: --config, JOB_CONFIG or the working directory.
+
+    The path is None if no file is to be read, which an empty JOB_CONFIG asks for, or if the command has its own file
+    and no --config is given.
 
     Raises:
-        UserError: nothing was typed at all, and there is no file that says what to do.
+        UserError: the command line is empty, and there is no settings file.
     """
+    if not COMMANDS[arguments.command].reads_config:
+        if arguments.config_path is not None:
+            expected = f"`{arguments.command}` reads no settings file, it makes one"
+            raise UserError("--config", arguments.config_path, expected, "name the new file with --file")
+        return None, "--config"
     if arguments.config_path is not None or COMMANDS[arguments.command].config_path is not None:
         return arguments.config_path, "--config"
     if (path := os.environ.get(CONFIG_VARIABLE)) is not None:
@@ -174,15 +209,23 @@ def find_config(arguments: Arguments) -> tuple[str | None, str]:
     elif Path(_DEFAULT_CONFIG).exists():
         return _DEFAULT_CONFIG, "in the working directory"
     if arguments.is_bare:
-        expected = f"is not set, and neither is {CONFIG_VARIABLE}, and there is no {_DEFAULT_CONFIG} here"
-        raise UserError("--config", None, expected, "presets are in configs/; --help lists the commands")
+        expected = f"is missing, {CONFIG_VARIABLE} is not set, and there is no {_DEFAULT_CONFIG} in this folder"
+        raise UserError(
+            "--config", None, expected, "name a preset of configs/ with --config; --help lists the commands"
+        )
     return None, "--config"
+
+
+def _config_to_suggest(arguments: Arguments, named_by: str) -> str | None:
+    """Return the settings file that other commands need `--config` for; None if they read it without that."""
+    is_default = arguments.config_path == _DEFAULT_CONFIG and CONFIG_VARIABLE not in os.environ
+    return arguments.config_path if named_by == "--config" and not is_default else None
 
 
 def _is_text(word: str) -> bool:
     try:
         word.encode()
-    except UnicodeEncodeError:  # Python keeps bytes that it cannot decode as half a character each
+    except UnicodeEncodeError:  # Python represents each byte that it cannot decode as a lone surrogate.
         return False
     return True
 
@@ -192,19 +235,20 @@ def _is_text(word: str) -> bool:
 
 @dataclass(frozen=True)
 class Option:
-    """An option that one command alone has."""
+    """An option that only one command has."""
 
     about: str
+    """The help text."""
     kind: type = str
-    """``bool``: it stands alone; ``float``: a number above 0."""
+    """``str``; ``float``: a number above 0; ``bool``: a switch without a value."""
     name: str = ""
-    """Of the function's argument, where it is another one."""
+    """Name of the command's parameter, if it differs from the option's."""
 
     def read(self, name: str, text: str) -> Any:
-        """The value of what was typed.
+        """Return the value of the option from the text that was typed.
 
         Raises:
-            UserError: it is none.
+            UserError: the text is not a value of this option.
         """
         if self.kind is bool:
             raise UserError(f"--{name}", text, "takes no value")
@@ -218,54 +262,81 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, in a line, and how."""
+    """A command, as --help shows it and `main` runs it."""
 
     about: str
+    """The help text, in one line."""
     name: str
-    """Of the function in `job.commands`, imported when it is called: --help needs none of the libraries."""
+    """Name of the function in `job.commands`, which is imported only to run it: --help stays fast without libraries."""
     config_path: str | None = None
-    """Read where no --config is given."""
-    is_stopped_with_care: bool = False
-    """It listens for requests to stop itself."""
+    """Settings file that is read if no --config is given."""
+    handles_stop_signals: bool = False
+    """True if the command stops cleanly on SIGTERM and the like, instead of ending at once."""
     options: dict[str, Option] = field(default_factory=dict)
+    """The command's own options, by name."""
+    reads_config: bool = True
+    """False if the command makes a settings file, so that it reads none."""
+    words: str = ""
+    """Positional arguments, as the help shows them; empty: it takes none."""
+    sections: tuple[str, ...] = ()
+    """Sections of the settings that matter most to it, which its help shows first."""
 
 
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 COMMANDS = {
-    "prepare": Command("raw documents, from any URL or hub -> token shards in object storage", "prepare"),
-    "train": Command(
-        "shards -> model, over as many processes as there are; stops and resumes safely", "train", None, True
+    "prepare": Command(
+        "turn raw documents, from a folder, URL or hub, into token shards", "prepare", sections=("data", "tokenizer")
     ),
+    "train": Command("train a model on token shards; stops and resumes safely", "train", None, True),
     "evaluate": Command(
-        "held-out loss in nats per token, bits per byte and bits per character", "evaluate", None, True
+        "measure the validation loss in nats per token, bits per byte and bits per character",
+        "evaluate",
+        None,
+        True,
+        sections=("evaluate",),
     ),
     "check": Command(
-        "what is wrong before a GPU is paid for, and the plan: memory, hours, price",
+        "find mistakes before you pay for a GPU, and print the plan: memory, hours, price",
         "check",
         options={
-            "place": Option("slurm, kubernetes[/FOLDER] or swanlab: where it is to run; here if it is left out"),
+            "place": Option("where it will run: slurm, kubernetes[/FOLDER] or swanlab; this machine if left out"),
             "deep": Option("read every shard and compare its sha256", bool),
-            "mfu": Option("model FLOPs utilization to plan with, such as 0.4", float),
-            "price": Option("dollars for a GPU and hour", float, "price_per_gpu_hour"),
+            "mfu": Option("model FLOPs utilization to plan with, as a fraction of 1 such as 0.4", float),
+            "price": Option("price of one GPU for one hour, in dollars", float, "price_per_gpu_hour"),
         },
     ),
-    "generate": Command("continues prompts with a run, a checkpoint or a model folder", "generate"),
-    "tokenizer": Command("trains a byte-level BPE tokenizer on the corpus", "tokenizer"),
-    "demo": Command("the whole path on this machine, with nothing but this repository", "demo", str(DEMO_CONFIG)),
+    "generate": Command(
+        "continue texts: PROMPTs, standard input (- or a pipe), or those that you type one after the other",
+        "generate",
+        words="[PROMPT ...]",
+        sections=("generate",),
+    ),
+    "report": Command(
+        "describe one or several runs in an HTML page and in Markdown: curves, attempts, samples, settings",
+        "report",
+        options={
+            "to": Option("folder or URL for the files; logs/ of the run if left out, with several runs this folder")
+        },
+        words="[RUN ...]",
+    ),
+    "tokenizer": Command("train a byte-level BPE tokenizer on the corpus", "tokenizer", sections=("tokenizer", "data")),
+    "init": Command(
+        "look at ./data and at this machine, and write a job.yaml whose sizes fit",
+        "init",
+        options={"file": Option("name of the new settings file; job.yaml if left out")},
+        reads_config=False,
+    ),
+    "demo": Command("run everything on this machine, with nothing but this repository", "demo", str(DEMO_CONFIG)),
 }
 
 
 # ---- Help ----
 
 
-def _names() -> set[str]:
-    return {one.name for one in settings.settings()}
-
-
 def _print_help(command: str) -> None:
     console = Console(highlight=False, emoji=False, soft_wrap=True)
-    usage = {"": "COMMAND", "generate": "generate [PROMPT ...]"}.get(command, command)
+    usage = f"{command} {COMMANDS[command].words}".rstrip() if command else "COMMAND"
     console.print(
         f"[bold]{escape(f'{python()} -m job {usage}')}[/bold] --config FILE [--section.key value ...]", highlight=False
     )
@@ -273,15 +344,27 @@ def _print_help(command: str) -> None:
         for name, known in COMMANDS.items():
             console.print(f"  [bold]{name:10}[/bold] {known.about}")
         console.print(
-            "\nWithout --config, each command but demo reads the file that JOB_CONFIG names, or job.yaml here.\n"
-            "With no argument at all it trains by that file."
+            "\nWithout --config, every command but init and demo reads the file named by JOB_CONFIG, or "
+            "job.yaml here.\n"
+            "Without any argument, the command is train. --version prints the version of this program."
         )
     else:
         console.print(f"  {COMMANDS[command].about}")
         for name, option in COMMANDS[command].options.items():
             console.print(f"  [bold]--{name}[/bold]  {escape(option.about)}")
-    console.print("  --print-config prints all settings as a commented YAML file, and ends.\n\n[bold]Settings[/bold]")
-    for one in settings.settings():
-        unit = f", in {one.unit}" if one.unit else ""
-        console.print(f"  [bold]--{one.name}[/bold]  {escape(f'({one.kind}{unit}; default {one.default})')}")
-        console.print(f"      {escape(one.meaning)}")
+    console.print("  --print-config prints all settings as a commented YAML file and exits.")
+    first = COMMANDS[command].sections if command else ()
+    is_of_command = {setting: setting.name.partition(".")[0] in first for setting in settings.settings()}
+    of_command = [setting for setting, own in is_of_command.items() if own]
+    others = [setting for setting, own in is_of_command.items() if not own]
+    if of_command:
+        _print_settings(console, f"Settings of `{command}`", of_command)
+    _print_settings(console, "Other settings" if of_command else "Settings", others)
+
+
+def _print_settings(console: Console, title: str, shown: Sequence[settings.Setting]) -> None:
+    console.print(f"\n[bold]{title}[/bold]")
+    for setting in shown:
+        kind = escape(f"({setting.type_and_unit}; default {setting.default})")
+        console.print(f"  [bold]--{setting.name}[/bold]  {kind}")
+        console.print(f"      {escape(setting.meaning)}")

@@ -1,8 +1,8 @@
-"""A clock that stands still while this process is paused.
+"""A clock that stops while this process is paused.
 
-SIGSTOP, ``docker pause`` and a suspended job stop all threads of a process, but not the system's clock: when it wakes,
-every deadline seems to be over. A thread of this clock measures its own sleep. Where that took much longer than it
-asked for, the process was paused, and the time is not counted.
+SIGSTOP, ``docker pause`` and a suspended job stop all threads of a process, but not the system's clock. When the
+process wakes, every deadline seems to have passed. A thread of this clock therefore measures its own short sleeps: if
+one took much longer than asked for, the process was paused, and the extra time is not counted.
 """
 
 import os
@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 _TICK_SECONDS = 0.2
 _LONGEST_TICK_SECONDS = 1.0
-"""A busy machine may delay a thread so long; of a pause no more than this is counted."""
+"""Longest time that is counted for one tick. A busy machine may delay a thread this long; a longer delay is a pause."""
 
 
 class _Mark(NamedTuple):
-    """A reading of the clock at a tick."""
+    """The state of the clock at a tick."""
 
     counted_seconds: float
+    """Seconds counted until this tick."""
     at: float
-    """Time of the reading on the system's clock."""
+    """Time of the tick on the system's clock."""
     pauses: int
+    """Pauses noticed until this tick."""
 
 
 class _Clock:
@@ -43,7 +45,7 @@ _lock = threading.Lock()
 
 
 def seconds() -> float:
-    """Return the seconds for which this process was awake. Only differences between two calls mean something."""
+    """Return how many seconds this process has been awake. Only the difference between two calls has a meaning."""
     counted_seconds, at, _ = _started().mark
     return counted_seconds + min(time.monotonic() - at, _LONGEST_TICK_SECONDS)
 
@@ -54,19 +56,19 @@ def pauses() -> int:
 
 
 def _started() -> _Clock:
-    global _clock  # noqa: PLW0603  # one thread for all that ask
+    global _clock  # noqa: PLW0603  # All callers share one clock and its thread.
     with _lock:
         if _clock is None:
             _clock = _Clock()
         return _clock
 
 
-def _go_on_in_child() -> None:
-    """Start the thread again after a fork, which takes only the forking thread along: the clock would stand still."""
+def _restart_in_child() -> None:
+    """Start the thread again in a forked process, which has only the thread that called fork."""
     global _clock, _lock  # noqa: PLW0603
-    _lock = threading.Lock()  # another thread may have held the old one
+    _lock = threading.Lock()  # Another thread may have held the old lock during the fork.
     if _clock is not None:
         _clock = _Clock(_clock.mark.counted_seconds, _clock.mark.pauses)
 
 
-os.register_at_fork(after_in_child=_go_on_in_child)
+os.register_at_fork(after_in_child=_restart_in_child)

@@ -1,42 +1,47 @@
-"""What each command does: takes the settings apart, calls the wings, and says what came out."""
+"""The commands: each function takes the settings it needs, calls the other parts of `job`, and prints the result."""
 
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from job import storage
+from job import amounts, storage
 from job.config import Config
-from job.data.corpus import BadRecord, Document, list_corpus, read_slices
+from job.data.corpus import BadRecord
 from job.data.dataset_files import Choice
-from job.data.fingerprint import Identified
-from job.data.listing import Listing, some
-from job.data.manifest import load_manifest
-from job.data.prepare import Recipe, describe
+from job.data.fingerprint import CorpusIdentity
+from job.data.listing import Listing, shorten_names
+from job.data.manifest import MANIFEST_NAME, load_manifest
+from job.data.prepare import describe
 from job.data.prepare_processes import prepare_in_processes
-from job.data.split import is_held_out
+from job.data.recipe import Recipe
+from job.data.text_sample import TextSample, sample_corpus
 from job.data.tokenizer import (
+    TextTokenizer,
     load_tokenizer,
     refuse_hub_id,
     refuse_surrounding_tokens,
-    store_tokenizer,
-    train_tokenizer,
+    store_new_tokenizer,
 )
+from job.data.tokenizer_download import has_no_tokenizer_yet
+from job.data.tokenizer_training import BYTES_PER_BYTE, train_in_process
 from job.errors import EXIT_DONE, EXIT_STOPPED, UserError
-from job.launcher.environment import find_place, part_of_array
-from job.launcher.signals import Requests, Stopped, raised
+from job.invocation import command
+from job.launcher.environment import detect_environment, part_of_array
+from job.launcher.signals import Stopped, StopRequests, raise_on_stop
 from job.local_dirs import cache_folder
 from job.log_setup import silence_libraries
 from job.report import Report
 
 _MOST_BAD_RECORDS_SHOWN = 10
 _MOST_EQUAL_SHOWN = 3
+_MEASURED_BYTES = 4 * 2**20
+"""Largest amount of validation text on which a new tokenizer is measured. Encoding it takes about a second."""
 
 
 def recipe_of(config: Config) -> Recipe:
-    """What decides the content of the data set."""
+    """Return the settings that decide the content of the data set."""
     data = config.data
     return Recipe(
         source=data.source,
@@ -51,39 +56,37 @@ def recipe_of(config: Config) -> Recipe:
 
 
 def prepare(config: Config, words: Sequence[str] = ()) -> int:
-    """Raw documents → token shards."""
+    """Make token shards from raw documents. Returns the exit code."""
     report = Report()
     try:
-        with raised():
+        with raise_on_stop():
             return _prepare(config, report)
     except Stopped:
-        report.say("stopped; started again, it goes on after the slices that are done")
+        report.say("stopped; run `prepare` again to continue with the slices that are not done")
         return EXIT_STOPPED
 
 
 def _prepare(config: Config, report: Report) -> int:
+    if has_no_tokenizer_yet(config.tokenizer.source):
+        _train_missing_tokenizer(config, report)
     tokenizer = load_tokenizer(config.tokenizer.source, cache_folder(config.data.cache_dir))
     refuse_surrounding_tokens(tokenizer, "tokenizer.source", config.tokenizer.source)
-    started, documents, text_bytes, bad = time.monotonic(), 0, 0, 0
+    started, documents, text_bytes = time.monotonic(), 0, 0
 
     def on_progress(more_documents: int, more_bytes: int) -> None:
         nonlocal documents, text_bytes
         documents, text_bytes = documents + more_documents, text_bytes + more_bytes
-        rate = text_bytes / 1e6 / (time.monotonic() - started)
-        report.advance(documents, f"{text_bytes / 1e6:,.1f} MB of text, {rate:.1f} MB/s")
+        rate = amounts.size(text_bytes / (time.monotonic() - started))
+        report.advance(documents, f"{amounts.size(text_bytes)} of text, {rate}/s")
 
-    def on_bad_record(record: BadRecord) -> None:
-        nonlocal bad
-        bad += 1
-        if bad <= _MOST_BAD_RECORDS_SHOWN:
-            report.say(f"left out: {record.url}: {record.position}: {record.reason}")
-
-    def on_identified(corpus: Identified) -> None:
+    def on_identified(corpus: CorpusIdentity) -> None:
         report.say(f"corpus: {corpus}")
-        for names in corpus.equal[:_MOST_EQUAL_SHOWN]:
-            report.say(f"warning: the same content, so that each document counts {len(names)} times: {some(names)}")
-        if (more := len(corpus.equal) - _MOST_EQUAL_SHOWN) > 0:
-            report.say(f"warning: the same content in {more:,} more groups of files")
+        for names in corpus.duplicates[:_MOST_EQUAL_SHOWN]:
+            report.say(
+                f"warning: these files are equal, so each document counts {len(names)} times: {shorten_names(names)}"
+            )
+        if (more := len(corpus.duplicates) - _MOST_EQUAL_SHOWN) > 0:
+            report.say(f"warning: {more:,} more groups of equal files")
 
     report.start_bar("preparing", total=None)
     try:
@@ -95,7 +98,7 @@ def _prepare(config: Config, report: Report) -> int:
             _worker(config.data.worker),
             config.data.processes,
             on_progress,
-            on_bad_record,
+            _bad_record_notice(report),
             report.say,
             config.tokenizer.engine,
             on_identified,
@@ -105,96 +108,186 @@ def _prepare(config: Config, report: Report) -> int:
         report.end_bar()
     seconds = time.monotonic() - started
     if manifest is None:
-        report.say(f"this worker's slices are done in {seconds:.0f} s; others are still to come, the last one ends it")
+        report.say(
+            f"this worker has done its slices in {seconds:.0f} s; other workers are still at work, and the last one "
+            "writes the manifest"
+        )
         return EXIT_DONE
     report.table(f"{config.data.shards}", describe(manifest))
     report.say(
-        f"prepared {text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s ({text_bytes / 1e6 / seconds:.1f} MB/s)"
+        f"prepared {amounts.size(text_bytes)} of text in {seconds:.1f} s ({amounts.size(text_bytes / seconds)}/s)"
     )
+    if not manifest.validation:
+        fraction = config.data.validation_fraction
+        report.say(f"no document is in the validation split (data.validation_fraction {fraction:g}): no evaluation")
     return EXIT_DONE
+
+
+def _train_missing_tokenizer(config: Config, report: Report) -> None:
+    """Train the tokenizer that `tokenizer.source` does not have yet, as the command `tokenizer` does.
+
+    Raises:
+        UserError: several workers prepare this corpus, and each would train a tokenizer.
+    """
+    source, (_, workers) = config.tokenizer.source, _worker(config.data.worker)
+    if workers > 1:
+        expected = f"no tokenizer there, and each of {workers} `prepare` workers would train one"
+        raise UserError("tokenizer.source", source, expected, f"run `{command('tokenizer')}` once, with these settings")
+    storage.exists(storage.join(config.data.shards, MANIFEST_NAME))  # Try the address before the minutes of training.
+    first = (
+        f"no tokenizer in {source} yet: training one with up to {config.tokenizer.vocab_size:,} tokens on the corpus"
+    )
+    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
+        _train_tokenizer(config, report, Path(scratch), first)
 
 
 def tokenizer(config: Config, words: Sequence[str] = ()) -> int:
-    """Corpus → tokenizer."""
+    """Train a tokenizer on a sample of the corpus and store it. Returns the exit code."""
     report = Report()
     refuse_hub_id(config.tokenizer.source)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
-        trained = train_tokenizer(_training_texts(config, report), config.tokenizer.vocab_size, Path(scratch))
-        store_tokenizer(trained, config.tokenizer.source)
-        seconds = time.monotonic() - started
-        report.say(f"tokenizer with {trained.vocab_size:,} entries in {config.tokenizer.source} ({seconds:.1f} s)")
-        if trained.vocab_size < config.tokenizer.vocab_size:
-            report.say(f"  {config.tokenizer.vocab_size:,} were asked for; the text has no more pairs that repeat")
-    return EXIT_DONE
+    try:
+        with raise_on_stop(), tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
+            _train_tokenizer(config, report, Path(scratch))
+            return EXIT_DONE
+    except Stopped:
+        report.say("stopped; no tokenizer was written")
+        return EXIT_STOPPED
+
+
+def _train_tokenizer(config: Config, report: Report, scratch: Path, first: str = "") -> None:
+    """Train and store a tokenizer; `first` is a line that is printed once the corpus is found."""
+    started, settings = time.monotonic(), config.tokenizer
+    # This also tries the address and the credentials before the minutes that training takes.
+    if storage.exists(storage.join(settings.source, "tokenizer.json")):
+        report.say(f"{settings.source} has a tokenizer already; if the new one differs, it is refused at the end")
+
+    def say_listed(listing: Listing) -> None:
+        if first:
+            report.say(first)
+        _say_listed(report, listing)
+
+    report.start_bar("reading", total=None)
+    try:
+        train, validation = sample_corpus(
+            recipe_of(config),
+            int(settings.train_bytes),
+            _MEASURED_BYTES,
+            lambda documents, utf8_bytes: report.advance(documents, f"{amounts.size(utf8_bytes)} of text"),
+            _bad_record_notice(report),
+            say_listed,
+        )
+    finally:
+        report.end_bar()
+    if not train.size:
+        expected = f"its training split has no text, with data.validation_fraction {config.data.validation_fraction:g}"
+        raise UserError("data.source", config.data.source, expected, "name another corpus, or lower the fraction")
+    report.say(
+        f"sample: {len(train):,} of {train.documents:,} training documents, {amounts.size(train.size)} of "
+        f"{amounts.size(train.utf8_bytes)} of text ({train.size / train.utf8_bytes:.1%})"
+    )
+    _warn_of_memory(report, train)
+    report.start_bar("training", total=None)
+    try:
+        trained = train_in_process(train.texts(), settings.vocab_size, scratch, int(settings.train_bytes))
+    finally:
+        report.end_bar()
+    worth = _worth_of(trained, validation)
+    store_new_tokenizer(trained, settings.source)
+    seconds = time.monotonic() - started
+    report.say(f"tokenizer with {trained.vocab_size:,} tokens in {settings.source} ({seconds:.1f} s)")
+    if trained.vocab_size < settings.vocab_size:
+        wanted = f"tokenizer.vocab_size is {settings.vocab_size:,}"
+        report.say(f"  {wanted}, but the text has no more pairs of tokens that occur twice")
+    report.say(f"  {worth}")
 
 
 def generate(config: Config, words: Sequence[str] = ()) -> int:
-    """A trained model → text."""
+    """Print the continuations of prompts by a trained model. Returns the exit code."""
     silence_libraries()
-    from job.model.generation import Sampling, continue_text
-    from job.runs.load_model import load_trained
+    from job.trying.continuations import try_model
 
-    source, setting = (
-        config.generate.model or config.run.output,
-        "generate.model" if config.generate.model else "run.output",
-    )
-    trained = load_trained(source, setting, cache_folder(config.data.cache_dir))
-    options = config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-    for index, prompt in enumerate(words or config.generate.prompts):
-        sys.stdout.write(prompt)
-        sampling = Sampling(**options).for_prompt(index)
-        continue_text(trained.model, trained.tokenizer, prompt, sampling, trained.context_length, on_text=_write)
-        sys.stdout.write("\n\n" if len(words or config.generate.prompts) > 1 else "\n")
-    return EXIT_DONE
+    return try_model(config, words)
+
+
+def init(
+    config: Config, config_path: str | None = None, overrides: Sequence[tuple[str, str]] = (), **options: Any
+) -> int:
+    """Write a settings file that fits the text in ./data and this machine. Returns the exit code."""
+    from job.init.settings_file import write_settings_file
+
+    return write_settings_file(config, [name for name, _ in overrides], **options)
 
 
 def train(config: Config, words: Sequence[str] = ()) -> int:
-    """Shards → model."""
-    requests = Requests()
+    """Train a model on shards. Returns the exit code."""
+    requests = StopRequests()
     from job.data.batching import cut_batch
     from job.launcher.supervisor import find_device, launch, world_size
-    from job.model.spec import ModelSpec
-    from job.training.rules import check_learning_rates
+    from job.tracking import make_trackers
+    from job.training.rules import check_model_and_schedule
 
-    # The workers check these as well, but they take seconds to start.
-    check_learning_rates(config.train)
-    ModelSpec(**config.model.model_dump())
-    place = find_place()
-    device = find_device(config, place)
-    cut_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size(config, place, device))
+    # The workers check these settings too, but they take seconds to start.
+    check_model_and_schedule(config.model, config.train)
+    make_trackers(config.tracking)
+    environment = detect_environment()
+    device = find_device(config, environment)
+    # The workers choose the micro-batch. Here only the number of processes is checked: it must divide the batch.
+    cut_batch(config.train.global_batch_size, 1, world_size(config, environment, device))
     load_manifest(config.data.shards)
-    return launch("train", config, place, device, requests)
+    return launch("train", config, environment, device, requests)
 
 
 def evaluate(config: Config, words: Sequence[str] = ()) -> int:
-    """A trained model → held-out loss."""
-    requests = Requests()
+    """Measure the validation loss of a trained model. Returns the exit code."""
+    requests = StopRequests()
     from job.launcher.supervisor import find_device, launch
 
-    place = find_place()
-    return launch("evaluate", config, place, find_device(config, place), requests)
+    environment = detect_environment()
+    return launch("evaluate", config, environment, find_device(config, environment), requests)
 
 
 def check(
     config: Config, config_path: str | None = None, overrides: Sequence[tuple[str, str]] = (), **options: Any
 ) -> int:
-    """Settings → what is wrong with them, and the plan."""
+    """Print what is wrong with the settings, the data or the machine, and the plan. Returns the exit code."""
     from job.preflight.check import check
 
     return check(config, config_path=config_path, overrides=overrides, **options)
 
 
+def report(
+    config: Config,
+    config_path: str | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    words: Sequence[str] = (),
+    to: str | None = None,
+) -> int:
+    """Write the report on the runs in `words`, or on `run.output`, to the folder `to`. Returns the exit code."""
+    from job.run_report.write_report import check_targets, make_report
+
+    runs = words or [config.run.output]
+    written = make_report(runs)
+    folder = to or (storage.join(runs[0], "logs") if len(runs) == 1 else ".")
+    check_targets(folder)
+    try:
+        files = written.store(folder)
+    except storage.StoreError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError("--to", folder, f"cannot be written: {reason}", "name another folder with --to") from None
+    except UserError as error:
+        raise UserError("--to", folder, f"cannot be written: {error.expected}", error.remedy) from None
+    for file in files:
+        Report().say(file)
+    return EXIT_DONE
+
+
 def demo(config: Config, words: Sequence[str] = ()) -> int:
-    """Everything, on this machine."""
+    """Run everything from raw documents to a trained model on this machine. Returns the exit code."""
     from job.demo.walk import walk
 
     return walk(config)
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
 
 
 def _say_listed(report: Report, listing: Listing) -> None:
@@ -207,22 +300,42 @@ def _worker(setting: str | None) -> tuple[int, int]:
     index, workers = map(int, setting.split("/"))
     if index >= workers:
         raise UserError(
-            "data.worker", setting, "expected i/n with 0 <= i < n", f"the last one is {workers - 1}/{workers}"
+            "data.worker", setting, "expected i/n with 0 <= i < n", f"the last worker is {workers - 1}/{workers}"
         )
     return index, workers
 
 
-def _training_texts(config: Config, report: Report) -> Iterator[str]:
-    """Texts of the corpus that are not held out, up to tokenizer.train_bytes."""
-    recipe, left = recipe_of(config), int(config.tokenizer.train_bytes)
-    for file in list_corpus(recipe.source, lambda listing: _say_listed(report, listing), recipe.choice):
-        for record in read_slices(file, recipe.slice_bytes, lambda _: True, recipe.text_field, recipe.id_field):
-            if isinstance(record, BadRecord):
-                recipe.tolerate(record)
-            if not isinstance(record, Document):
-                continue
-            if not is_held_out(record.id, record.text, recipe.seed, recipe.validation_fraction):
-                yield record.text
-                left -= len(record.text.encode())
-            if left <= 0:
-                return
+def _bad_record_notice(report: Report) -> Callable[[BadRecord], None]:
+    """Return a function that prints the first bad records that are left out."""
+    bad = 0
+
+    def notice(record: BadRecord) -> None:
+        nonlocal bad
+        bad += 1
+        if bad <= _MOST_BAD_RECORDS_SHOWN:
+            report.say(f"skipped a bad record: {record.url}: {record.position}: {record.reason}")
+
+    return notice
+
+
+def _warn_of_memory(report: Report, train: TextSample) -> None:
+    from job.preflight.machine import memory_bytes
+
+    needed_bytes, free_bytes = BYTES_PER_BYTE * train.size, memory_bytes()
+    if free_bytes is not None and needed_bytes > free_bytes:
+        report.say(
+            f"warning: training on this sample takes about {needed_bytes / 2**30:,.1f} GiB of memory, but only "
+            f"{free_bytes / 2**30:,.1f} GiB are free; if it is killed, lower tokenizer.train_bytes"
+        )
+
+
+def _worth_of(tokenizer: TextTokenizer, validation: TextSample) -> str:
+    """Return a line with the tokenizer's bytes per token on text that it was not trained on."""
+    texts = list(validation.texts())
+    if not texts:
+        return "there are no validation documents, so its bytes per token are not measured"
+    tokens = sum(map(len, tokenizer.encode(texts)))
+    return (
+        f"{validation.size / tokens:.3f} bytes per token on {amounts.size(validation.size)} of validation text, "
+        "which it was not trained on"
+    )

@@ -1,13 +1,13 @@
-"""Standard output and standard error that never fail a command.
+"""Standard output and standard error that never make a command fail.
 
-A console may not know a character, a log disk may be full, a terminal may be closed and the reader of a pipe may go
-away. Each process installs these streams first (`install`), and from then on nothing that prints has to care:
+A terminal may lack a character, the disk of a log may be full, a terminal may be closed, and the reader of a pipe may
+exit. Each process calls `install` first. After that, printing always succeeds:
 
-* a character that the stream's encoding does not have is written as ``?``;
-* what cannot be written is counted, and reported on the other stream: the reason at once, the count at the end;
-* a stream that was closed before the start stays closed, also for the processes that this one starts, and no file that
-  is opened later takes its number;
-* a secret (see `job.redaction`) is written as ``***``, also when a library or a traceback prints it.
+* A character that the stream's encoding lacks is written as ``?``.
+* Text that cannot be written is counted and reported on the other stream: the reason at once, the count at the end.
+* A stream that was closed before the start stays closed, also for child processes, and no file that is opened later
+  gets its file descriptor.
+* A secret (see `job.redaction`) is written as ``***``, even when a library or a traceback prints it.
 """
 
 import atexit
@@ -21,21 +21,21 @@ from typing import Any, TextIO
 
 from typing_extensions import override
 
-from job import clock as awake
+from job import clock
 from job.redaction import learn_environment, redacted
 
 _NAMES = {1: "standard output", 2: "standard error"}
 _ATOMIC_BYTES = 4096
-"""Linux takes so many bytes at once where `select` says that it takes any."""
+"""Bytes that one write never blocks on, if poll says that the stream is writable (PIPE_BUF of Linux)."""
 _POLL_MILLISECONDS = 200
 _ENCODING = "utf-8"
 """Encoding for a stream that was closed before the start."""
 
 
 def install() -> None:
-    """Replaces both streams of this process; call it before a library keeps one of them."""
+    """Replace both streams of this process. Call it before any library keeps a reference to one of them."""
     learn_environment()
-    _keep_numbers()
+    _occupy_closed_descriptors()
     raw = {number: _RawStream(number) for number in _NAMES}
     raw[1].report = lambda line: _write_line(sys.stderr, line)
     raw[2].report = lambda line: _write_line(sys.stdout, line)
@@ -46,16 +46,16 @@ def install() -> None:
 
 
 def wait_at_most(seconds: float) -> None:
-    """From now on, leaves out what nobody reads for so long.
+    """Drop output that nobody reads for this many seconds.
 
-    Without it a paused terminal, or a pipe that is not read, is waited for as long as it takes.
+    Without this call, a write to a paused terminal or an unread pipe waits without limit.
     """
     for raw in _installed:
         raw.patience_seconds = seconds
 
 
 def close() -> None:
-    """Writes what is buffered, and says how much was lost; what is printed later still comes out."""
+    """Write all buffered output, and report how much was lost. Printing afterwards still works."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     for raw in _installed:
@@ -66,7 +66,7 @@ _installed: list["_RawStream"] = []
 
 
 class _RawStream(io.RawIOBase):
-    """Writes to a file descriptor, and counts what that does not take."""
+    """A stream that writes to a file descriptor and counts what cannot be written."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -74,11 +74,12 @@ class _RawStream(io.RawIOBase):
         self.patience_seconds: float | None = None
         """Longest wait for a reader; None: no limit."""
         self.is_closed = False
-        """True if the stream was closed when this process started: its number may be another file's by now."""
+        """True if the stream was closed when this process started."""
         self._lost_bytes, self._lost_lines, self._reason = 0, 0, ""
         self._is_stuck = False
+        """True if the last wait for a reader took too long; the next write then does not wait."""
         self.report: Callable[[str], None] = lambda line: None
-        """Writes a line to the other stream."""
+        """Function that writes a line to the other stream."""
 
     @override
     def writable(self) -> bool:
@@ -105,22 +106,22 @@ class _RawStream(io.RawIOBase):
                 piece = left if self.patience_seconds is None else left[:_ATOMIC_BYTES]
                 try:
                     left = left[os.write(self._number, piece) :]
-                except BlockingIOError:  # another program has made the terminal or pipe that it shares non-blocking
+                except BlockingIOError:  # Another program that shares the terminal or pipe made it non-blocking.
                     self._wait()
         except OSError as error:
             self._lose(bytes(left), error)
         return size
 
     def _wait(self) -> None:
-        """Waits until the stream takes something; only once for a reader who does not read."""
+        """Wait until the stream is writable; do not wait again if the last wait was too long."""
         poll = select.poll()
         poll.register(self._number, select.POLLOUT)
         if self.patience_seconds is None:
             poll.poll()
             return
-        end = awake.seconds() + (0 if self._is_stuck else self.patience_seconds)
+        end = clock.seconds() + (0 if self._is_stuck else self.patience_seconds)
         while not poll.poll(0 if self._is_stuck else _POLL_MILLISECONDS):
-            if awake.seconds() >= end:
+            if clock.seconds() >= end:
                 self._is_stuck = True
                 raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {self.patience_seconds:g} s")
         self._is_stuck = False
@@ -133,7 +134,7 @@ class _RawStream(io.RawIOBase):
             self.report(f"{_NAMES[self._number]} cannot be written ({self._reason}); the command goes on without it")
 
     def report_count(self) -> None:
-        """Says on the other stream how much was lost since the last report."""
+        """Report on the other stream how much was lost since the last report."""
         lost_bytes, lost_lines = self._lost_bytes, self._lost_lines
         self._lost_bytes = self._lost_lines = 0
         if lost_bytes:
@@ -142,7 +143,7 @@ class _RawStream(io.RawIOBase):
 
 
 class _TextStream(io.TextIOWrapper):
-    """Text on its way to a standard stream."""
+    """A text stream that removes secrets."""
 
     @override
     def write(self, text: str) -> int:
@@ -151,7 +152,7 @@ class _TextStream(io.TextIOWrapper):
 
 
 def _text_stream(raw: Any, before: TextIO | None) -> Any:
-    """A text stream over `raw`, like the one before it in everything but its errors."""
+    """Return a text stream over `raw` with the encoding and buffering of the stream before it."""
     if not isinstance(before, io.TextIOWrapper):
         raw.is_closed = before is None
         return _TextStream(raw, _ENCODING, "replace", line_buffering=True)
@@ -170,8 +171,8 @@ def _write_line(stream: TextIO, line: str) -> None:
     stream.flush()
 
 
-def _keep_numbers() -> None:
-    """Gives the numbers 0 to 2, where they are closed, to something that cannot be written."""
+def _occupy_closed_descriptors() -> None:
+    """Open /dev/null for reading on each closed file descriptor from 0 to 2, so that no other file gets it."""
     for number in (0, *_NAMES):
         try:
             os.fstat(number)
@@ -180,4 +181,4 @@ def _keep_numbers() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            os.set_inheritable(number, True)  # for the processes that this one starts
+            os.set_inheritable(number, True)  # Child processes need the same protection.

@@ -1,4 +1,4 @@
-"""What ends a command: the exit codes, and the one-line error for whatever a person can mend."""
+"""Exit codes, and the one-line error for every mistake that the user can correct."""
 
 import codecs
 import errno
@@ -13,31 +13,31 @@ from job.redaction import redacted
 EXIT_DONE = 0
 """The work is finished."""
 EXIT_FAILED = 1
-"""A crash, or a store that failed until the deadline: starting it again may help."""
+"""The program crashed, or the store failed until the deadline: starting the job again may help."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C."""
+"""The user pressed Ctrl-C."""
 EXIT_NO_PROGRESS = 70
-"""Started several times without one new checkpoint, or its numbers blow up step after step: a person has to look."""
+"""Several attempts made no new checkpoint, or too many steps in a row were skipped: a person has to look."""
 EXIT_STOPPED = 75
-"""Asked to stop: checkpointed, not finished, start it again."""
+"""The job was asked to stop, and has saved a checkpoint but not finished: start it again."""
 EXIT_REFUSED = 78
-"""Bad configuration, data or credentials: starting it again cannot help."""
+"""The configuration, the data or the credentials are wrong: starting the job again cannot help."""
 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_VALUE = 300
-"""Characters of a value that an error shows."""
+"""Characters of a value that an error message shows."""
 _MOST_MISTAKES = 20
 """Mistakes that one line lists."""
 
 
 class UserError(Exception):
-    """A mistake that the person who started the command can mend: one line, exit 78, no traceback.
+    """A mistake that the user can correct. The command prints it as one line, without a traceback, and exits with 78.
 
     Args:
-        setting: the dotted name of the setting at fault (``data.source``), or the environment variable.
-        value: what it was set to.
-        expected: what was found wrong and what was expected instead.
-        remedy: what to do about it.
+        setting: dotted name of the wrong setting (``data.source``), or the name of the environment variable.
+        value: the value that the setting has; None: do not show a value.
+        expected: what is wrong, and what was expected instead.
+        remedy: what to do.
     """
 
     exit_code = EXIT_REFUSED
@@ -57,86 +57,88 @@ class UserError(Exception):
 
 
 class NoProgress(Exception):
-    """The run cannot go on by itself, and starting it again will not help: a person has to look; exit 70."""
+    """The run makes no progress, and starting it again will not help. The command exits with 70."""
 
     exit_code = EXIT_NO_PROGRESS
 
 
-_NO_ROOM = "make room, or name another place"
-_ANOTHER_PLACE = "name another place"
+_NO_ROOM = "free some space, or name another folder"
+_ANOTHER_FOLDER = "name another folder"
 SOME_DISK = "a disk of this machine"
-"""The setting of an error of which nothing says where it happened."""
+"""Name used in an error message if nothing tells which disk or path the error is about."""
 _DISK_FAULTS = {
     errno.ENOSPC: ("no space left on the disk", _NO_ROOM),
     errno.EDQUOT: ("the disk quota is used up", _NO_ROOM),
-    errno.EROFS: ("the file system is read-only", _ANOTHER_PLACE),
-    errno.EACCES: ("permission denied", f"give this user the right to it, or {_ANOTHER_PLACE}"),
-    errno.EPERM: ("not permitted", f"give this user the right to it, or {_ANOTHER_PLACE}"),
-    errno.ENOTDIR: ("a part of this path is a file, not a folder", _ANOTHER_PLACE),
-    errno.EEXIST: ("there is a file where a folder is needed", _ANOTHER_PLACE),
-    errno.EISDIR: ("there is a folder where a file is needed", _ANOTHER_PLACE),
-    errno.ENAMETOOLONG: ("a name in this path is too long", _ANOTHER_PLACE),
+    errno.EROFS: ("the file system is read-only", _ANOTHER_FOLDER),
+    errno.EACCES: ("permission denied", f"give this user the right to it, or {_ANOTHER_FOLDER}"),
+    errno.EPERM: ("not permitted", f"give this user the right to it, or {_ANOTHER_FOLDER}"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", _ANOTHER_FOLDER),
+    errno.EEXIST: ("there is a file where a folder is needed", _ANOTHER_FOLDER),
+    errno.EISDIR: ("there is a folder where a file is needed", _ANOTHER_FOLDER),
+    errno.ENAMETOOLONG: ("a name in this path is too long", _ANOTHER_FOLDER),
 }
 
 
 def disk_error(error: Exception) -> UserError | None:
-    """Return an error of a disk as one line where a person can mend it: a disk that is full, read-only or forbidden.
+    """Return a UserError if a disk is full, read-only or forbidden to the user.
 
-    For every other one it is None: that may be a mistake of the program, whose traceback is wanted.
+    Return None for every other error. It may be a mistake in the program, so its traceback is needed.
     """
-    if isinstance(error, UnicodeEncodeError) and _is_for_names_of_files(error.encoding):
-        expected = f"the names of files are in {error.encoding} here (LANG, LC_ALL), which lacks characters of this one"
+    if isinstance(error, UnicodeEncodeError) and _encodes_file_names(error.encoding):
+        expected = (
+            f"it has characters that {error.encoding}, the encoding of file names here (LANG, LC_ALL), does not have"
+        )
         return UserError(str(error.object), None, expected, "set LC_ALL=C.UTF-8")
-    number, found = _system_error(error)
+    number, error_path = _error_number_and_path(error)
     if number == errno.ENOENT and "No usable temporary directory" in str(error):
         return UserError("TMPDIR", os.environ.get("TMPDIR"), "no folder for temporary files can be written", _NO_ROOM)
     if number not in _DISK_FAULTS:
         return None
     expected, remedy = _DISK_FAULTS[number]
-    if found is None:  # as where a file that is open already cannot grow
+    if error_path is None:  # A write to an open file tells no path.
         return UserError(SOME_DISK, None, expected, remedy) if number in (errno.ENOSPC, errno.EDQUOT) else None
-    path = found.decode(errors="replace") if isinstance(found, bytes) else str(found)
+    path = error_path.decode(errors="replace") if isinstance(error_path, bytes) else str(error_path)
     return None if "://" in path else UserError(path, None, expected, remedy)
 
 
-def _is_for_names_of_files(encoding: str) -> bool:
-    """Whether it is the locale's, and one that lacks characters."""
+def _encodes_file_names(encoding: str) -> bool:
+    """Return True if this is the locale's encoding of file names, and it is not UTF-8."""
     own = codecs.lookup(sys.getfilesystemencoding()).name
     return own != "utf-8" and codecs.lookup(encoding).name in (own, "ascii")
 
 
-def _system_error(error: Exception) -> tuple[int | None, object]:
-    """The operating system's number of an error, and the path that it is about; None for what is not known."""
+def _error_number_and_path(error: Exception) -> tuple[int | None, object]:
+    """Return the errno of an error and the path that it is about; None for each that is not known."""
     if isinstance(error, OSError):
         return error.errno, error.filename if error.filename2 is None else error.filename2
-    told = _RUST_ERROR.search(str(error))  # tokenizers and safetensors raise exceptions of their own kinds
-    return None if told is None else int(told[1]), None
+    match = _RUST_ERROR.search(str(error))  # tokenizers and safetensors raise exceptions of their own types.
+    return None if match is None else int(match[1]), None
 
 
 def one_line(text: str) -> str:
-    """`text` without secrets, and with every run of white space made one blank, so that a log keeps it on one line.
+    """Return `text` without secrets and on one line: each run of white space becomes one blank.
 
-    What is cut to a length afterwards holds no half of a secret, of which nothing would say what it is.
+    Call it before cutting a text to a length: a secret that is cut in half would no longer be recognized.
     """
     return " ".join(redacted(text).split())
 
 
-def refuse(mistakes: Iterable[UserError]) -> None:
-    """Raise one error, which is one line, for all mistakes in the settings; none: raise nothing."""
-    found = list(islice(mistakes, _MOST_MISTAKES + 1))
-    if len(found) == 1:
-        raise found[0] from None
-    if found:
-        said = [f"({number}) {error}" for number, error in enumerate(found[:_MOST_MISTAKES], 1)]
-        is_all = len(found) <= _MOST_MISTAKES
-        count, rest = (str(len(found)), []) if is_all else (f"more than {_MOST_MISTAKES}", ["and more"])
-        raise UserError("settings", None, f"{count} mistakes: {' '.join([*said, *rest])}") from None
+def raise_all(mistakes: Iterable[UserError]) -> None:
+    """Raise one UserError, on one line, for all mistakes in the settings; raise nothing if there are none."""
+    listed = list(islice(mistakes, _MOST_MISTAKES + 1))
+    if len(listed) == 1:
+        raise listed[0] from None
+    if listed:
+        numbered = [f"({number}) {mistake}" for number, mistake in enumerate(listed[:_MOST_MISTAKES], 1)]
+        are_all = len(listed) <= _MOST_MISTAKES
+        count, rest = (str(len(listed)), []) if are_all else (f"more than {_MOST_MISTAKES}", ["and more"])
+        raise UserError("settings", None, f"{count} mistakes: {' '.join([*numbered, *rest])}") from None
 
 
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python writes no whole number of more than 4,300 digits.
         return "a number of thousands of digits"
-    text = redacted(text)  # before it is cut: of half a secret nothing would say what it is
+    text = redacted(text)  # Before the cut below: a secret that is cut in half would no longer be recognized.
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

@@ -1,4 +1,4 @@
-"""Records as JSON: written without secrets; read with every field's type checked, as a stored file may be damaged."""
+"""Reads and writes records as JSON. Writing removes secrets; reading checks the type of every field."""
 
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -15,32 +15,33 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class Versioned:
-    """The part of a stored file that decides how the rest of it is read."""
+    """The field of a stored file that says how to read the other fields."""
 
     format_version: int
 
 
 def record_bytes(record: Any) -> bytes:
-    """Return a dataclass or a dictionary as JSON, without the secrets that its texts may hold."""
+    """Return a dataclass or a dictionary as JSON, with the secrets in its texts removed."""
     values = record if isinstance(record, dict) else asdict(record)
     return orjson.dumps(redacted_tree(values), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def parse_record(content: bytes | bytearray, kind: type[Record]) -> Record:
-    """Read JSON as an instance of the dataclass `kind`, with every field's type checked.
+    """Parse JSON as an instance of the dataclass `kind`, and check the type of every field.
 
-    Keys that `kind` does not have are ignored: a newer version of the program may have written them.
+    Keys that `kind` does not have are ignored, because a newer version of the program may have written them.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, or a field is missing or of another type; one line says where.
+        ValueError: the JSON is invalid or nested too deeply, or a field is missing or of the wrong type. The message is
+            one line that names the field.
     """
     try:
         record_type: TypeAdapter[Record] = _record_type(cast(Any, kind))
         return record_type.validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(one_line(f"{f'{place}: ' if place else ''}{first['msg']}")) from None
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(one_line(f"{f'{name}: ' if name else ''}{first['msg']}")) from None
 
 
 @cache

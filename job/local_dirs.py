@@ -1,12 +1,12 @@
-"""A folder on a disk of this node for what can be lost, private to this user.
+"""The scratch folder: a private folder on a disk of this node, for files that can be made or fetched again.
 
-    /scratch                  shared, often root's with mode 1777: what WIKILLM_SCRATCH, SLURM_TMPDIR or TMPDIR names
-    /scratch/wikillm-10001    this user's, mode 0700: made or checked at every start
-        shards  inductor  triton  huggingface  home  swanlog
+    /scratch                  shared, often root's with mode 1777; WIKILLM_SCRATCH, SLURM_TMPDIR or TMPDIR names it
+    /scratch/wikillm-10001    private to this user, mode 0700; made or checked at every start
+        shards  inductor  triton  huggingface  matplotlib  home  swanlog
 
-Compiled code from this folder is executed and shards from it are trained on, and anybody can guess its name. So it is
-refused unless it belongs to this user and nobody else can write to it. `use_scratch` does that at the start of each
-command, and has the libraries keep their caches inside.
+Compiled code from this folder is executed, and training reads shards from it, but everybody can guess its name. The
+folder is therefore refused unless it belongs to this user and nobody else can write to it. `use_scratch` checks this at
+the start of each command, and makes the libraries keep their caches in it.
 """
 
 import os
@@ -20,8 +20,13 @@ from tempfile import gettempdir
 from job.errors import UserError
 
 VARIABLE = "WIKILLM_SCRATCH"
-_LIBRARY_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Caches of compiled code. By default Inductor's is /tmp/torchinductor_<user>, where others can put code."""
+_LIBRARY_FOLDERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "MPLCONFIGDIR": "matplotlib",
+}
+"""Caches of compiled code and of fonts. Inductor's default is /tmp/torchinductor_<user>, into which other users can put
+code; Matplotlib warns where its default in the home folder cannot be written."""
 _CREDENTIALS = {
     "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials",
     "AWS_CONFIG_FILE": ".aws/config",
@@ -30,7 +35,7 @@ _CREDENTIALS = {
 
 
 def scratch_folder(environment: Mapping[str, str] = os.environ) -> tuple[Path, str]:
-    """Return this user's scratch folder and the variable that decides it, with the reason; nothing is made."""
+    """Return this user's scratch folder, and the variable that decides it with the reason. Creates nothing."""
     for name in (VARIABLE, "SLURM_TMPDIR"):
         if environment.get(name):
             return _of_this_user(environment[name]), name
@@ -45,16 +50,20 @@ def scratch_folder(environment: Mapping[str, str] = os.environ) -> tuple[Path, s
 
 
 def use_scratch(say: Callable[[str], object], environment: MutableMapping[str, str] = os.environ) -> Path:
-    """Make or check the scratch folder, and set the variables by which libraries put their caches into it.
+    """Make or check the scratch folder, and set the variables that make libraries keep their caches in it.
 
-    A user's own settings win. Call it before the libraries are imported; child processes inherit the variables.
+    Variables that the user has set are kept. Call this before the libraries are imported; child processes inherit the
+    variables.
 
     Args:
-        say: told when HOME is replaced.
-        environment: the variables, which are changed.
+        say: called with a line if HOME is replaced.
+        environment: the environment variables, which are changed in place.
+
+    Returns:
+        The scratch folder.
 
     Raises:
-        UserError: the folder is not this user's alone.
+        UserError: the folder cannot be made, or is not private to this user.
     """
     folder, source = scratch_folder(environment)
     setting = source.partition(":")[0]
@@ -72,7 +81,7 @@ def use_scratch(say: Callable[[str], object], environment: MutableMapping[str, s
                 environment[name] = str(readable / child)
     hub = None if readable is None else readable / ".cache" / "huggingface"
     if not environment.get("HF_HOME") and not environment.get("XDG_CACHE_HOME"):
-        if hub is not None and _is_folder(hub):  # models that were fetched before, and the token
+        if hub is not None and _is_folder(hub):  # It has the models fetched before, and the token.
             if home is None:
                 environment["HF_HOME"] = str(hub)
         elif home is None or not source.startswith("HOME"):
@@ -84,7 +93,7 @@ def use_scratch(say: Callable[[str], object], environment: MutableMapping[str, s
     if home is None:
         former, new = environment.get("HOME"), private_folder(folder / "home", setting)
         environment["HOME"] = str(new)
-        if source.startswith("TMPDIR"):  # child processes have a home, and are to find the same folder all the same
+        if source.startswith("TMPDIR"):  # Child processes have a home now, but must find the same scratch folder.
             environment[VARIABLE] = str(folder)
         if former and readable is not None:
             say(f"HOME: {former!r} cannot be written: {new} is used as the home folder")
@@ -92,38 +101,39 @@ def use_scratch(say: Callable[[str], object], environment: MutableMapping[str, s
 
 
 def private_folder(folder: Path, setting: str) -> Path:
-    """Make `folder` with mode 0700, and missing folders above it, or check that it is this user's alone.
+    """Make `folder` with mode 0700, and missing folders above it; or check that an existing one is private.
 
-    The folders above that exist already are not checked: they may be root's and open to all, as /tmp is. A folder of
-    this user's that others can read, or its group write, is closed to them; one that everybody can write is refused,
-    since nobody knows what was put there.
+    Existing folders above it are not checked: they may belong to root and be writable by everybody, like /tmp. If
+    others can read `folder`, or its group can write to it, their rights are removed. If everybody can write to it, it
+    is refused, because somebody may already have put files there.
 
     Args:
-        folder: which.
-        setting: the variable or setting that decides where it is, for the error.
+        folder: the folder to make or check.
+        setting: the variable or setting that decides where it is, for error messages.
 
     Returns:
-        The folder's absolute path.
+        The absolute path of the folder.
 
     Raises:
-        UserError: it cannot be made, is a symbolic link or no folder, belongs to another user, or all can write to it.
+        UserError: the folder cannot be made, is a symbolic link or not a folder, belongs to another user, or is
+            writable by everybody.
     """
     folder = folder.absolute()
     name = setting if "." in setting else VARIABLE
     remedy = f"remove it, or set {name} to a folder on a local disk where you can make folders"
     missing: list[Path] = []
-    for one in (folder, *folder.parents):
-        if os.path.lexists(one):
+    for ancestor in (folder, *folder.parents):
+        if os.path.lexists(ancestor):
             break
-        missing.append(one)
-    for one in reversed(missing or [folder]):
-        if wrong := _claim(one):
-            raise UserError(setting, str(one), wrong, remedy)
+        missing.append(ancestor)
+    for path in reversed(missing or [folder]):
+        if fault := _make_or_check(path):
+            raise UserError(setting, str(path), fault, remedy)
     return folder
 
 
-def _claim(folder: Path) -> str:
-    """Make a folder, or check it; return what is wrong with it."""
+def _make_or_check(folder: Path) -> str:
+    """Make a folder, or check it. Returns what is wrong with it; empty if nothing is."""
     try:
         with suppress(FileExistsError):
             folder.mkdir(0o700)
@@ -134,36 +144,36 @@ def _claim(folder: Path) -> str:
     except OSError as error:
         return _why_not_opened(folder, error)
     try:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
-            return _belongs_to(found)
-        if found.st_mode & stat.S_IWOTH:
-            return f"everybody can write to this folder (mode {stat.S_IMODE(found.st_mode):04o}, expected 0700)"
-        if found.st_mode & 0o077:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
+            return _wrong_owner(status)
+        if status.st_mode & stat.S_IWOTH:
+            return f"everybody can write to this folder (mode {stat.S_IMODE(status.st_mode):04o}, expected 0700)"
+        if status.st_mode & 0o077:
             with suppress(OSError):
-                os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & ~0o077)
-            if (found := os.fstat(descriptor)).st_mode & 0o077:
-                return f"the mode of this folder stays {stat.S_IMODE(found.st_mode):04o}, expected 0700"
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode) & ~0o077)
+            if (status := os.fstat(descriptor)).st_mode & 0o077:
+                return f"the mode of this folder stays {stat.S_IMODE(status.st_mode):04o}, expected 0700"
     finally:
         os.close(descriptor)
     return ""
 
 
-def _belongs_to(found: os.stat_result) -> str:
-    return f"this folder belongs to uid {found.st_uid}, not to you (uid {os.geteuid()})"
+def _wrong_owner(status: os.stat_result) -> str:
+    return f"this folder belongs to uid {status.st_uid}, not to you (uid {os.geteuid()})"
 
 
 def _why_not_opened(folder: Path, error: OSError) -> str:
     try:
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return f"this folder cannot be opened: {error.strerror}"
-    if stat.S_ISLNK(found.st_mode):
-        return f"this is a symbolic link of uid {found.st_uid}, expected a folder of yours (mode 0700)"
-    if not stat.S_ISDIR(found.st_mode):
-        return f"this is no folder but a file of uid {found.st_uid}"
-    if found.st_uid != os.geteuid():
-        return _belongs_to(found)
+    if stat.S_ISLNK(status.st_mode):
+        return f"this is a symbolic link of uid {status.st_uid}, expected a folder of yours (mode 0700)"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"this is a file of uid {status.st_uid}, expected a folder"
+    if status.st_uid != os.geteuid():
+        return _wrong_owner(status)
     return f"this folder cannot be opened: {error.strerror}"
 
 
@@ -178,12 +188,12 @@ def _home(environment: Mapping[str, str]) -> Path | None:
         return Path(environment["HOME"]).absolute()
     try:
         return Path(pwd.getpwuid(os.getuid()).pw_dir)
-    except KeyError:  # a uid without an entry, as clusters give to pods
+    except KeyError:  # Clusters run pods under a uid that has no entry in /etc/passwd.
         return None
 
 
 def _usable_home(environment: Mapping[str, str]) -> Path | None:
-    """Return the home folder if files can be kept there and not everybody can put files there."""
+    """Return the home folder if this user can write to it and not everybody can; else None."""
     home = _home(environment)
     if home is None or not _is_folder(home) or not os.access(home, os.W_OK | os.X_OK) or _is_open_to_all(home):
         return None
@@ -191,7 +201,7 @@ def _usable_home(environment: Mapping[str, str]) -> Path | None:
 
 
 def _is_folder(path: Path) -> bool:
-    with suppress(OSError):  # it is in a folder of another user
+    with suppress(OSError):  # The path may be in a folder of another user.
         return path.is_dir()
     return False
 
@@ -207,23 +217,26 @@ def _is_trusted_file(path: Path) -> bool:
         return False
 
 
-# ---- What the settings' defaults mean ----
+# ---- Defaults of settings ----
 
 
 def cache_folder(setting: str | None) -> Path:
-    """`data.cache_dir`: where shards and tokenizers in use are kept."""
+    """Return the folder of the shards and tokenizers in use: `data.cache_dir`, or its default if that is None."""
     return Path(setting).expanduser() if setting else scratch_folder()[0] / "shards"
 
 
 def log_folder(setting: str | None) -> Path:
-    """`tracking.log_dir`: where SwanLab keeps its files; in the working directory unless WIKILLM_SCRATCH is set."""
+    """Return `tracking.log_dir`: where trackers keep their files, by default ``swanlog`` in the working directory.
+
+    With WIKILLM_SCRATCH set, it is ``swanlog`` in the scratch folder.
+    """
     if setting:
         return Path(setting).expanduser()
     return scratch_folder()[0] / "swanlog" if os.environ.get(VARIABLE) else Path("swanlog")
 
 
 def loading_folder(setting: str | None) -> Path:
-    """`checkpoint.scratch_dir`: where a checkpoint is put when it is loaded, in a folder with a random name."""
+    """Return the folder for downloaded checkpoints: `checkpoint.scratch_dir`, or its default if that is None."""
     if setting:
         return Path(setting).expanduser()
     return scratch_folder()[0] if os.environ.get(VARIABLE) else Path(gettempdir())

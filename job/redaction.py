@@ -1,16 +1,17 @@
-"""Removes passwords, signatures and tokens from text: whatever the program prints or records passes `redacted`.
+"""Removes passwords, signatures and tokens from all text that the program prints or records (`redacted`).
 
-A secret is known by its place or by its value:
+A secret is recognized by its position or by its value:
 
-    by place   user and password in a URL, before the @; parameters of its query that sign or authorize a request
-    by value   environment variables whose names say that they hold a secret; what the URLs of the settings hold
+    by position   user and password of a URL, before the @; query parameters that sign or authorize a request
+    by value      environment variables whose names say that they hold a secret; secrets in the URLs of settings
 
-The callers are the doors through which text leaves: the standard streams (`job.console`), lines and tables before they
-are laid out (`job.report`), errors and whatever is cut to a length (`job.errors`), records (`job.json_record`), and the
-settings as they are recorded (`job.config`). A process reads the real values in its own settings and environment.
+All text leaves the program through a few modules, and each of them calls `redacted`: the standard streams
+(`job.console`), lines and tables before lines are broken (`job.report`), errors and texts that are cut to a length
+(`job.errors`), records (`job.json_record`), and the recorded settings (`job.config`). Inside a process, settings and
+environment keep their real values.
 
-A signature is no part of what a URL names, so all parameters that belong to it become one mark. The same URL, signed
-anew, is the same text, and the same source (`source_name`).
+All query parameters of a signature are replaced by one mark, because a signature does not change what a URL names. The
+same URL with a new signature gives the same text, and the same source (`source_name`).
 """
 
 import base64
@@ -23,20 +24,20 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 MARK = "***"
-"""What stands in the place of a secret."""
+"""Text that replaces a secret."""
 _LEAST_CHARACTERS = 8
-"""Length of an environment variable's value; a shorter one may stand in a text by chance."""
+"""Shortest value of an environment variable that is a secret; a shorter one may occur in other text by chance."""
 _LEAST_CHARACTERS_IN_URL = 6
-"""The same for a password or signature in a URL, which says that it is one."""
+"""Shortest password or signature in a URL. It can be shorter, because its position shows that it is a secret."""
 _LEAST_CHARACTERS_OF_USER = 16
-"""The same for a user without a password: a name is none, and a token is longer."""
+"""Shortest user of a URL without a password that is a secret: tokens are long, and names are no secrets."""
 
-# ---- By place ----
+# ---- By position ----
 
 _USERINFO = re.compile(
     r"(?<=://)(?:"
     r"(?P<user>[^\s/?#'\"<>]*)@"
-    # A password with a /, ? or # in it, which should have been percent-encoded. A port is no password.
+    # A password may contain a /, ? or # that should have been percent-encoded. A port is not a password.
     r"|(?P<malformed>[^\s/?#@:'\"<>\[]*:(?!\d+(?:[/?#\s]|$))[^\s'\"<>@]*)@"
     r")"
 )
@@ -46,24 +47,25 @@ _END_OF_SENTENCE = re.compile(r"[.,:;!)\]}]*$")
 
 _NAMES = frozenset(
     (
-        # Amazon's older signature, Alibaba OSS, Huawei OBS, Google and CloudFront
+        # The older signature of Amazon; Alibaba OSS, Huawei OBS, Google and CloudFront.
         *("signature", "expires", "awsaccesskeyid", "ossaccesskeyid", "accesskeyid", "googleaccessid"),
         *("key-pair-id", "policy"),
-        # Azure; Tencent COS and CDN; Alibaba's and Wangsu's CDN
+        # Azure; Tencent COS and CDN; the CDNs of Alibaba and Wangsu.
         *("sig", "q-ak", "q-key-time", "q-header-list", "q-url-param-list", "txsecret", "txtime", "auth_key"),
         *("wssecret", "wstime"),
-        # anybody's
+        # Names that any service may use.
         *("sign", "key", "auth", "authorization", "apikey", "jwt", "pwd", "pass", "passphrase", "session"),
     )
 )
-"""Parameters, in lower case, that are a signature or a part of one, or grant access."""
+"""Query parameters, in lower case, that are a signature, belong to one, or grant access."""
 _PREFIXES = ("x-amz-", "x-oss-", "x-goog-", "x-tos-", "x-obs-", "x-cos-", "q-sign")
 _ENDS = ("token", "secret", "password", "passwd", "signature", "credential", "credentials")
 _SECRET_BY_VALUE = (*_ENDS, "sig", "sign", "auth_key", "apikey", "jwt")
-"""The other parameters say who signed, how and until when, in short words that stand in other texts as well."""
+"""Ends of the parameters whose values are secrets. The other parameters say who signed, how and until when, in short
+words that occur in other text too."""
 _KEY = re.compile(r"(?:^|[-_.])(?:api|access|secret|private|auth|subscription)[-_]?key(?:[-_]?id)?$")
 _COMPANIONS: dict[str, frozenset[str]] = {
-    # Azure's shared access signatures: https://learn.microsoft.com/rest/api/storageservices/create-service-sas
+    # Shared access signatures of Azure: https://learn.microsoft.com/rest/api/storageservices/create-service-sas
     "sig": frozenset(
         [
             *("sv", "ss", "srt", "sp", "st", "se", "sip", "spr", "sr", "si", "ses", "sdd", "scid"),
@@ -71,18 +73,18 @@ _COMPANIONS: dict[str, frozenset[str]] = {
         ]
     ),
     "sign": frozenset(("t", "ts", "timestamp", "nonce")),
-    "token": frozenset(("e",)),  # Qiniu's deadline
+    "token": frozenset(("e",)),  # The deadline of a Qiniu URL.
 }
-"""Parameters that belong to a signature only beside the one that holds it; elsewhere they may mean anything."""
+"""Parameters that belong to a signature only if the parameter with the signature (the key) is in the same query."""
 
 
 def secret_parameters(names: Collection[str]) -> set[str]:
-    """Return which of the parameters of one query sign or authorize the request."""
-    found = {name for name in names if _is_secret_parameter(unquote(name).lower())}
-    for name in tuple(found):
+    """Return those parameters of a query that sign or authorize the request."""
+    secret = {name for name in names if _is_secret_parameter(unquote(name).lower())}
+    for name in tuple(secret):
         companions = _COMPANIONS.get(name.lower(), frozenset())
-        found |= {other for other in names if other.lower() in companions}
-    return found
+        secret |= {other for other in names if other.lower() in companions}
+    return secret
 
 
 def _is_secret_parameter(name: str) -> bool:
@@ -90,7 +92,10 @@ def _is_secret_parameter(name: str) -> bool:
 
 
 def redacted_urls(text: str) -> str:
-    """Return `text` without what is secret by its place in a URL: the same on every machine."""
+    """Return `text` without the secrets that are recognized by their position in a URL.
+
+    The result is the same on every machine, because it does not depend on environment variables.
+    """
     if "@" in text and "://" in text:
         text = _USERINFO.sub(f"{MARK}@", text)
     if "=" in text and ("?" in text or "&" in text or "#" in text):
@@ -99,12 +104,12 @@ def redacted_urls(text: str) -> str:
 
 
 def source_name(url: str) -> str:
-    """Return what a URL names within its host: its path, and its query without what signs or authorizes the request."""
-    found = urlsplit(url)
-    parts = [part for part in _SEPARATOR.split(found.query) if part]
+    """Return the path and query of a URL, without the parameters that sign or authorize the request."""
+    split = urlsplit(url)
+    parts = [part for part in _SEPARATOR.split(split.query) if part]
     secret = secret_parameters([part.partition("=")[0] for part in parts])
     kept = "&".join(part for part in parts if part.partition("=")[0] not in secret)
-    return f"{found.path}?{kept}" if kept else found.path
+    return f"{split.path}?{kept}" if kept else split.path
 
 
 def _redacted_query(match: re.Match[str]) -> str:
@@ -134,26 +139,28 @@ class _Known:
 
     def __init__(self) -> None:
         self.of_environment: dict[str, None] = {}
-        self.told: dict[str, None] = {}
+        """Secrets of the environment, in every spelling; the order of a dict is kept."""
+        self.learned: dict[str, None] = {}
+        """Secrets of URLs, and secrets given to `learn_value`, in every spelling."""
         self.values: tuple[str, ...] | None = None
-        """All of them in every spelling, the longest first; None: the environment has not been read."""
+        """All secrets, the longest first; None: the environment has not been read yet."""
 
     def sort(self) -> None:
-        self.values = tuple(sorted({**self.of_environment, **self.told}, key=len, reverse=True))
+        self.values = tuple(sorted({**self.of_environment, **self.learned}, key=len, reverse=True))
 
 
 _known = _Known()
 
 
 def is_secret_variable(name: str) -> bool:
-    """Return whether the name of an environment variable says that it holds a secret."""
+    """Return True if the name of an environment variable says that it holds a secret."""
     return _VARIABLE.search(name) is not None
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the values of an environment that its names call secrets, and the name of each.
+    """Return the secret values of an environment, with the name of the variable that holds each.
 
-    A value that is the path of a file is where a secret lies, and none itself.
+    The path of an existing file is not a secret: the secret is in the file.
     """
     return {
         value: name
@@ -163,34 +170,34 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def learn_environment(environment: Mapping[str, str] | None = None) -> None:
-    """Take the secrets of the environment for known from now on, in place of those it had before."""
+    """Redact the secrets of this environment from now on, instead of those of the environment learned before."""
     environment = os.environ if environment is None else environment
-    found = [spelling for value in secrets_of(environment) for spelling in _spellings(value, _LEAST_CHARACTERS)]
-    found += [spelling for value in environment.values() for spelling in _in_urls(value)]
-    _known.of_environment = dict.fromkeys(found)
+    spellings = [spelling for value in secrets_of(environment) for spelling in _spellings(value, _LEAST_CHARACTERS)]
+    spellings += [spelling for value in environment.values() for spelling in _secrets_in_urls(value)]
+    _known.of_environment = dict.fromkeys(spellings)
     _known.sort()
 
 
 def learn_urls(*texts: str) -> None:
-    """Take passwords and signatures of the URLs in `texts` for known, wherever they stand and however they are cut."""
-    _learn([spelling for text in texts for spelling in _in_urls(text)])
+    """Redact the passwords and signatures of the URLs in `texts` from now on, also outside of a URL."""
+    _learn([spelling for text in texts for spelling in _secrets_in_urls(text)])
 
 
 def learn_value(secret: str) -> None:
-    """Take a secret for known that was read from elsewhere, such as a key that a login has saved."""
+    """Redact this secret from now on, such as a key that was read from a file."""
     _learn(list(_spellings(secret, _LEAST_CHARACTERS)))
 
 
-def _learn(found: list[str]) -> None:
-    if found:
+def _learn(spellings: list[str]) -> None:
+    if spellings:
         if _known.values is None:
             learn_environment()
-        _known.told |= dict.fromkeys(found)
+        _known.learned |= dict.fromkeys(spellings)
         _known.sort()
 
 
-def _in_urls(text: str) -> Iterator[str]:
-    """Every spelling of what is secret by its place in the URLs of `text`."""
+def _secrets_in_urls(text: str) -> Iterator[str]:
+    """Yield every spelling of the secrets that are recognized by their position in the URLs of `text`."""
     if "://" not in text:
         return
     for match in _USERINFO.finditer(text):
@@ -209,11 +216,11 @@ def _in_urls(text: str) -> Iterator[str]:
 
 
 def _spellings(value: str, least_characters: int) -> Iterator[str]:
-    """A secret as URLs, JSON and Python write it; of one with several lines, each line."""
+    """Yield a secret, and each line of it, as URLs, JSON and Python write it."""
     for line in {value, unquote(value), *value.splitlines()}:
-        spelled = {line, quote(line, safe=""), quote(line), quote_plus(line), repr(line)[1:-1]}
-        spelled |= {json.dumps(line)[1:-1], json.dumps(line, ensure_ascii=False)[1:-1]}
-        yield from (one for one in spelled if len(one.strip()) >= least_characters)
+        spellings = {line, quote(line, safe=""), quote(line), quote_plus(line), repr(line)[1:-1]}
+        spellings |= {json.dumps(line)[1:-1], json.dumps(line, ensure_ascii=False)[1:-1]}
+        yield from (spelling for spelling in spellings if len(spelling.strip()) >= least_characters)
 
 
 def _is_path(value: str) -> bool:
@@ -237,11 +244,11 @@ def redacted(text: str) -> str:
 
 
 def redacted_tree(value: Any, redact: Callable[[str], str] = redacted) -> Any:
-    """Return nested dictionaries and lists with every text in them redacted; all else as it is."""
+    """Return nested dictionaries and lists with every text redacted, keys too. Other values are unchanged."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {key: redacted_tree(one, redact) for key, one in value.items()}
+        return {redacted_tree(key, redact): redacted_tree(child, redact) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted_tree(one, redact) for one in value]
+        return [redacted_tree(child, redact) for child in value]
     return value

@@ -1,24 +1,26 @@
-"""What a person watching the run sees: one line a log interval, and on a terminal a bar with rate and time left."""
+"""Prints a command's lines, tables, samples and progress bar."""
 
-import math
 import sys
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from job.errors import one_line
 from job.redaction import redacted
+from job.step_line import COLUMNS
 
 _LOG_WIDTH = 400
+_SAMPLE_INDENT = 4
 
 
 class _Console(Console):
-    """Removes secrets before a text is laid out: one that is broken over two lines would not be found any more."""
+    """A console that removes secrets before it breaks lines: a secret broken over two lines would not be recognized."""
 
     @override
     def render_str(self, text: str, **options: Any) -> Text:
@@ -26,27 +28,44 @@ class _Console(Console):
 
 
 def make_console(width: int | None = None, **options: Any) -> Console:
-    """A console for text that a person may have chosen: brackets and colons in it are no markup.
+    """Return a console that prints text as it is: brackets and colons in it are not markup.
 
-    Nothing is wrapped at `width` where there is no terminal: a log keeps one event on one line.
+    `width` is used only without a terminal: a large one keeps each event of a log on one line.
     """
     return _Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else width, **options)
 
 
 class Report:
-    """Says things once for the whole run: on other ranks than the first it is silent."""
+    """Output of the whole run: only rank 0 prints."""
 
     def __init__(self, rank: int = 0) -> None:
         self._console = make_console(_LOG_WIDTH, quiet=rank != 0, soft_wrap=not sys.stdout.isatty())
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
+    @property
+    def columns(self) -> int:
+        """Columns of a terminal that is wider than usual; otherwise the usual 80, also for a log."""
+        return max(COLUMNS, self._console.width) if self._console.is_terminal else COLUMNS
+
     def say(self, line: str) -> None:
-        """One line."""
+        """Print a line."""
         self._console.print(line)
 
+    def sample(self, prompt: str, text: str) -> None:
+        """Print a prompt and the text that a model made of it.
+
+        On a terminal the prompt is bold and the text stands below it, indented, in lines that fit. In a log both are
+        one line.
+        """
+        if self._console.is_terminal:
+            heading, body = Text(redacted(prompt), style="bold"), Text(redacted(text))
+            self._console.print(Group(heading, Padding(body, (0, 0, 0, _SAMPLE_INDENT))))
+        else:
+            self.say(f"    {one_line(prompt)} → {one_line(text)}")
+
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-        """Names and values."""
+        """Print names and values as a table."""
         table = Table(title=title, show_header=False, title_justify="left")
         table.add_column()
         table.add_column(justify="right")
@@ -55,7 +74,7 @@ class Report:
         self._console.print(table)
 
     def rows(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-        """Names and values that may be long: a table on a terminal, in a log one line each."""
+        """Print names and values, which may be long: as a table on a terminal, as one line each in a log."""
         if self._console.is_terminal:
             self.table(title, rows)
         else:
@@ -63,7 +82,7 @@ class Report:
                 self.say(f"{title}: {name.strip()}: {value}")
 
     def start_bar(self, what: str, total: int | None, completed: int = 0, unit: str = "steps") -> None:
-        """Begins a progress bar; without a terminal there is none, the lines say it all."""
+        """Show a progress bar on a terminal; do nothing without a terminal."""
         if self._console.is_terminal and not self._console.quiet:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -78,33 +97,14 @@ class Report:
             self._task = self._progress.add_task(what, total=total, completed=completed, rate="")
 
     def advance(self, completed: int, rate: str = "") -> None:
-        """Moves the bar to `completed`; an empty rate leaves the last one standing."""
+        """Move the bar to `completed`. An empty `rate` keeps the last one."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=completed)
             if rate:
                 self._progress.update(self._task, rate=rate)
 
     def end_bar(self) -> None:
-        """Takes the bar away."""
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def metrics_line(step: int, total_steps: int, values: dict[str, Any], seconds_left: float) -> str:
-    """The line of a log interval; what is not finite is not among the values."""
-    parts = [
-        f"step {step}/{total_steps}",
-        f"loss {values.get('train/loss', math.nan):.4f}",
-        f"lr {values['train/learning_rate']:.2e}",
-        f"grad norm {values.get('train/gradient_norm', math.inf):.3f}",
-        f"{values['speed/tokens_per_second']:,.0f} tokens/s",
-        *([f"MFU {values['speed/mfu']:.1%}"] if "speed/mfu" in values else []),
-        *([f"skipped {values['train/skipped_steps']}"] if values["train/skipped_steps"] else []),
-        f"data wait {values['speed/data_wait']:.1%}",
-        *([f"stall {values['speed/stall']:.1%}"] if values["speed/stall"] else []),
-        f"memory {values['memory/peak_gib']:.2f} GiB",
-        f"seen {values['train/tokens_seen']:,} tokens",
-        f"ETA {timedelta(seconds=round(seconds_left))}",
-    ]
-    return " | ".join(parts)

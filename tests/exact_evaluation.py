@@ -1,4 +1,4 @@
-"""The validation loss of a new model in fp64, by the project's own evaluation."""
+"""Computes the validation loss of a new model in fp64 with the project's own evaluation."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,17 +12,18 @@ from job import storage
 from job.data.loader import EvaluationLoader
 from job.data.manifest import open_shard
 from job.data.order import EvaluationOrder
-from job.model.architecture import LanguageModel, build_model
-from job.training.evaluation import Evaluation, evaluate
+from job.model.language_model import LanguageModel, build_model
+from job.runs.evaluation_result import Evaluation
+from job.training.evaluation import evaluate
 
 
 def validation_shards(data: DataSet, folder: Path) -> list[torch.Tensor]:
-    """The tokens of each held-out shard."""
-    found = []
+    """Return the tokens of each validation shard."""
+    shards = []
     for shard in data.manifest.validation:
         storage.download_file(f"{data.shards}/{shard.name}", folder / "shard")
-        found.append(torch.tensor(open_shard(folder / "shard", shard, data.manifest.dtype)[0].tolist()))
-    return found
+        shards.append(torch.tensor(open_shard(folder / "shard", shard, data.manifest.dtype)[0].tolist()))
+    return shards
 
 
 def new_model(data: DataSet) -> Qwen2ForCausalLM:
@@ -30,7 +31,7 @@ def new_model(data: DataSet) -> Qwen2ForCausalLM:
 
 
 def exact(data: DataSet, batch_size: int, folder: Path) -> Evaluation:
-    """What `evaluate` finds with the new model in fp64."""
+    """Return the validation result of the new model in fp64."""
     order = EvaluationOrder([shard.tokens for shard in data.manifest.validation], CONTEXT_LENGTH, seed=5)
     model = LanguageModel(new_model(data).double(), loss_chunk_tokens=24)
     with EvaluationLoader(
@@ -45,5 +46,5 @@ def exact(data: DataSet, batch_size: int, folder: Path) -> Evaluation:
     ) as loader:
         batches = ((batch.input_ids, batch.labels) for batch in loader)
         found = evaluate(model, batches, data.tokenizer.token_sizes, torch.device("cpu"), nullcontext)
-    assert model.training, "left as it was"
+    assert model.training, "evaluation must restore the training mode"
     return found

@@ -1,6 +1,6 @@
-"""Models to export, one for each kind of tokenizer and one for each file of settings, and what they compute."""
+"""Exports models, one for each kind of tokenizer and one for each preset, and compares what they compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from tokenizer_kinds import TEXTS, tokenizer_of
 from job import config as settings
 from job.data.manifest import Manifest
 from job.data.tokenizer import TextTokenizer
-from job.model.architecture import build_model
+from job.model.architecture import ARCHITECTURES
 from job.model.generation import Sampling
+from job.model.language_model import build_model
 from job.model.spec import ModelSpec
 from job.runs.export import export_model, usage
 from job.runs.export_form import HARD_TEXTS, Form, choose_form
@@ -24,6 +25,9 @@ PROMPT = "人工智能"
 COMPARED = [*HARD_TEXTS, *TEXTS[20:30]]
 SAMPLING = Sampling(max_new_tokens=200, temperature=0.8, top_p=0.95, seed=1)
 SMALL = ModelSpec(32, 2, 4, 2, 48, initializer_range=0.3)
+QWEN3 = replace(SMALL, architecture="qwen3")
+FORMS = [(name, form.model_type) for name, entry in ARCHITECTURES.items() for form in entry.forms]
+"""Every architecture with every type as which it can be exported."""
 NO_SHARDS = Manifest(
     fingerprint="", tokenizer_fingerprint="", vocab_size=1, dtype="uint16", eod_id=0, seed=1, validation_fraction=0.0,
     split_rule="", train=(), validation=(), statistics={},
@@ -32,7 +36,7 @@ NO_SHARDS = Manifest(
 
 @dataclass(frozen=True)
 class Exported:
-    """A model folder, and what was exported."""
+    """An exported model folder, with the logits of the model before the export."""
 
     folder: Path
     form: Form
@@ -41,7 +45,7 @@ class Exported:
 
 
 def preset(name: str) -> ModelSpec:
-    """The architecture of a file in configs/, of the same structure but a few numbers wide."""
+    """Return the architecture of a preset with much smaller sizes."""
     model = settings.load(str(CONFIGS / f"{name}.yaml")).model.model_dump()
     heads = model["num_attention_heads"]
     small = {"hidden_size": 8 * heads, "num_hidden_layers": 2, "intermediate_size": 40, "initializer_range": 0.3}
@@ -49,8 +53,8 @@ def preset(name: str) -> ModelSpec:
 
 
 def export(folder: Path, tokenizer: TextTokenizer, spec: ModelSpec = SMALL) -> Exported:
-    """Exports a new model, whose numbers are far enough apart to show another base of its rotary embeddings."""
-    form = choose_form("shards", NO_SHARDS, tokenizer)
+    """Export a new model. Its weights are large enough to show a wrong base of the rotary embedding."""
+    form = choose_form("shards", NO_SHARDS, tokenizer, spec)
     model = build_model(spec, tokenizer.vocab_size, tokenizer.eod_id, CONTEXT_LENGTH, seed=3).eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     card = f"# A model\n\n```python\n{usage(tokenizer, PROMPT, SAMPLING, CONTEXT_LENGTH)}\n```\n"
@@ -60,18 +64,18 @@ def export(folder: Path, tokenizer: TextTokenizer, spec: ModelSpec = SMALL) -> E
         return Exported(folder, form, tokenizer, thinned(model(input_ids=torch.tensor([ids])).logits[0]))
 
 
-def export_kind(kind: str, folder: Path) -> Exported:
-    """Exports a model with a tokenizer of a kind."""
-    return export(folder / "final", tokenizer_of(kind, folder / "tokenizer"))
+def export_kind(kind: str, folder: Path, spec: ModelSpec = SMALL) -> Exported:
+    """Export a model with a tokenizer of this kind."""
+    return export(folder / "final", tokenizer_of(kind, folder / "tokenizer"), spec)
 
 
 def export_preset(name: str, folder: Path) -> Exported:
-    """Exports a model with the structure of a file in configs/."""
+    """Export a model with the structure of a preset in configs/."""
     return export(folder / "final", tokenizer_of("trained here", folder / "tokenizer"), preset(name))
 
 
 def assert_same(exported: Exported, found: dict[str, Any]) -> None:
-    """That transformers computes what was exported; it said so in `read_model`."""
+    """Assert that transformers, whose answer is the result of `read_model`, computes the same as our model."""
     assert found["ids"] == exported.tokenizer.encode(COMPARED)
     assert found["texts"] == [exported.tokenizer.decode(ids) for ids in exported.tokenizer.encode(COMPARED)]
     assert found["eos_token_id"] == exported.tokenizer.eod_id

@@ -1,4 +1,4 @@
-"""What anybody makes of an exported model folder; run as a script by another version of transformers.
+"""Reads exported model folders with transformers only. Another version of transformers runs this file as a script:
 
 python exported.py < question.json > answer.json
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = 500
-"""About so many entries of the vocabulary are compared at each position."""
+"""Approximate number of logits that are compared at each position."""
 
 
 def read_model(folder: Path, texts: list[str]) -> dict[str, Any]:
-    """Ids, the logits of the longest text, and what the program in the card prints."""
+    """Return the ids of the texts, the logits of the longest text, and what the program in the model card prints."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -32,12 +32,12 @@ def read_model(folder: Path, texts: list[str]) -> dict[str, Any]:
 
 
 def thinned(logits: Any) -> Any:
-    """Some of the columns, for a large vocabulary."""
+    """Return about `COLUMNS` columns of the logits, evenly spaced."""
     return logits[:, :: max(1, logits.shape[1] // COLUMNS)]
 
 
 def read_tokenizer(folder: Path, texts: list[str]) -> dict[str, Any]:
-    """Ids, and the texts that they give back."""
+    """Return the ids of the texts, and the texts decoded from these ids."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -46,10 +46,7 @@ def read_tokenizer(folder: Path, texts: list[str]) -> dict[str, Any]:
 
 
 def run_card(folder: Path) -> tuple[str, int]:
-    """What the program in the folder's README.md prints, when it is run there as it stands, and how many tokens it has.
-
-    The prompt's are among them.
-    """
+    """Run the program in the folder's README.md. Returns its output, and its number of tokens with the prompt's."""
     (program,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     printed, before, names = io.StringIO(), Path.cwd(), dict[str, Any]()
     os.chdir(folder)

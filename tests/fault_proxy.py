@@ -1,4 +1,4 @@
-"""A proxy before the real S3 server that spoils requests as networks and stores do: by a seeded chance, or by rule."""
+"""A proxy of the real S3 server that injects the faults of networks and stores, at random with a seed, or by rules."""
 
 import asyncio
 import math
@@ -19,21 +19,21 @@ Result = TypeVar("Result")
 
 
 class Fault(Enum):
-    """What happens to a request, or to its answer."""
+    """A fault of a request or of its answer."""
 
     RESET_REQUEST = "connection reset in the middle of a request with a body"
-    RESET_ANSWER = "connection reset in the middle of an answer; the store has done what was asked"
+    RESET_ANSWER = "connection reset in the middle of an answer, after the store has executed the request"
     TRUNCATE_ANSWER = "connection closed in the middle of an answer's body"
-    SHORT_ANSWER = "half of the content that was asked for, with a Content-Length that says so"
-    FLIP_REQUEST = "one bit of a request's body is another"
-    FLIP_ANSWER = "one bit of the content of an object is another"
-    STALL = "silence for `stall_seconds`, then the connection is closed; the store never sees the request"
-    THROTTLE = "bodies pass with no more than `bytes_per_second`"
+    SHORT_ANSWER = "half of the requested content, with a Content-Length of half the size"
+    FLIP_REQUEST = "one bit of a request's body is flipped"
+    FLIP_ANSWER = "one bit of an object's content is flipped"
+    STALL = "no answer for `stall_seconds`, then the connection is closed; the store never sees the request"
+    THROTTLE = "bodies are sent with at most `bytes_per_second`"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An answer in the place of the store's, in S3's own words; the store never sees the request."""
+    """An error answer of S3 that the proxy sends itself; the store never sees the request."""
 
     status: int
     code: str
@@ -50,16 +50,16 @@ STORM: Mapping[Fault | Refusal, float] = {
     Fault.STALL: 0.02,
     Fault.THROTTLE: 0.04,
 }
-"""Chances of all that passes if it is tried again, which wrong bytes do only where their checksum is known."""
+"""Probabilities of all faults that a retry corrects. FLIP_ANSWER is missing, because not every read has a checksum."""
 
 
 @dataclass
 class Request:
-    """A request that came, and what was chosen for it."""
+    """A request that the proxy received, and the fault that it injects."""
 
     method: str
     path: str
-    """With the query, as it was sent."""
+    """Path and query, as they were sent."""
     fault: Fault | Refusal | None = None
 
 
@@ -84,17 +84,17 @@ class _Rule:
 
 
 class FaultProxy:
-    """Listens on a free port of 127.0.0.1 inside the block, and passes on what it does not spoil, unchanged.
+    """A proxy that listens on a free port of 127.0.0.1 inside the block. Requests without a fault pass unchanged.
 
-    Any process may use it. Which requests are spoiled, and where in the bytes, is drawn from `seed` in the order in
-    which they come.
+    Any process may use it. The random choice of requests, and of positions in their bytes, depends only on `seed` and
+    on the order of the requests.
 
     Args:
-        target_url: the S3 server's ``http://host:port``.
-        seed: of the generator that chooses.
-        chances: how likely each fault is for a request that no rule is for; may be set anew at any time.
+        target_url: address of the S3 server, ``http://host:port``.
+        seed: seed of the random generator.
+        chances: probability of each fault for requests to which no rule applies; may be changed at any time.
         stall_seconds: see `Fault.STALL`.
-        bytes_per_second: see `Fault.THROTTLE`; of every request for itself.
+        bytes_per_second: see `Fault.THROTTLE`; each request has this rate.
     """
 
     def __init__(
@@ -112,15 +112,16 @@ class FaultProxy:
         self.stall_seconds = stall_seconds
         self.bytes_per_second = bytes_per_second
         self.injected: Counter[Fault | Refusal | str] = Counter()
-        """What was done, ``"outage"`` included; a fault that found nothing to spoil is not counted."""
+        """Number of injected faults of each kind, ``"outage"`` included. A fault that could not be applied is not
+        counted."""
         self.requests: list[Request] = []
-        self._came = threading.Condition()
+        self._received = threading.Condition()
         self._rules: list[_Rule] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
-        # Bound as long as the proxy lives, so that nobody else gets the port in an outage; it never listens.
+        # This socket keeps the port reserved during an outage. It never listens.
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._port.bind(("127.0.0.1", 0))
@@ -140,7 +141,7 @@ class FaultProxy:
 
     @property
     def open_connections(self) -> int:
-        """Connections of clients at this moment, idle ones included."""
+        """Number of open connections of clients, idle ones included."""
         return len(self._connections)
 
     def inject(
@@ -151,28 +152,28 @@ class FaultProxy:
         skip: int = 0,
         times: float = 1,
     ) -> None:
-        """Spoils the next `times` requests for which `when` holds, after the first `skip` of them."""
+        """Inject a fault into the next `times` requests for which `when` holds, after skipping `skip` of them."""
         self._rules.append(_Rule(fault, when, skip, times))
 
     def wait_for(self, when: Predicate, timeout_seconds: float = 30) -> Request:
-        """The first request, of those that have come or will come, for which `when` holds.
+        """Return the first request for which `when` holds; wait for it if it has not been received yet.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: no such request was received in time.
         """
-        with self._came:
-            found = self._came.wait_for(lambda: next(filter(when, self.requests), None), timeout_seconds)
-        if found is None:
+        with self._received:
+            request = self._received.wait_for(lambda: next(filter(when, self.requests), None), timeout_seconds)
+        if request is None:
             raise TimeoutError(f"no such request in {timeout_seconds} s")
-        return found
+        return request
 
     def start_outage(self) -> None:
-        """From now on connections are refused; those that were open are reset."""
+        """Refuse new connections from now on, and reset the open ones."""
         self.injected["outage"] += 1
         self._do(self._hang_up())
 
     def end_outage(self) -> None:
-        """Connections are taken again, at the same address."""
+        """Accept connections again, at the same address."""
         self._do(self._listen())
 
     def _do(self, what: Coroutine[Any, Any, Result]) -> Result:
@@ -196,11 +197,11 @@ class FaultProxy:
         connection = self._loop.create_task(self._serve(_Peer(reader, writer)))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
-        if self._server is None:  # it came with the outage
+        if self._server is None:  # The outage has started meanwhile.
             connection.cancel()
 
     async def _serve(self, client: "_Peer") -> None:
-        """Exchanges requests and answers until the client, the store or a fault ends it."""
+        """Exchange requests and answers until the client, the store or a fault ends the connection."""
         store: _Peer | None = None
         try:
             is_kept = True
@@ -212,20 +213,20 @@ class FaultProxy:
             await client.close()
         except (asyncio.CancelledError, _Reset):
             client.reset()
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):  # gone, or no HTTP
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):  # The peer has gone, or it is not HTTP.
             client.writer.transport.abort()
         finally:
             if store is not None:
                 store.reset()
 
     async def _exchange(self, message: "_Message", client: "_Peer", store: "_Peer") -> bool:
-        """Passes on a request and its answer, or spoils them; whether the connection goes on."""
+        """Pass on a request and its answer, or inject a fault. Returns True if the connection stays open."""
         method, path, _ = message.start.split(" ")
         request = Request(method, path)
         fault = request.fault = self._choose(request)
-        with self._came:
+        with self._received:
             self.requests.append(request)
-            self._came.notify_all()
+            self._received.notify_all()
         if isinstance(fault, Refusal) or fault in (Fault.STALL, Fault.THROTTLE):
             self.injected[fault] += 1
         if isinstance(fault, Refusal):
@@ -236,7 +237,7 @@ class FaultProxy:
                     while await client.reader.read(_PIECE_BYTES):
                         pass
             return False
-        # Both ways at the same time, for a store may answer, or ask to go on, before it has read all.
+        # Both directions run at the same time, because a store may answer before it has read the whole request.
         ways = [
             self._loop.create_task(self._pass(message, client, store, fault, _ON_REQUESTS)),
             self._loop.create_task(self._pass_answer(message, request, client, store, fault)),
@@ -286,7 +287,7 @@ class FaultProxy:
     async def _pass(
         self, message: "_Message", source: "_Peer", target: "_Peer", fault: Fault | None, faults: frozenset[Fault]
     ) -> bool:
-        """Passes a message on, spoiled if the fault is one of `faults`; False where the rest did not arrive."""
+        """Pass a message on, with the fault if it is one of `faults`. Returns False if it was not completed."""
         first = 0 if fault is Fault.RESET_ANSWER else len(message.head)
         end = len(message.head) + (message.length or 0)
         spot = self._random.randrange(first, end) if fault in faults and first < end else -1
@@ -304,7 +305,7 @@ class FaultProxy:
             spot -= len(piece)
             try:
                 await target.send(data)
-            except OSError:  # it takes no more; whether it has answered shows on the other way
+            except OSError:  # The target reads no more. The other direction shows if it has answered.
                 return False
             if fault is Fault.THROTTLE:
                 await asyncio.sleep(len(data) / self.bytes_per_second)
@@ -316,7 +317,7 @@ _ON_ANSWERS = frozenset({Fault.RESET_ANSWER, Fault.TRUNCATE_ANSWER})
 
 
 class _Reset(Exception):
-    """The connections of an exchange are to be reset."""
+    """Raised to reset both connections of an exchange."""
 
 
 @dataclass
@@ -329,7 +330,7 @@ class _Peer:
         await self.writer.drain()
 
     async def close(self) -> None:
-        """Ends in order: closing on bytes that are still coming would reset the connection, and lose the answer."""
+        """Close gracefully. Closing while the peer still sends would reset the connection and lose the answer."""
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(_LINGER_SECONDS):
                 self.writer.write_eof()
@@ -339,14 +340,14 @@ class _Peer:
 
     def reset(self) -> None:
         with suppress(OSError):
-            linger = struct.pack("ii", 1, 0)  # closing discards what was not sent, and tells the other by RST
+            linger = struct.pack("ii", 1, 0)  # Closing then discards unsent bytes and sends RST.
             self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.writer.transport.abort()
 
 
 @dataclass
 class _Message:
-    """A request, or an answer to a request by `method`, of which only the head was read."""
+    """A request, or the answer to a request with `method`. Only its head has been read."""
 
     head: bytes
     method: str | None
@@ -360,7 +361,7 @@ class _Message:
         return cls(await reader.readuntil(b"\r\n\r\n"), method)
 
     def halved(self) -> "_Message":
-        """One that states half the length, after which the connection ends."""
+        """Return this message with half the Content-Length, and a header that closes the connection."""
         lines = self.head.decode("latin-1").rstrip().split("\r\n")
         lines = [line for line in lines if not line.lower().startswith(("content-length:", "connection:"))]
         lines += [f"Content-Length: {(self.length or 0) // 2}", "Connection: close"]
@@ -376,7 +377,7 @@ class _Message:
 
     @property
     def length(self) -> int | None:
-        """Of the body; None where only its end tells."""
+        """Length of the body in bytes; None if only the end of the body shows it."""
         if self.method == "HEAD" or (self.method and (self.status < 200 or self.status in (204, 304))):
             return 0
         if self.is_chunked:
@@ -386,11 +387,11 @@ class _Message:
 
     @property
     def is_last(self) -> bool:
-        """Whether the connection ends with it."""
+        """True if the connection ends after this message."""
         return self.headers.get("connection", "").lower() == "close" or (self.length is None and not self.is_chunked)
 
     async def pieces(self, reader: asyncio.StreamReader, with_head: bool = False) -> AsyncIterator[bytes]:
-        """The bytes of the body, as they were sent."""
+        """Yield the bytes of the body, as they were sent."""
         if with_head:
             yield self.head
         if self.length is None and self.is_chunked:
@@ -399,7 +400,7 @@ class _Message:
                 yield line + await reader.readexactly(size + 2)
                 line = await reader.readuntil(b"\r\n")
             yield line
-            while line != b"\r\n":  # what comes after the last chunk
+            while line != b"\r\n":  # These are the trailers after the last chunk.
                 yield (line := await reader.readuntil(b"\r\n"))
             return
         left = math.inf if self.length is None else self.length

@@ -1,6 +1,6 @@
-"""A stand-in for FlashAttention's kernels on a CPU: for documents in a row, forward and backward, as torch calls them.
+"""A stand-in for FlashAttention's variable-length kernels on a CPU, forward and backward, as torch calls them.
 
-It refuses what the real ones would, but for numbers in fp32, in which tests are sharper.
+It refuses the same arguments as the real kernels, except that it accepts fp32, which makes tests more precise.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch.library import _scoped_library
 
 
 def probabilities(query: Tensor, key: Tensor, bounds: Tensor, scale: float) -> Tensor:
-    """How much each token takes of each other one, `[heads, tokens, tokens]`."""
+    """Return the attention weights within each document, `[heads, tokens, tokens]`."""
     document = torch.bucketize(torch.arange(len(query)), bounds, right=True)
     seen = (document.unsqueeze(-1) == document).tril()
     scores = scale * torch.einsum("qhd,khd->hqk", query, repeated(key, query))
@@ -21,26 +21,26 @@ def probabilities(query: Tensor, key: Tensor, bounds: Tensor, scale: float) -> T
 
 
 def repeated(of_few: Tensor, query: Tensor) -> Tensor:
-    """Keys, or values, for each head of the queries."""
+    """Return keys or values repeated for each query head."""
     return of_few.repeat_interleave(query.shape[1] // of_few.shape[1], dim=1)
 
 
 def summed(of_many: Tensor, key: Tensor) -> Tensor:
-    """The gradient of what was `repeated`."""
+    """Return the gradient of keys or values from the gradient of what `repeated` returned."""
     return of_many.unflatten(1, (key.shape[1], -1)).sum(2)
 
 
 def like(given: Tensor, content: Tensor) -> Tensor:
-    """In the dtype, and laid out in memory, like what was given: what was compiled relies on that."""
+    """Return `content` with the dtype and memory layout of `given`, on which compiled code relies."""
     return torch.empty_like(given).copy_(content)
 
 
 @contextmanager
 def flash_kernels(minds_bounds: bool = True) -> Iterator[list[torch.dtype]]:
-    """Has torch find them inside the block, and gives what dtypes they were called with.
+    """Register the kernels inside the block. Yields a list of the dtypes with which they were called.
 
     Args:
-        minds_bounds: or they take all documents for one, as a kernel that is broken might.
+        minds_bounds: False: treat all documents as one, like a broken kernel.
     """
     dtypes: list[torch.dtype] = []
 

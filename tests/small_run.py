@@ -1,4 +1,4 @@
-"""Runs as a user starts them, `python -m job ...`, so small that a step takes milliseconds, on data in a real store."""
+"""Starts commands as a user does (`python -m job ...`), with a tiny model and a data set in a real S3 server."""
 
 import fcntl
 import json
@@ -25,25 +25,26 @@ from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import TextTokenizer, train_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
-from job.runs.checkpoint import list_checkpoints, open_checkpoint
+from job.runs.checkpoint import open_checkpoint
+from job.runs.checkpoint_list import list_checkpoints
 
 REPOSITORY = Path(__file__).parent.parent
 CONTEXT_LENGTH = 32
 STEPS = 80
-"""Of every run here that is not stopped."""
+"""Optimizer steps of a run that is not stopped."""
 _EXIT_SECONDS = 240
 _CLOSED_SECONDS = 60
 _PIPE_BYTES = 4096
-"""The least that a pipe can hold: a run whose lines are not read stands still a few steps later."""
+"""Smallest size of a pipe. If nobody reads the lines of a run, it stops after a few steps."""
 _STANDARD_ERROR_BYTES = 2**16
-"""What a pipe usually holds."""
+"""Usual size of a pipe."""
 
 ALONE = {"processes": 1, "strategy": "ddp"}
-"""The train settings of a run of one process."""
+"""Settings of section `train` for a run with one process."""
 ENDLESS = {"max_steps": 1_000_000, "epochs": 10_000}
-"""Those of a run that ends when it is asked to."""
+"""Settings of section `train` for a run that ends only when it is asked to stop."""
 WriteSettings = Callable[..., Path]
-"""As `write_settings`, with changes alone."""
+"""Type of the fixture `settings`: `write_settings` with only the changes as arguments."""
 
 MODEL = {
     "hidden_size": 32,
@@ -56,7 +57,7 @@ MODEL = {
 
 @dataclass(frozen=True)
 class DataSet:
-    """The bundled sample as token shards in the store."""
+    """The bundled sample as token shards."""
 
     shards: str
     manifest: Manifest
@@ -65,12 +66,12 @@ class DataSet:
 
 
 def prepare_sample(server: S3Server, folder: Path) -> DataSet:
-    """Makes the data set in a bucket of its own; `folder` takes the tokenizer."""
+    """Make the data set in a new bucket. The tokenizer is written to `folder`."""
     return prepare_sample_at(f"{server.create_bucket('small-run-data')}/shards", folder)
 
 
 def prepare_sample_at(shards: str, folder: Path) -> DataSet:
-    """Makes the data set at a URL or in a folder; `folder` takes the tokenizer."""
+    """Make the data set at a URL or in a folder. The tokenizer is written to `folder`."""
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     tokenizer = train_tokenizer(texts, 400, folder)
     recipe = Recipe(str(SAMPLE), "text", "id", "stop", slice_bytes=2**15, validation_fraction=0.1, seed=2333)
@@ -81,7 +82,7 @@ def prepare_sample_at(shards: str, folder: Path) -> DataSet:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run of `STEPS` steps without a stop, over two processes under ZeRO-2."""
+    """A finished run of `STEPS` steps with two processes and ZeRO-2."""
 
     output: str
     settings: Path
@@ -89,7 +90,7 @@ class FinishedRun:
 
 
 def write_settings(folder: Path, data: DataSet, output: str, **changes: dict[str, Any]) -> Path:
-    """Settings of a small run as a file in `folder`; `changes` are sections, as ``train={"processes": 1}``."""
+    """Write a settings file of a small run to `folder`. `changes` are sections, such as ``train={"processes": 1}``."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"output": output},
         "data": {"shards": data.shards, "cache_dir": str(folder / "cache")},
@@ -118,7 +119,7 @@ def write_settings(folder: Path, data: DataSet, output: str, **changes: dict[str
 
 
 class Job:
-    """A command in a process of its own, or `under` another; at the end of the block nothing of it is left."""
+    """A running command, started directly or through the command `under`. Leaving the block kills all its processes."""
 
     def __init__(
         self, command: str, settings: Path, *words: str, under: Sequence[str] = (), **environment: str
@@ -133,7 +134,7 @@ class Job:
             bufsize=0,
             pipesize=_PIPE_BYTES,
         )
-        # Standard error is read at the end alone: its warnings hold up nothing.
+        # Standard error is read only at the end, so its pipe must be large enough for all warnings.
         fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, _STANDARD_ERROR_BYTES)  # type: ignore[arg-type]
         self.lines: list[str] = []
 
@@ -144,58 +145,58 @@ class Job:
         for process in [*self.descendants(), self.process]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.communicate(timeout=_CLOSED_SECONDS)  # as long as anything of it lives, a pipe is open
+        self.process.communicate(timeout=_CLOSED_SECONDS)  # This fails if a process is left that keeps a pipe open.
 
     def read_until(self, beginning: str) -> str:
-        """The first further line on standard output that begins so; what comes after it is left in the pipe."""
+        """Read standard output up to the next line with this beginning, and return the line."""
         self.read_until_matching(re.escape(beginning))
         return self.lines[-1]
 
     def read_until_matching(self, pattern: str) -> re.Match[str]:
-        """The match of the first further line whose beginning is like `pattern`."""
+        """Read standard output up to the next line whose beginning matches `pattern`, and return the match."""
         assert self.process.stdout is not None
         while line := self.process.stdout.readline().decode():
             self.lines.append(line)
-            if (found := re.match(pattern, line)) is not None:
-                return found
+            if (match := re.match(pattern, line)) is not None:
+                return match
         raise AssertionError(f"no line began with {pattern!r}:\n{''.join(self.lines)}{self.end()[2]}")
 
     def descendants(self) -> list[psutil.Process]:
-        """Every process that it has started, directly or not."""
+        """Return all processes that the command has started, directly or indirectly."""
         return psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
 
     def workers(self) -> list[psutil.Process]:
-        """Its training processes, by rank."""
-        found: dict[int, psutil.Process] = {}
-        for one in self.descendants():
+        """Return the workers (training processes) of the command, sorted by rank."""
+        by_rank: dict[int, psutil.Process] = {}
+        for process in self.descendants():
             with suppress(psutil.NoSuchProcess):
-                if one.cmdline()[1:] == ["-u", "-m", "job.launcher.worker"]:
-                    found[int(one.environ()["RANK"])] = one
-        return [one for _, one in sorted(found.items())]
+                if process.cmdline()[1:] == ["-u", "-m", "job.launcher.worker"]:
+                    by_rank[int(process.environ()["RANK"])] = process
+        return [process for _, process in sorted(by_rank.items())]
 
     def family(self) -> list[psutil.Process]:
-        """All processes of the command, itself among them."""
+        """Return all processes of the command, itself included."""
         return [psutil.Process(self.process.pid), *self.descendants()]
 
     def end(self, seconds: float = _EXIT_SECONDS) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error, when it has ended by itself, which it must in time."""
+        """Wait until the command has ended, and return exit code, standard output and standard error."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, "".join(self.lines) + out.decode(), err.decode()
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        port: int = one.getsockname()[1]
+    """Return a free port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
         return port
 
 
 def still_alive(processes: list[psutil.Process], seconds: float = 60) -> list[psutil.Process]:
-    """Those that do not end in time, which is that of a loaded machine; who has ended may wait to be collected."""
+    """Wait until the processes have ended, and return those that have not ended in time. A zombie has ended."""
     deadline = time.monotonic() + seconds
     alive = processes
     while alive and time.monotonic() < deadline:
-        alive = [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
         time.sleep(0.02)
     return alive
 
@@ -203,18 +204,18 @@ def still_alive(processes: list[psutil.Process], seconds: float = 60) -> list[ps
 def run(
     command: str, settings: Path, *words: str, under: Sequence[str] = (), **environment: str
 ) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
+    """Run a command, and return its exit code, standard output and standard error."""
     with Job(command, settings, *words, under=under, **environment) as job:
         return job.end()
 
 
 def redirected(redirection: str) -> list[str]:
-    """What a command is to be started under for a shell's redirection, such as ``>/dev/full``."""
+    """Return the words before a command that run it with a redirection of the shell, such as ``>/dev/full``."""
     return ["bash", "-c", f'exec "$@" {redirection}', "bash"]
 
 
 def train_until(step: int, settings: Path, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-    """Trains, and sends the entrypoint a signal after `step`; it takes effect a few steps later."""
+    """Train, and send a signal to the command after `step`. The run stops a few steps later."""
     with Job("train", settings) as job:
         job.read_until(f"step {step}/")
         job.process.send_signal(number)
@@ -222,26 +223,26 @@ def train_until(step: int, settings: Path, number: int = signal.SIGTERM) -> tupl
 
 
 def saved_steps(output: str) -> list[int]:
-    """The steps of a run's complete checkpoints."""
+    """Return the steps of a run's complete checkpoints."""
     return [open_checkpoint(url).state.step for url in checkpoint_urls(output)]
 
 
 def checkpoint_urls(output: str) -> list[str]:
-    """A run's complete checkpoints, the oldest first."""
+    """Return the URLs of a run's complete checkpoints, the oldest first."""
     return [name.url(output) for name in list_checkpoints(output)]
 
 
 def read_json(url: str) -> Any:
-    """The value in a JSON file."""
+    """Return the value in a JSON file."""
     return json.loads(storage.read_bytes(url))
 
 
 def stored(url: str) -> dict[str, bytes]:
-    """Every file below `url`."""
+    """Return the content of every file below `url`, by its URL."""
     return {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(url)}
 
 
 def tensor_files(checkpoint: str) -> dict[str, str]:
-    """sha256 of weights and moments."""
+    """Return the sha256 of each file with weights or moments of a checkpoint."""
     files = open_checkpoint(checkpoint).files
     return {name: files[name].sha256 for name in files if name.endswith(".safetensors")}

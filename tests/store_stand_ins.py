@@ -1,8 +1,8 @@
-"""Stand-ins for vendors' stores: content in the real S3 server, and before it what the vendor documents to refuse.
+"""Stand-ins for the stores of other vendors: they keep objects in the real S3 server, and refuse what vendors refuse.
 
-A stand-in is an HTTP proxy (RFC 9112, 3.2.2): a client that has it as `http_proxy` reaches it under the vendor's own
-host names, in any process. It checks every signature as the vendor would, asks the real server with that server's own
-credentials, and is unfriendly where the documentation leaves a choice.
+A stand-in is an HTTP proxy (RFC 9112, 3.2.2): every process that has it as `http_proxy` reaches it under the vendor's
+own host names. It checks each signature like the vendor, sends the request to the real server with that server's
+credentials, and chooses the least friendly behaviour that the vendor's documentation allows.
 """
 
 import hashlib
@@ -25,27 +25,27 @@ from botocore.credentials import Credentials
 from job.demo.server import S3Server
 
 _PAGE = 3
-"""Objects on a page of a listing."""
+"""Objects on one page of a listing."""
 CHUNKED = "aws-chunked encoding is not supported with the specified x-amz-content-sha256 value."
 
 
 @dataclass(frozen=True)
 class Store:
-    """What a store does otherwise than Amazon S3. The sources are in docs/object-stores.md.
+    """How a store differs from Amazon S3. The sources are in docs/object-stores.md.
 
     Args:
-        host: of the region; buckets are names below it.
-        path_style: the code with which path-style addressing is refused; None if it is not.
-        if_none_match: what an upload with this header does if the object is there already. ``lies``: it is answered
-            412, and replaces the content; ``inverted``: it is refused if the object is absent.
-        forbid_overwrite: the vendor's own header.
-        taken: the code of the vendor's 409.
-        has_chunks: whether uploads may come in the encoding aws-chunked.
-        has_new_lists: whether ListObjectsV2 is more than ListObjects by another name.
-        answers_put_by_path: an upload by path-style addressing is answered 404 NoSuchKey.
-        key_prefix: all that the client's key may use and list; what is absent is forbidden to see.
-        may_list: whether it may list at all.
-        is_public: whether objects can be read without a signature; nothing else can.
+        host: host name of the region; virtual-hosted buckets are names below it.
+        path_style: error code that refuses path-style addressing; None: path-style addressing is accepted.
+        if_none_match: what an upload with this header does if the object exists. ``lies``: it is answered 412, but
+            replaces the content; ``inverted``: it is refused if the object is absent.
+        forbid_overwrite: the vendor's own header that forbids overwriting.
+        taken: error code of the vendor's 409 answer.
+        has_chunks: True if uploads may use the encoding aws-chunked.
+        has_new_lists: True if the store supports the pagination of ListObjectsV2.
+        answers_put_by_path: True if an upload with path-style addressing is answered 404 NoSuchKey.
+        key_prefix: prefix that the client's credentials may use and list; a missing object is answered 403.
+        may_list: True if the credentials may list.
+        is_public: True if objects can be read without a signature; nothing else is allowed then.
     """
 
     host: str
@@ -77,14 +77,14 @@ OBS = Store(
 )
 TOS = Store("tos-s3-cn-beijing.volces.com", "InvalidPathAccess", "ignored", "x-tos-forbid-overwrite", "Conflict")
 PLAIN = Store("s3.example.com", if_none_match="ignored")
-"""No way to create conditionally: older Ceph and MinIO, and a versioned bucket of OSS or COS, are like that."""
+"""A store without conditional writes, like older Ceph and MinIO, and versioned buckets of OSS and COS."""
 LIMITED = Store("s3.example.com", key_prefix="team/")
 PUBLIC = Store("s3.example.com", is_public=True)
 
 
 @dataclass
 class Seen:
-    """A request that the stand-in got."""
+    """A request that the stand-in received."""
 
     method: str
     bucket: str
@@ -96,7 +96,7 @@ class Seen:
 
     @property
     def lists(self) -> bool:
-        """Whether it asks for objects of the bucket."""
+        """True if the request lists the bucket."""
         return self.method == "GET" and not self.key
 
 
@@ -105,14 +105,14 @@ class StandIn:
     """A running stand-in."""
 
     address: str
-    """For `http_proxy`, or, over TLS, the endpoint itself."""
+    """Address for `http_proxy`; with TLS, the endpoint itself."""
     endpoint_url: str
     requests: list[Seen] = field(default_factory=list)
 
 
 @contextmanager
 def stand_in(store: Store, server: S3Server, certificate: Path | None = None) -> Iterator[StandIn]:
-    """Run a stand-in before the real server; with a certificate and its key in one file, it speaks TLS itself."""
+    """Run a stand-in in front of the real server. With `certificate` (a file with certificate and key) it uses TLS."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as listener:
         listener.daemon_threads = True
         address = f"127.0.0.1:{listener.server_port}"
@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refusal(403, "AccessDenied")
 
     def _check_signature(self, seen: Seen, body: bytes) -> None:
-        """Compute the signature of AWS4-HMAC-SHA256 anew, over the headers that the client says it has signed."""
+        """Refuse the request if its AWS4-HMAC-SHA256 signature, over the headers that it names, is wrong."""
         scheme, _, rest = seen.headers["authorization"].partition(" ")
         parts = dict(part.strip().split("=", 1) for part in rest.split(","))
         key_id, *scope = parts["Credential"].split("/")
@@ -284,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask(
         self, seen: Seen, query: dict[str, str], headers: dict[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
-        """Send the request to the real server, with its own credentials."""
+        """Send the request to the real server, with that server's credentials."""
         real: S3Server = self.server.real
         environment = real.environment
         path = quote(f"/{seen.bucket}/{seen.key}" if seen.key else f"/{seen.bucket}", "/~")

@@ -1,4 +1,4 @@
-"""What a person can get wrong: each gives one line that names the setting, exit code 78, and leaves nothing behind."""
+"""Mistakes of a user: each gives one line that names the setting, and exit code 78, and leaves no files behind."""
 
 import gzip
 import json
@@ -13,29 +13,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from newcomer import GOOD, SETTINGS
 
 from job import storage
 
-GOOD = [{"id": str(i), "title": "", "tags": "", "text": f"第{i}篇文章，讲的是数字{i}。" * 3} for i in range(40)]
 SMALL_MODEL = {
-    "model.hidden_size": "16",
-    "model.num_hidden_layers": "1",
-    "model.num_attention_heads": "2",
-    "model.num_key_value_heads": "1",
-    "model.intermediate_size": "16",
-    "train.context_length": "16",
-    "train.micro_batch_size": "2",
-    "train.global_batch_size": "4",
-    "train.precision": "fp32",
-    "train.processes": "1",
-    "train.strategy": "ddp",
-    "train.max_steps": "1",
-}
+    f"{section}.{key}": str(value) for section in ("model", "train") for key, value in SETTINGS[section].items()
+} | {"train.max_steps": "1"}
 
 
 @dataclass
 class Place:
-    """A folder with a good corpus, tokenizer and shards, to spoil."""
+    """A folder with a good corpus, tokenizer and shards, which a test then damages."""
 
     folder: Path
     options: dict[str, str] = field(default_factory=dict)
@@ -52,7 +41,7 @@ def _lines(rows: list[object]) -> bytes:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a tokenizer and shards that are right."""
+    """A folder with a correct corpus, tokenizer and shards."""
     folder = tmp_path_factory.mktemp("right")
     (folder / "wiki.jsonl").write_bytes(_lines(GOOD))
     _job("tokenizer", _options(folder), {})
@@ -62,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, prepared: Path) -> Place:
-    """A copy of it, with an output that is not there yet."""
+    """A copy of this folder, without an output."""
     subprocess.run(["cp", "-r", f"{prepared}/.", str(tmp_path)], check=True)
     return Place(tmp_path, _options(tmp_path))
 
@@ -94,7 +83,7 @@ Spoil = Callable[[Place], object]
 
 
 def options(**changed: str) -> Spoil:
-    """Other settings; `__` stands for the dot."""
+    """Return a function that changes settings; `__` in a name stands for the dot."""
     return lambda place: place.options.update({name.replace("__", "."): value for name, value in changed.items()})
 
 
@@ -103,7 +92,7 @@ def environment(**changed: str | None) -> Spoil:
 
 
 def rows(*bad: object) -> Spoil:
-    """A corpus with bad records behind good ones."""
+    """Return a function that writes a corpus with bad records after good ones."""
     return lambda place: place.corpus(_lines([*GOOD, *bad]))
 
 
@@ -145,7 +134,7 @@ def foreign_tokenizer(place: Place) -> None:
 
 
 def other_store(**changed: str) -> Spoil:
-    """Everything on S3, with something wrong about the store."""
+    """Return a function that reads the corpus from S3, with changed environment variables."""
 
     def spoil(place: Place) -> None:
         place.options |= {"data.source": "s3://no-such-bucket-here/wiki.jsonl", "store.deadline_seconds": "5"}
@@ -157,7 +146,7 @@ def other_store(**changed: str) -> Spoil:
 PREPARE, TRAIN, GENERATE, TOKENIZER, EVALUATE = "prepare", "train", "generate", "tokenizer", "evaluate"
 
 CASES: dict[str, tuple[str, Spoil, str]] = {
-    # config
+    # Settings.
     "an unknown setting": (TRAIN, options(train__learnin_rate="1"), "train.learnin_rate"),
     "a text for a number": (TRAIN, options(train__learning_rate="fast"), "train.learning_rate"),
     "a number out of range": (PREPARE, options(data__validation_fraction="1.5"), "data.validation_fraction"),
@@ -178,7 +167,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "a worker that is no fraction": (PREPARE, options(data__worker="one of two"), "data.worker"),
     "a config file that is not there": (TRAIN, options(config="nowhere.yaml"), "--config"),
     "a config file that is a folder": (TRAIN, options(config="configs"), "--config"),
-    # corpus
+    # The corpus.
     "no such file": (PREPARE, options(data__source="nowhere.jsonl"), "data.source"),
     "a folder without a corpus": (PREPARE, options(data__source="configs"), "data.source"),
     "a glob that matches nothing": (PREPARE, options(data__source="/tmp/no-*-such.jsonl"), "data.source"),
@@ -202,8 +191,13 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
         ),
         "HF_ENDPOINT",
     ),
-    # tokenizer
-    "no such tokenizer": (PREPARE, options(tokenizer__source="./nowhere"), "tokenizer.source"),
+    # The tokenizer.
+    "a folder with other files as tokenizer": (PREPARE, options(tokenizer__source="configs"), "tokenizer.source"),
+    "no tokenizer for one of several workers": (
+        PREPARE,
+        options(tokenizer__source="./nowhere", data__worker="0/2"),
+        "tokenizer.source",
+    ),
     "a tokenizer that is damaged": (PREPARE, rewrite("tokenizer/tokenizer.json", lambda t: t[:-9]), "tokenizer.source"),
     "a tokenizer that cannot end a text": (
         PREPARE,
@@ -212,7 +206,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     ),
     "a tokenizer to be written to a hub": (TOKENIZER, options(tokenizer__source="Qwen/Qwen2-0.5B"), "tokenizer.source"),
     "a place with another tokenizer": (TOKENIZER, options(tokenizer__vocab_size="270"), "tokenizer.source"),
-    # shards
+    # The shards.
     "no shards yet": (TRAIN, remove("shards"), "data.shards"),
     "shards of another recipe": (PREPARE, another_recipe, "data.shards"),
     "a manifest that is damaged": (TRAIN, rewrite("shards/manifest.json", lambda m: m[:-40]), "data.shards"),
@@ -230,7 +224,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "a shard that is damaged": (TRAIN, rewrite("shards/train/*.bin", lambda s: s[:-1] + b"\x7f"), "data.shards"),
     "a shard that is missing": (TRAIN, remove("shards/train"), "data.shards"),
     "a tokenizer that did not make the shards": (TRAIN, foreign_tokenizer, "data.shards"),
-    # run
+    # The run.
     "a checkpoint that is not there": (TRAIN, options(train__resume="nowhere/step-00000001"), "train.resume"),
     "a run that is not there": (GENERATE, options(), "run.output"),
     "a model that is not there": (GENERATE, options(generate__model="nowhere"), "generate.model"),
@@ -243,7 +237,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
         ),
         "tracking.mode",
     ),
-    # store and credentials
+    # The store and its credentials.
     "no such bucket": (PREPARE, other_store(), "no-such-bucket-here"),
     "a wrong key": (PREPARE, other_store(AWS_SECRET_ACCESS_KEY="wrong-secret-value"), "AWS_ACCESS_KEY_ID"),
     "no key at all": (
@@ -261,7 +255,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     ),
     "a store that is not there": (PREPARE, other_store(AWS_ENDPOINT_URL="http://nowhere.invalid"), "AWS_ENDPOINT_URL"),
     "a store whose address is none": (PREPARE, options(store__endpoint_url="localhost:9000"), "store.endpoint_url"),
-    # the cluster's variables
+    # Variables of the cluster.
     "half of a launcher's variables": (TRAIN, environment(RANK="0"), "LOCAL_RANK"),
     "a rank beyond the world": (
         TRAIN,
@@ -287,14 +281,14 @@ SLOW = {
     "a model to evaluate that is not there",
     "a tracker without a key",
 }
-"""Mistakes that only a process with all libraries finds, beside others of their kind."""
+"""Mistakes that only a worker finds, which takes long to start; similar mistakes are found earlier."""
 
 
 @pytest.mark.usefixtures("s3_server")
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=pytest.mark.recovery if name in SLOW else ()) for name in CASES]
 )
-def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing_behind(place: Place, mistake: str) -> None:
+def test_user_mistake_gives_one_line_and_leaves_no_files(place: Place, mistake: str) -> None:
     command, spoil, named = CASES[mistake]
     spoil(place)
     if command == PREPARE and "shards" not in mistake:
@@ -310,7 +304,7 @@ def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing_behind(place: Pl
 
 
 def _files(folder: Path) -> set[str]:
-    """All there is, but for the cache, and what a try is known by: the plan, the records of the run, the tokenizer."""
+    """Return all files except the cache and what even a failed command may write: plan, run records, tokenizer."""
     return {
         entry.url
         for entry in storage.list_files(str(folder))

@@ -1,4 +1,4 @@
-"""Streams that cannot be written: nothing fails of it, and what is lost is counted and reported on the other stream."""
+"""Standard streams that cannot be written: commands go on, and lost output is reported on the other stream."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ CLOSED = "it is closed"
 
 
 def start(program: str, redirection: str = "", **environment: str) -> "subprocess.Popen[bytes]":
-    """Runs Python code behind `install`, with the redirection of a shell."""
+    """Run Python code after `console.install()`, with a redirection of the shell."""
     installed = f"from job import console; console.install()\n{program}"
     return subprocess.Popen(
         ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, installed],
@@ -39,7 +39,7 @@ def end(process: "subprocess.Popen[bytes]") -> tuple[int, str, str]:
     [("ascii", "?? ? ?"), ("ascii:strict", "?? ? ?"), ("gbk:strict", "北京 ? ?"), ("utf-8", "北京 ñ ?")],
 )
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_character_that_the_encoding_lacks_is_replaced(stream: str, encoding: str, expected: str) -> None:
+def test_character_missing_in_the_encoding_is_replaced(stream: str, encoding: str, expected: str) -> None:
     program = f"import sys; print('北京 ñ \\udcff', file=sys.{stream})"
     process = start(program, PYTHONIOENCODING=encoding)
     out, err = process.communicate(timeout=120)
@@ -49,7 +49,7 @@ def test_a_character_that_the_encoding_lacks_is_replaced(stream: str, encoding: 
 
 
 @pytest.mark.parametrize(("redirection", "why"), [(">/dev/full", "No space left on device"), (">&-", CLOSED)])
-def test_what_cannot_be_written_is_counted_and_reported_on_the_other_stream(redirection: str, why: str) -> None:
+def test_lost_output_is_reported_on_the_other_stream(redirection: str, why: str) -> None:
     program = "import sys\nfor i in range(3): print(i, flush=True)\nsys.stderr.write('still here\\n')\nsys.exit(75)"
     code, out, err = end(start(program, redirection))
     assert (code, out) == (75, "")
@@ -66,12 +66,12 @@ def test_what_cannot_be_written_is_counted_and_reported_on_the_other_stream(redi
 
 
 @pytest.mark.parametrize("redirection", [">&- 2>&-", ">/dev/full 2>&1", "<&- >&- 2>/dev/full"])
-def test_a_command_without_any_stream_ends_as_it_should(redirection: str) -> None:
+def test_process_without_streams_ends_normally(redirection: str) -> None:
     program = "import sys\nfor i in range(3): print(i); print(i, file=sys.stderr)\nsys.exit(75)"
     assert end(start(program, redirection)) == (75, "", "")
 
 
-def test_a_reader_that_goes_away_ends_nothing() -> None:
+def test_process_survives_when_its_reader_exits() -> None:
     program = "import select\nprint('first', flush=True)\ngone = select.poll(); gone.register(1, 0); gone.poll()\n"
     program += "print('more', flush=True)\nprint('last')"
     process = start(program)
@@ -84,7 +84,7 @@ def test_a_reader_that_goes_away_ends_nothing() -> None:
     assert err.endswith("standard output has lost 2 lines (10 bytes): Broken pipe\n")
 
 
-def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
     program = (
         f"import os, subprocess, sys\nfile = open({str(tmp_path / 'data')!r}, 'w')\nprint('lost')\n"
         "os.system('echo lost as well 2>/dev/null')\n"
@@ -97,16 +97,16 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     assert err.endswith(f"standard output has lost 1 line (5 bytes): {CLOSED}\n")
 
 
-def test_a_pipe_that_somebody_made_non_blocking_is_waited_for() -> None:
+def test_nonblocking_pipe_is_waited_for() -> None:
     program = "import os\nos.set_blocking(1, False)\nprint('x' * 1_000_000, flush=True)"
     process = start(program)
     assert process.stdout is not None
-    assert process.stdout.read(1) == b"x"  # from here on it waits for its reader
+    assert process.stdout.read(1) == b"x"  # The process is now waiting for its reader.
     code, out, err = end(process)
     assert (code, len(out), err) == (EXIT_DONE, 1_000_000, "")
 
 
-def test_a_reader_who_does_not_read_is_waited_for_only_so_long() -> None:
+def test_idle_reader_is_waited_for_only_once() -> None:
     program = (
         "import sys, time\nconsole.wait_at_most(0.5)\nbegan = time.monotonic()\n"
         "for i in range(1000): print('x' * 999, flush=True)\n"
@@ -117,10 +117,10 @@ def test_a_reader_who_does_not_read_is_waited_for_only_so_long() -> None:
     assert process.stdout is not None and process.stderr is not None
     first, seconds = process.stderr.readline().decode(), float(process.stderr.readline())
     assert first == "standard output cannot be written (nobody has read it for 0.5 s); the command goes on without it\n"
-    assert seconds < 60, "it waits once, and not for each of a thousand lines"
+    assert seconds < 60, "it must wait only once, not for each line"
     code, out, err = end(process)
     assert code == EXIT_DONE
-    assert out.endswith("y\n"), "what comes when it is read again comes through"
+    assert out.endswith("y\n"), "output is written again once the pipe is read"
     lost = int(err.split("has lost ")[1].split(" lines")[0])
     assert lost > 800
 
@@ -136,7 +136,9 @@ def test_a_reader_who_does_not_read_is_waited_for_only_so_long() -> None:
         ("train --nonsense 长城", "2>&-", {"PYTHONIOENCODING": "gbk"}, EXIT_REFUSED),
     ],
 )
-def test_a_command_has_such_streams(command: str, redirection: str, environment: dict[str, str], code: int) -> None:
+def test_commands_survive_broken_streams(
+    command: str, redirection: str, environment: dict[str, str], code: int
+) -> None:
     ended = subprocess.run(
         ["bash", "-c", f'exec "$0" -m job {command} {redirection}', sys.executable],
         cwd=REPOSITORY,
@@ -151,7 +153,7 @@ def test_a_command_has_such_streams(command: str, redirection: str, environment:
     assert b"Traceback" not in said
 
 
-def test_an_argument_that_is_no_text_is_refused() -> None:
+def test_undecodable_argument_is_refused() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "job", "train", "--run.name", b"\xff\xfe"],
         cwd=REPOSITORY,
@@ -164,7 +166,7 @@ def test_an_argument_that_is_no_text_is_refused() -> None:
     assert line.startswith("command line: b'\\xff\\xfe': ")
 
 
-def test_brackets_and_colons_in_a_name_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_and_colons_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     names: Any = ["[/x] :100: [red]a[/red]", "[/y]", ":smile: [b]"]
     report = Report()
     report.table(names[0], [(names[1], names[2])])

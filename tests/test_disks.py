@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or forbidden: one line that names the path and the setting, and exit 78."""
+"""Disks that are full, read-only or forbidden: one line that names the path and the setting, and exit code 78."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ Mount = Callable[..., Path]
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a disk of `kilobytes` in memory; of a full one, `left` bytes can still be written."""
+    """Function that mounts a disk of `kilobytes` in memory, filled until only `left` bytes are free."""
     with ExitStack() as closing:
 
         def mounted(name: str, kilobytes: int = 64, left: int | None = None, option: str = "rw") -> Path:
@@ -41,7 +41,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Settings with a corpus and a tokenizer that are there."""
+    """Settings with an existing corpus and tokenizer."""
     folder = tmp_path_factory.mktemp("right")
     (folder / "wiki.jsonl").write_bytes(_lines(GOOD))
     options = _options(folder)
@@ -58,14 +58,22 @@ def assert_one_line(ended: tuple[int, str], *words: str) -> None:
 # ---- Whole commands ----
 
 
-def test_a_tmpdir_that_fills_up_is_named(right: dict[str, str], tmp_path: Path, mount: Mount) -> None:
+def test_full_tmpdir_error_names_tmpdir(right: dict[str, str], tmp_path: Path, mount: Mount) -> None:
     small = mount("small", left=8192)
     options = right | {"tokenizer.source": str(tmp_path / "tokenizer")}
     assert_one_line(_job("tokenizer", options, {"TMPDIR": str(small)}), f"TMPDIR: '{small}", "no space left")
     assert not (tmp_path / "tokenizer").exists()
 
 
-def test_another_folder_than_tmpdir_is_told(right: dict[str, str], tmp_path: Path, mount: Mount) -> None:
+def test_disk_that_fills_up_keeps_no_part_of_a_tokenizer(right: dict[str, str], mount: Mount) -> None:
+    written = Path(right["tokenizer.source"], "tokenizer.json").stat().st_size
+    place = mount("place", kilobytes=256, left=-(-written // 4096) * 4096)  # The first file fits, and nothing else.
+    options = right | {"tokenizer.source": f"{place}/tokenizer"}
+    assert_one_line(_job("tokenizer", options, {}), f"tokenizer.source: '{place}/tokenizer/", "no space left")
+    assert not list((place / "tokenizer").iterdir())
+
+
+def test_unusable_tmpdir_is_reported(right: dict[str, str], tmp_path: Path, mount: Mount) -> None:
     options = right | {"tokenizer.source": str(tmp_path / "tokenizer")}
     full = mount("full", left=0)
     expected = f"TMPDIR: '{full}': cannot be written (full or read-only?); temporary files go to /tmp\n"
@@ -73,13 +81,13 @@ def test_another_folder_than_tmpdir_is_told(right: dict[str, str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_read_only_shards_are_named(right: dict[str, str], mount: Mount, processes: str) -> None:
+def test_read_only_shards_error_names_the_setting(right: dict[str, str], mount: Mount, processes: str) -> None:
     place = mount("place", option="ro")
     options = right | {"data.shards": f"{place}/shards", "data.processes": processes}
     assert_one_line(_job("prepare", options, {}), f"data.shards: '{place}/shards'", "read-only")
 
 
-def test_a_demonstration_in_a_read_only_folder_is_one_line(mount: Mount) -> None:
+def test_demo_in_a_read_only_folder_gives_one_line(mount: Mount) -> None:
     place = mount("place", option="ro")
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
     ended = subprocess.run(
@@ -89,14 +97,14 @@ def test_a_demonstration_in_a_read_only_folder_is_one_line(mount: Mount) -> None
 
 
 @pytest.mark.recovery
-def test_a_read_only_output_is_named_by_the_workers(right: dict[str, str], mount: Mount, tmp_path: Path) -> None:
+def test_workers_error_names_a_read_only_output(right: dict[str, str], mount: Mount, tmp_path: Path) -> None:
     place = mount("place", option="ro")
     options = right | {"data.shards": str(tmp_path / "shards"), "run.output": f"{place}/run"}
     assert _job("prepare", options, {})[0] == 0
     assert_one_line(_job("train", options, {}), f"run.output: '{place}/run", "read-only")
 
 
-# ---- The one place where errors of the system become a line ----
+# ---- Errors of the operating system become one line ----
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,7 @@ def test_a_read_only_output_is_named_by_the_workers(right: dict[str, str], mount
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_error_of_a_disk_names_its_setting(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+def test_disk_error_names_its_setting(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     monkeypatch.setenv("TMPDIR", "/tmpdir")
     tree: dict[str, Any] = {"run": {"output": "/out/run"}, "data": {"shards": "/out/shards"}}
     config = settings.build(tree | {"tracking": {"log_dir": "relative"}})
@@ -135,7 +143,7 @@ def test_an_error_of_a_disk_names_its_setting(monkeypatch: pytest.MonkeyPatch, e
      ConnectionRefusedError(errno.ECONNREFUSED, "x"), FileExistsError(errno.EEXIST, "x", "s3://bucket/key")],
     ids=repr,
 )  # fmt: skip
-def test_what_may_be_a_mistake_of_the_program_keeps_its_traceback(
+def test_possible_program_error_keeps_its_traceback(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert disk_error(error) is None
@@ -148,7 +156,7 @@ def test_what_may_be_a_mistake_of_the_program_keeps_its_traceback(
         cli.main(["prepare"])
 
 
-def test_a_command_ends_with_the_line_and_its_code(
+def test_disk_error_ends_a_command_with_one_line_and_78(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(*_: object) -> int:
@@ -156,5 +164,5 @@ def test_a_command_ends_with_the_line_and_its_code(
 
     monkeypatch.setattr(commands, "prepare", failing)
     assert cli.main(["prepare", "--run.output", "runs/a"]) == EXIT_REFUSED
-    expected = "run.output: 'runs/a/run.json': no space left on the disk; make room, or name another place\n"
+    expected = "run.output: 'runs/a/run.json': no space left on the disk; free some space, or name another folder\n"
     assert capsys.readouterr().err == expected

@@ -1,4 +1,4 @@
-"""The scratch folder: this user's alone, wherever it is, and the libraries' caches in it."""
+"""The scratch folder: it is private to the user, and the caches of the libraries are in it."""
 
 import os
 import subprocess
@@ -21,12 +21,12 @@ AS_ROOT = pytest.mark.skipif(UID != 0, reason="gives files to another user")
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder like /tmp: everybody can make folders in it."""
+    """A folder like /tmp, in which everybody can make folders."""
     folder = tmp_path / "base"
     folder.mkdir()
     folder.chmod(0o1777)
     for above in takewhile(lambda one: one != Path(gettempdir()), (tmp_path, *tmp_path.parents)):
-        above.chmod(0o755)  # pytest's own are closed to others
+        above.chmod(0o755)  # Others cannot enter the folders of pytest.
     return folder
 
 
@@ -38,7 +38,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def as_user(uid: int, work: Callable[[], Any]) -> str:
-    """What `work` returns or raises in a child process that has become this user."""
+    """Return, as text, what `work` returns or raises in a child process of this user."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -64,7 +64,7 @@ def mode(folder: Path) -> int:
 # ---- The folder ----
 
 
-def test_missing_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
+def test_missing_folders_are_made_private(tmp_path: Path) -> None:
     made = private_folder(tmp_path / "a" / "b" / "wikillm-1", "WIKILLM_SCRATCH")
     assert [mode(folder) for folder in (made, made.parent, made.parent.parent)] == [0o700] * 3
     (made / "kept").touch()
@@ -98,11 +98,11 @@ def open_to_all(folder: Path) -> None:
         (link, "symbolic link"),
         (dangling_link, "symbolic link"),
         (open_to_all, "everybody can write to this folder (mode 0777, expected 0700)"),
-        (Path.touch, "no folder but a file"),
+        (Path.touch, "this is a file of uid"),
     ],
 )
 @pytest.mark.parametrize("variable", ["WIKILLM_SCRATCH", "SLURM_TMPDIR", "TMPDIR"])
-def test_folder_that_is_not_this_users_alone_is_refused_in_one_line(
+def test_folder_that_is_not_private_is_refused_in_one_line(
     variable: str, plant: Callable[[Path], None], found: str, base: Path, home: Path
 ) -> None:
     planted = base / f"wikillm-{UID}"
@@ -117,7 +117,7 @@ def test_folder_that_is_not_this_users_alone_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("permissions", [0o755, 0o770, 0o775])
-def test_own_folder_that_others_can_read_or_the_group_write_is_closed(permissions: int, tmp_path: Path) -> None:
+def test_rights_of_others_are_removed_from_own_folder(permissions: int, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine").chmod(permissions)
     private_folder(tmp_path / "mine", "WIKILLM_SCRATCH")
@@ -135,7 +135,7 @@ def test_planted_cache_of_compiled_code_is_refused(base: Path, home: Path) -> No
 
 
 @AS_ROOT
-def test_each_user_has_a_folder_in_a_shared_one(base: Path, home: Path) -> None:
+def test_each_user_has_a_folder_in_a_shared_base(base: Path, home: Path) -> None:
     environment = {"WIKILLM_SCRATCH": str(base), "HOME": str(home)}
     assert use_scratch(print, dict(environment)) == base / "wikillm-0"
     assert as_user(NOBODY, lambda: use_scratch(print, dict(environment))) == f"{base}/wikillm-{NOBODY}"
@@ -143,7 +143,7 @@ def test_each_user_has_a_folder_in_a_shared_one(base: Path, home: Path) -> None:
 
 
 @AS_ROOT
-def test_folder_that_cannot_be_made_is_one_line(base: Path) -> None:
+def test_folder_that_cannot_be_made_gives_one_line(base: Path) -> None:
     base.chmod(0o755)
     said = as_user(NOBODY, lambda: use_scratch(print, {"WIKILLM_SCRATCH": str(base)}))
     wrong = f"'{base}/wikillm-{NOBODY}': this folder cannot be made: Permission denied; "
@@ -151,7 +151,7 @@ def test_folder_that_cannot_be_made_is_one_line(base: Path) -> None:
 
 
 @AS_ROOT
-def test_command_does_not_run_with_another_users_scratch_folder(base: Path, home: Path) -> None:
+def test_command_refuses_another_users_scratch_folder(base: Path, home: Path) -> None:
     another_users(base / f"wikillm-{UID}")
     variables = {"WIKILLM_SCRATCH": str(base), "HOME": str(home), "PATH": os.environ["PATH"]}
     command = [sys.executable, "-m", "job", "tokenizer"]
@@ -163,10 +163,15 @@ def test_command_does_not_run_with_another_users_scratch_folder(base: Path, home
 # ---- What is put there ----
 
 
-def test_caches_of_the_libraries_are_in_the_folder(base: Path, home: Path) -> None:
+def test_library_caches_are_in_the_scratch_folder(base: Path, home: Path) -> None:
     environment = {"WIKILLM_SCRATCH": str(base), "HOME": str(home)}
     folder = use_scratch(print, environment)
-    expected = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "HF_HOME": "huggingface"}
+    expected = {
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "MPLCONFIGDIR": "matplotlib",
+        "HF_HOME": "huggingface",
+    }
     assert {name: Path(environment[name]) for name in expected} == {
         name: folder / child for name, child in expected.items()
     }
@@ -174,7 +179,9 @@ def test_caches_of_the_libraries_are_in_the_folder(base: Path, home: Path) -> No
     assert environment["HOME"] == str(home)
 
 
-def test_torch_keeps_compiled_code_there(base: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_keeps_compiled_code_in_the_scratch_folder(
+    base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     environment = {"WIKILLM_SCRATCH": str(base), "HOME": str(home)}
@@ -184,23 +191,23 @@ def test_torch_keeps_compiled_code_there(base: Path, home: Path, monkeypatch: py
     assert Path(cache_dir()) == folder / "inductor"
 
 
-def test_settings_of_the_user_win(base: Path, home: Path) -> None:
-    own = {"TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_HOME": "/b", "HF_HOME": "/c"}
+def test_variables_set_by_the_user_are_kept(base: Path, home: Path) -> None:
+    own = {"TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_HOME": "/b", "HF_HOME": "/c", "MPLCONFIGDIR": "/d"}
     environment = {"WIKILLM_SCRATCH": str(base), "HOME": str(home)} | own
     before = dict(environment)
     use_scratch(print, environment)
     assert environment == before
 
 
-def test_models_and_token_of_the_hub_in_a_users_home_are_kept(base: Path, home: Path) -> None:
+def test_hub_cache_in_the_home_folder_is_kept(base: Path, home: Path) -> None:
     (home / ".cache" / "huggingface").mkdir(parents=True)
     environment = {"WIKILLM_SCRATCH": str(base), "HOME": str(home)}
     use_scratch(print, environment)
     assert "HF_HOME" not in environment
 
 
-def test_home_that_everybody_can_write_is_replaced(base: Path) -> None:
-    """In the image /scratch is both."""
+def test_home_writable_by_everybody_is_replaced(base: Path) -> None:
+    """In the image, /scratch is both the home folder and the scratch base."""
     (base / ".cache" / "huggingface").mkdir(parents=True)
     (base / ".aws").mkdir()
     (base / ".aws" / "credentials").touch()
@@ -212,7 +219,7 @@ def test_home_that_everybody_can_write_is_replaced(base: Path) -> None:
 
 
 @AS_ROOT
-def test_home_that_cannot_be_written_is_replaced_and_said_and_credentials_are_found(base: Path, home: Path) -> None:
+def test_unwritable_home_is_replaced_and_credentials_are_found(base: Path, home: Path) -> None:
     (home / ".aws").mkdir()
     (home / ".aws" / "credentials").touch()
     home.chmod(0o755)
@@ -231,6 +238,6 @@ def test_home_that_cannot_be_written_is_replaced_and_said_and_credentials_are_fo
 
 
 @AS_ROOT
-def test_user_without_an_entry_and_without_a_home_has_a_folder(base: Path) -> None:
+def test_uid_without_passwd_entry_gets_a_scratch_folder(base: Path) -> None:
     folder = f"{base}/wikillm-1234567"
     assert as_user(1234567, lambda: use_scratch(print, {"TMPDIR": str(base)})) == folder

@@ -1,4 +1,4 @@
-"""The whole path with secrets in URLs, settings and environment: none is in anything that is printed or written."""
+"""All commands, run with secrets in URLs, settings and environment: no output and no file contains one of them."""
 
 import base64
 import gzip
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.recovery
 
 
 def planted(name: str) -> str:
-    """A secret of which no part stands anywhere by chance."""
+    """Return a secret that does not occur anywhere by chance."""
     return f"planted-{name}-{secrets.token_hex(6)}"
 
 
@@ -47,7 +47,7 @@ CRASH = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).with_name("leaking_cr
 
 @dataclass
 class Walk:
-    """What the commands printed and wrote."""
+    """Runs commands, and keeps their exit codes and output."""
 
     folder: Path
     web: str
@@ -116,7 +116,7 @@ class Walk:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves the folder, whatever the query says."""
+    """A file server that ignores the query of a URL, and logs nothing."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -124,7 +124,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def walk(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
-    """All commands, one after the other."""
+    """The result of all commands, run one after the other."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "written").mkdir()
     (folder / "web").mkdir()
@@ -137,7 +137,7 @@ def walk(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
         walk.settings()
         walk.run("tokenizer", "job", "tokenizer", "--data.source", str(SAMPLE))
         walk.run("prepare", "job", "prepare")
-        walk.run("signed anew", "job", "prepare", "--data.source", walk.source(IN_URLS["again"]))
+        walk.run("new signature", "job", "prepare", "--data.source", walk.source(IN_URLS["again"]))
         walk.run("check", "job", "check")
         walk.run("train", "job", "train")
         walk.run("evaluate", "job", "evaluate")
@@ -158,7 +158,7 @@ def walk(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def stored(walk: Walk) -> dict[str, bytes]:
-    """Everything that was written, on this machine and in the store; what is compressed, as it is and unpacked."""
+    """Content of every file written on this machine and in the store; compressed files also unpacked."""
     found = {str(path): path.read_bytes() for path in (walk.folder / "written").rglob("*") if path.is_file()}
     client = walk.server.client()
     for item in client.list_objects_v2(Bucket="planted")["Contents"]:
@@ -179,7 +179,7 @@ def stored(walk: Walk) -> dict[str, bytes]:
 
 
 def spellings(walk: Walk) -> dict[str, str]:
-    """Every secret as text, in a URL and in base64, and what it is."""
+    """Return the name of each secret, by its spelling as text, in a URL and in base64."""
     keys = {name: walk.server.environment[name] for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")}
     values = IN_URLS | IN_ENVIRONMENT | keys | {"PIP_INDEX_URL": IN_A_VARIABLES_URL}
     basic = base64.b64encode(f"bob:{IN_URLS['password']}".encode()).decode()
@@ -190,9 +190,9 @@ def spellings(walk: Walk) -> dict[str, str]:
     }
 
 
-def test_every_command_ends_as_it_should(walk: Walk) -> None:
+def test_every_command_has_the_expected_exit_code(walk: Walk) -> None:
     assert walk.codes == {
-        **dict.fromkeys(("tokenizer", "prepare", "signed anew", "check", "train", "evaluate", "generate"), EXIT_DONE),
+        **dict.fromkeys(("tokenizer", "prepare", "new signature", "check", "train", "evaluate", "generate"), EXIT_DONE),
         "print": EXIT_DONE,
         **dict.fromkeys(("no corpus", "no checkpoint", "a wrong value", "a wrong name", "submit"), EXIT_REFUSED),
         "a crash": EXIT_FAILED,
@@ -200,19 +200,19 @@ def test_every_command_ends_as_it_should(walk: Walk) -> None:
     }, walk.printed
 
 
-def test_nothing_that_is_printed_holds_a_secret(walk: Walk) -> None:
+def test_printed_output_holds_no_secret(walk: Walk) -> None:
     known = spellings(walk).items()
     found = {what: {name for spelled, name in known if spelled in text} for what, text in walk.printed.items()}
     assert {what: names for what, names in found.items() if names} == {}
 
 
-def test_nothing_that_is_written_holds_a_secret(walk: Walk, stored: dict[str, bytes]) -> None:
+def test_written_files_hold_no_secret(walk: Walk, stored: dict[str, bytes]) -> None:
     known = spellings(walk).items()
     found = {place: {name for spelled, name in known if spelled.encode() in text} for place, text in stored.items()}
     assert {place: names for place, names in found.items() if names} == {}
 
 
-def test_the_places_where_secrets_would_be_are_among_those(walk: Walk, stored: dict[str, bytes]) -> None:
+def test_texts_that_mention_secrets_were_checked(walk: Walk, stored: dict[str, bytes]) -> None:
     shown = f"{walk.web.replace('//', '//***@')}/wiki.jsonl?id=5&***"
     for name in ("run/run.json", "run/final/README.md", "crashed/attempts/00000001.json"):
         assert shown.encode() in stored[f"s3://planted/{name}"], name

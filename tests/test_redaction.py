@@ -1,4 +1,4 @@
-"""Secrets in text: known by their place in a URL or by their value, whoever prints or records them."""
+"""Redaction of secrets, recognized by their position in a URL or by their value, in everything printed or recorded."""
 
 import io
 import json
@@ -30,23 +30,24 @@ from job.runs.attempts import Attempts, note_failure
 from job.runs.export import export_model
 
 VALUE = "hs/7Q+planted=ü"
-"""Spelled in another way by a URL, by JSON and by Python."""
+"""A secret that URLs, JSON and Python each spell differently."""
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test makes known is forgotten after it."""
+    """Forget the secrets that a test has made known."""
     monkeypatch.setattr(redaction, "_known", redaction._Known())
     yield
 
 
 @pytest.fixture
 def in_environment(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A secret that an environment variable holds."""
     monkeypatch.setenv("HF_TOKEN", VALUE)
     return VALUE
 
 
-# ---- By place ----
+# ---- By position ----
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def in_environment(monkeypatch: pytest.MonkeyPatch) -> str:
         ("https://host: write to a@b.c", "https://host: write to a@b.c"),
     ],
 )
-def test_user_and_password_of_a_url_are_removed(url: str, shown: str) -> None:
+def test_user_and_password_are_removed_from_a_url(url: str, shown: str) -> None:
     assert redacted(url) == shown
     assert redacted(f"data.source: {url!r}: is not there") == f"data.source: {shown!r}: is not there"
 
@@ -89,7 +90,7 @@ SIGNED = {
 
 
 @pytest.mark.parametrize("query", SIGNED.values(), ids=SIGNED)
-def test_a_signature_is_removed_and_no_part_of_the_name(query: str) -> None:
+def test_signature_is_removed_and_not_part_of_the_source_name(query: str) -> None:
     for whole in (f"id=5&{query}", f"{query}&id=5"):
         url = f"https://host/folder/a.jsonl?{whole}"
         assert redacted(f"read {url}: there is none") == "read https://host/folder/a.jsonl?id=5&***: there is none"
@@ -100,18 +101,18 @@ def test_a_signature_is_removed_and_no_part_of_the_name(query: str) -> None:
 @pytest.mark.parametrize(
     "query", ["id=5", "se=1&sp=2&sv=3", "e=7", "t=1&version=2", "keyword=a", "monkey=b", "a=1&&b=2"]
 )
-def test_other_parameters_stay_and_are_part_of_the_name(query: str) -> None:
+def test_other_parameters_stay_and_are_part_of_the_source_name(query: str) -> None:
     assert redacted(f"https://host/a?{query}") == f"https://host/a?{query}"
     assert source_name(f"https://host/a?{query}") == f"/a?{query.replace('&&', '&')}"
 
 
-def test_what_is_redacted_once_stays_as_it_is() -> None:
+def test_redacting_twice_changes_nothing() -> None:
     for query in SIGNED.values():
         once = redacted(f"see https://bob:pw@host/a?id=5&{query}.")
         assert redacted(once) == once == "see https://***@host/a?id=5&***."
 
 
-def test_a_url_inside_json_is_found() -> None:
+def test_url_inside_json_is_redacted() -> None:
     text = r'{"a":"https://host/?id=5\u0026Signature=abc","b":"https://host/?Signature=abc&amp;id=5"}'
     assert "abc" not in redacted(text)
 
@@ -127,11 +128,11 @@ def test_a_url_inside_json_is_found() -> None:
         *("TENCENTCLOUD_SECRET_ID", "HUAWEICLOUD_SDK_SK", "DB_PASSWORD", "MYSQL_PWD", "my_token", "TOKEN", "SECRET"),
     ],
 )
-def test_a_variable_is_a_secret_by_its_name(name: str) -> None:
+def test_variable_name_marks_a_secret(name: str) -> None:
     assert secrets_of({name: VALUE}) == {VALUE: name}
 
 
-def test_other_variables_are_no_secrets() -> None:
+def test_other_variables_are_not_secrets() -> None:
     environment = {
         "PWD": "/some/folder/that/is/long",
         "OLDPWD": "/some/folder/that/is/long",
@@ -144,19 +145,19 @@ def test_other_variables_are_no_secrets() -> None:
     assert secrets_of(environment) == {}
 
 
-def test_a_secret_of_the_environment_is_found_in_every_spelling(in_environment: str) -> None:
+def test_environment_secret_is_found_in_every_spelling(in_environment: str) -> None:
     from urllib.parse import quote, quote_plus
 
     spelled = [VALUE, quote(VALUE), quote(VALUE, safe=""), quote_plus(VALUE), json.dumps(VALUE)[1:-1]]
     assert redacted(" | ".join(spelled)) == " | ".join(["***"] * len(spelled))
 
 
-def test_each_line_of_a_secret_with_several_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_line_of_a_multiline_secret_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIGNING_KEY", "first-line-of-it\nsecond-line-of-it\n")
     assert redacted("a second-line-of-it, first-line-of-it") == "a ***, ***"
 
 
-def test_a_changed_environment_is_taken_up_with_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuring_the_store_learns_a_changed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-first-secret")
     assert redacted("the-first-secret") == "***"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-second-secret")
@@ -165,19 +166,19 @@ def test_a_changed_environment_is_taken_up_with_the_store(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "PIP_INDEX_URL", "SOME_ADDRESS"])
-def test_the_password_in_a_variable_s_url_is_found_anywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_in_a_url_variable_is_found_anywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "http://somebody:pass%2Fword1@proxy:3128")
     assert redacted("refused: somebody pass/word1, pass%2Fword1, c29tZWJvZHk6cGFzcy93b3JkMQ==") == (
         "refused: somebody ***, ***, ***"
     )
 
 
-def test_what_the_settings_urls_hold_is_found_anywhere() -> None:
+def test_secrets_in_settings_urls_are_found_anywhere() -> None:
     settings.load(None, [("data.source", "https://somebody:password1@host/a?id=5&sig=signature%2B1&sp=read")])
     assert redacted("password1 or signature+1 may read id 5") == "*** or *** may read id 5"
 
 
-def test_a_line_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redacting_a_line_takes_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         monkeypatch.setenv(f"A{number}_TOKEN", f"secret/number+{number}")
     line = "step 280/565 | loss 6.2808 | lr 3.64e-03 | grad norm 0.731 | 10,153 tokens/s | data wait 0.6% | ETA 0:00:30"
@@ -188,7 +189,7 @@ def test_a_line_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.perf_counter() - began < 0.2, "200 microseconds a line, which a busy machine does in 10"
 
 
-# ---- The doors ----
+# ---- Where text leaves the program ----
 
 URL = "https://somebody:planted-password@host/a.jsonl?id=5&X-Amz-Signature=planted-signature"
 PLANTED = "planted"
@@ -196,14 +197,14 @@ SHOWN = "https://***@host/a.jsonl?id=5&***"
 
 
 def printed(program: str, **environment: str) -> str:
-    """What a process with our streams prints on both."""
+    """Return what a process prints on both streams after `console.install()`."""
     done = subprocess.run(
         [sys.executable, "-c", f"from job import console; console.install()\n{program}"],
         cwd=REPOSITORY,
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     return done.stdout + done.stderr
 
@@ -224,17 +225,17 @@ def printed(program: str, **environment: str) -> str:
         "the end": f"import sys; sys.exit({URL!r})",
     }.values(),
 )
-def test_whatever_is_printed_has_no_secret_in_it(program: str) -> None:
+def test_everything_printed_is_redacted(program: str) -> None:
     told = printed(program)
     assert SHOWN in told
     assert PLANTED not in told.replace(f"({URL!r})", "").replace(f"'failed: %s', {URL!r}", "")
 
 
-def test_a_secret_of_the_environment_is_not_printed() -> None:
+def test_environment_secret_is_not_printed() -> None:
     assert printed("import os; print('it is', os.environ['HF_TOKEN'])", HF_TOKEN="planted-token") == "it is ***\n"
 
 
-def test_a_table_has_no_half_of_a_secret_where_it_breaks_a_line() -> None:
+def test_table_shows_no_half_secret_at_a_line_break() -> None:
     table = Table()
     table.add_row("data.source", URL)
     console = make_console(file=io.StringIO(), force_terminal=False)
@@ -243,13 +244,13 @@ def test_a_table_has_no_half_of_a_secret_where_it_breaks_a_line() -> None:
     assert PLANTED not in console.file.getvalue().replace("\n", "").replace(" ", "").replace("│", "")  # type: ignore[attr-defined]
 
 
-def test_an_error_that_is_cut_has_no_half_of_a_secret() -> None:
+def test_cut_error_shows_no_half_secret() -> None:
     long = f"https://somebody:{'planted' * 60}@host/a"
     assert PLANTED not in str(UserError("data.source", long, "is not there"))
     assert PLANTED not in one_line(long)[:200]
 
 
-def test_an_error_in_another_process_has_none_either() -> None:
+def test_error_from_another_process_has_no_secret() -> None:
     import pickle
 
     error = UserError("data.source", URL, f"{URL} is not there", f"correct {URL}")
@@ -269,7 +270,7 @@ class Record:
     tree: dict[str, Any]
 
 
-def test_a_record_has_no_secret_and_its_numbers_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_has_no_secret_and_keeps_its_numbers(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASSWORD", "12345678")
     record = Record(12345678, [URL, "12345678"], {"a": {"b": (URL, None, 1.5)}})
     expected = {"number": 12345678, "texts": [SHOWN, "***"], "tree": {"a": {"b": [SHOWN, None, 1.5]}}}
@@ -278,7 +279,7 @@ def test_a_record_has_no_secret_and_its_numbers_are_kept(tmp_path: Any, monkeypa
     assert json.loads((tmp_path / "a.json").read_text()) == {"url": SHOWN}
 
 
-def test_an_attempt_records_its_origin_and_failure_without_one(tmp_path: Any) -> None:
+def test_attempt_record_has_no_secret(tmp_path: Any) -> None:
     attempts = Attempts(str(tmp_path))
     attempt = attempts.claim("run", "a-start", None, resume=URL)
     cut_inside = f"RuntimeError: {URL}-{PLANTED}{'.' * 1990}"
@@ -290,63 +291,66 @@ def test_an_attempt_records_its_origin_and_failure_without_one(tmp_path: Any) ->
     assert attempt.resume == URL
 
 
-def test_a_model_card_has_none(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_card_has_no_secret(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from job.runs import export
 
-    for name in ("write_model", "write_tokenizer", "other_ids"):  # what else the folder holds, and its check
+    for name in ("write_model", "write_tokenizer", "tokenizer_mismatch"):  # Leave out the other files, and their check.
         monkeypatch.setattr(export, name, lambda *_, **__: None)
-    nothing: Any = SimpleNamespace(vocab_size=1, eod_id=1, model_type="qwen2", texts=[])
+    nothing: Any = SimpleNamespace(vocab_size=1, eod_id=1, architecture="qwen2", model_type="qwen2", texts=[])
     sampling = Sampling(max_new_tokens=8, temperature=1.0, top_p=1.0, seed=0)
     card = f"pretrained on `{URL}`"
     export_model(str(tmp_path / "final"), nothing, {}, nothing, 32, card, nothing, sampling)
     assert (tmp_path / "final" / "README.md").read_text() == f"pretrained on `{SHOWN}`"
 
 
-def test_recorded_and_printed_settings_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_and_printed_settings_have_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
     config = settings.load(None, [("data.source", URL)])
-    assert config.data.source == URL, "the run itself reads the real one"
+    assert config.data.source == URL, "the run itself needs the real URL"
     assert settings.to_dict(config)["data"]["source"] == SHOWN
     assert main(["train", "--print-config", "--data.source", URL]) == 0
     told = capsys.readouterr().out
     assert f"source: {SHOWN}\n" in told and PLANTED not in told
 
 
-def test_the_log_of_a_slurm_job_shows_its_words_without_them() -> None:
+def test_slurm_log_shows_the_command_without_secrets() -> None:
     script = (REPOSITORY / "launch" / "slurm.sh").read_text()
-    (shown,) = [line for line in script.splitlines() if line.startswith("shown() ")]
+    (function,) = [line for line in script.splitlines() if line.startswith("without_secrets() ")]
     words = ["train", "configs/mine.yaml", "--data.source", URL, "--train.epochs", "1"]
-    told = subprocess.run(["bash", "-c", f'{shown}\nshown "$@"', "bash", *words], capture_output=True, text=True).stdout
-    assert told == "train configs/mine.yaml --data.source https://***@host/a.jsonl?*** --train.epochs 1\n"
-    assert 'say "start' in script and '$(shown "$command" "$config" "$@")' in script
+    program = ["bash", "-c", f'{function}\nwithout_secrets "$@"', "bash", *words]
+    printed = subprocess.run(program, capture_output=True, text=True).stdout
+    assert printed == "train configs/mine.yaml --data.source https://***@host/a.jsonl?*** --train.epochs 1\n"
+    assert 'say "start' in script and '$(without_secrets "$command" "$config" "$@")' in script
 
 
-# ---- A URL that is signed anew ----
+# ---- The same URL with a new signature ----
 
 
-def signed_anew(number: int) -> str:
+def signed_url(number: int) -> str:
     return f"https://user:password-{number}@host/wiki/a.jsonl?id=5&X-Amz-Date={number}&X-Amz-Signature=sig-{number}"
 
 
-def test_a_url_that_is_signed_anew_is_no_changed_setting() -> None:
-    first, second = (settings.to_dict(settings.load(None, [("data.source", signed_anew(n))])) for n in (1, 2))
+def test_new_signature_is_not_a_changed_setting() -> None:
+    first, second = (settings.to_dict(settings.load(None, [("data.source", signed_url(n))])) for n in (1, 2))
     assert first == second
-    assert first != settings.to_dict(settings.load(None, [("data.source", signed_anew(1).replace("id=5", "id=6"))]))
+    assert first != settings.to_dict(settings.load(None, [("data.source", signed_url(1).replace("id=5", "id=6"))]))
 
 
-def test_a_url_that_is_signed_anew_is_the_same_source_in_the_plan() -> None:
+def test_new_signature_is_the_same_source_in_the_plan() -> None:
     def plan(url: str) -> bytes:
         (name,) = _names([CorpusFile(0, url, url, 10, "json", None)])
         source = (Fingerprint(name=name, size=10, sha256="0"),)
         return make_plan(source, {"data.source": url}).content
 
-    url = signed_anew(1)
-    assert _names([CorpusFile(0, url, url, 10, "json", None)]) == ["a.jsonl?id=5"], "as if it were not signed"
-    assert plan(signed_anew(1)) == plan(signed_anew(2))
-    assert plan(signed_anew(1)) != plan(signed_anew(1).replace("id=5", "id=6"))
-    assert b"password" not in plan(signed_anew(1)) and b"sig-1" not in plan(signed_anew(1))
+    url = signed_url(1)
+    assert _names([CorpusFile(0, url, url, 10, "json", None)]) == ["a.jsonl?id=5"], (
+        "the name must not contain the signature"
+    )
+    assert plan(signed_url(1)) == plan(signed_url(2))
+    assert plan(signed_url(1)) != plan(signed_url(1).replace("id=5", "id=6"))
+    assert b"password" not in plan(signed_url(1)) and b"sig-1" not in plan(signed_url(1))
 
 
-def test_a_plan_does_not_depend_on_what_one_machine_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_does_not_depend_on_local_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     source = (Fingerprint(name="wikipedia-zh.jsonl", size=10, sha256="0"),)
     named: dict[str, str | int | float] = {"data.text_field": "wikipedia-zh"}
     before = make_plan(source, named).content
@@ -356,16 +360,17 @@ def test_a_plan_does_not_depend_on_what_one_machine_knows(monkeypatch: pytest.Mo
     assert make_plan(source, named).content == before
 
 
-def test_a_run_goes_on_from_a_checkpoint_whose_url_is_signed_anew(tmp_path: Any) -> None:
-    from job.runs.launch_context import Start
-    from job.runs.resume import _begun_at
+def test_run_resumes_from_a_checkpoint_url_with_a_new_signature(tmp_path: Any) -> None:
+    from job.runs.launch_context import LaunchContext
+    from job.runs.resume import _resumed_since
 
     attempts = Attempts(str(tmp_path))
-    attempt = attempts.claim("run", "a-start", None, resume=signed_anew(1))
+    attempt = attempts.claim("run", "a-start", None, resume=signed_url(1))
     attempts.update(type(attempt)(**{**vars(attempt), "from_step": 3}))
-    start = Start("another", 0.0, None, None, lambda: False, lambda line: None, "cpu", "a test")
-    assert _begun_at(Attempts(str(tmp_path)), signed_anew(2), start) == attempt.number
+    start = LaunchContext("another", 0.0, None, None, lambda: False, lambda line: None, "cpu", "a test")
+    assert _resumed_since(Attempts(str(tmp_path)), signed_url(2), start) == attempt.number
 
 
-def test_trees_keep_their_shape() -> None:
-    assert redacted_tree({"a": [1, None, True, {"b": URL}], URL: 1.5}) == {"a": [1, None, True, {"b": SHOWN}], URL: 1.5}
+def test_redacted_tree_keeps_its_shape() -> None:
+    tree = {"a": [1, None, True, {"b": URL}], URL: 1.5}
+    assert redacted_tree(tree) == {"a": [1, None, True, {"b": SHOWN}], SHOWN: 1.5}

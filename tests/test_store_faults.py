@@ -1,4 +1,4 @@
-"""A store that fails: what may pass passes, what cannot ends at once, and nothing lasts longer than it was given."""
+"""Storage with a failing store: temporary faults are retried, final errors are raised at once, deadlines are kept."""
 
 import datetime
 import hashlib
@@ -19,6 +19,7 @@ from typing import Any
 import botocore.auth
 import pytest
 from fault_proxy import SLOW_DOWN, STORM, Fault, FaultProxy, Refusal, Request
+from storage_content import content
 
 from job import storage
 from job.demo.server import S3Server
@@ -28,7 +29,7 @@ from job.storage import Cancelled, Entry, IntegrityError, StoreError, StoreOptio
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The smallest that S3 takes."""
+    """Use the smallest parts that S3 accepts."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     yield
     storage.configure(StoreOptions())
@@ -36,7 +37,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
-    """Faultless until it is told otherwise; storage goes through it."""
+    """A proxy without faults, until a test injects some. Storage is configured to use it."""
     with FaultProxy(s3_server.endpoint_url) as proxy:
         go_through(proxy)
         yield proxy
@@ -49,7 +50,7 @@ def go_through(proxy: FaultProxy, **options: float) -> None:
 
 
 def connect(proxy: FaultProxy, **options: float) -> None:
-    """Before what is timed: reading botocore's tables takes seconds on a busy machine."""
+    """Connect before something is timed, because botocore loads its data for seconds on a busy machine."""
     go_through(proxy, **options)
     connection.filesystem("s3://").connect()
 
@@ -61,19 +62,15 @@ def shared_bucket(s3_server: S3Server) -> str:
 
 @pytest.fixture
 def folder(shared_bucket: str) -> str:
-    """An empty place; in a bucket of its own the first object would take the server a second."""
+    """An empty folder in a shared bucket, because the first object of a new bucket takes the server a second."""
     return storage.join(shared_bucket, secrets.token_hex(6))
-
-
-def content(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 SEVERAL_PARTS = content(2 * 5 * 2**20 + 12_345)
 
 
 def spell(faults: Any) -> str:
-    """The names of faults, for the name of a test."""
+    """Return the names of faults, for the id of a test."""
     one_or_more = faults if isinstance(faults, tuple) else (faults,)
     return " ".join(fault.code if isinstance(fault, Refusal) else fault.name for fault in one_or_more)
 
@@ -83,7 +80,7 @@ def is_part(request: Request) -> bool:
 
 
 def until(holds: Callable[[], bool], seconds: float = 10) -> None:
-    """Waits for what nothing else tells of."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
@@ -95,11 +92,11 @@ def uploads(server: S3Server, folder: str) -> list[Any]:
     return server.client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", [])
 
 
-# ── what may pass ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── temporary faults ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_storm_of_all_faults_changes_no_byte(folder: str, s3_server: S3Server, tmp_path: Path, seed: int) -> None:
+def test_all_faults_together_change_no_byte(folder: str, s3_server: S3Server, tmp_path: Path, seed: int) -> None:
     small, large = content(1000, seed), SEVERAL_PARTS
     source, copy = tmp_path / "source", tmp_path / "copy"
     source.write_bytes(large)
@@ -137,7 +134,7 @@ STEPS: dict[str, Callable[[Request], bool]] = {
     [REFUSED, (Fault.STALL,), (Fault.RESET_ANSWER,) * 2, (Fault.RESET_REQUEST,) * 2, (Fault.FLIP_REQUEST,)],
     ids=spell,
 )
-def test_an_upload_outlives_faults_at_all_of_its_steps(
+def test_upload_survives_faults_at_each_step(
     proxy: FaultProxy, folder: str, faults: tuple[Fault | Refusal, ...]
 ) -> None:
     go_through(proxy, read_timeout_seconds=0.5)
@@ -157,7 +154,7 @@ def test_an_upload_outlives_faults_at_all_of_its_steps(
     [REFUSED, (Fault.STALL,), (Fault.RESET_ANSWER,) * 2, (Fault.TRUNCATE_ANSWER,) * 2, (Fault.SHORT_ANSWER,) * 2],
     ids=spell,
 )
-def test_a_download_outlives_faults(proxy: FaultProxy, folder: str, faults: tuple[Fault | Refusal, ...]) -> None:
+def test_download_survives_faults(proxy: FaultProxy, folder: str, faults: tuple[Fault | Refusal, ...]) -> None:
     go_through(proxy, read_timeout_seconds=0.5)
     small, large = SEVERAL_PARTS[:1000], SEVERAL_PARTS
     storage.write_bytes(f"{folder}/small", small)
@@ -172,17 +169,17 @@ def test_a_download_outlives_faults(proxy: FaultProxy, folder: str, faults: tupl
     assert proxy.injected == Counter(2 * faults)
 
 
-def test_a_try_that_stalls_is_replaced_by_one_that_has_twice_the_time(proxy: FaultProxy, folder: str) -> None:
+def test_stalled_try_is_repeated_with_twice_the_time(proxy: FaultProxy, folder: str) -> None:
     connect(proxy, read_timeout_seconds=0.3)
     proxy.inject(Fault.STALL, times=3)
     started = time.monotonic()
     storage.write_bytes(f"{folder}/object", b"content")
-    assert 2.7 < time.monotonic() - started < 6  # 0.3 + 0.6 + 1.2, and between them 0.7 to 1.4 in pauses
+    assert 2.7 < time.monotonic() - started < 6  # The tries take 0.3 + 0.6 + 1.2 s, the pauses 0.7 to 1.4 s.
     assert [request.fault for request in proxy.requests] == [*3 * [Fault.STALL], None]
 
 
-def test_a_slow_link_is_no_error(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
-    """All parts together take longer than one may."""
+def test_slow_link_is_not_an_error(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
+    """All parts together take longer than the deadline of one part."""
     connect(proxy, read_timeout_seconds=5, deadline_seconds=2.5)
     storage.write_bytes(f"{folder}/object", SEVERAL_PARTS)
     proxy.chances, proxy.bytes_per_second = {Fault.THROTTLE: 1}, 4 * 2**20
@@ -191,7 +188,7 @@ def test_a_slow_link_is_no_error(proxy: FaultProxy, folder: str, tmp_path: Path)
     assert time.monotonic() - started > 2.5
 
 
-def test_an_outage_shorter_than_the_deadline_is_survived(proxy: FaultProxy, folder: str) -> None:
+def test_outage_shorter_than_the_deadline_is_survived(proxy: FaultProxy, folder: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(storage.write_bytes, f"{folder}/object", SEVERAL_PARTS)
         proxy.wait_for(is_part)
@@ -205,7 +202,7 @@ def test_an_outage_shorter_than_the_deadline_is_survived(proxy: FaultProxy, fold
     assert storage.read_bytes(f"{folder}/object") == SEVERAL_PARTS
 
 
-def test_an_outage_longer_than_the_deadline_ends_with_it(proxy: FaultProxy, folder: str) -> None:
+def test_outage_longer_than_the_deadline_fails_at_the_deadline(proxy: FaultProxy, folder: str) -> None:
     connect(proxy, deadline_seconds=1)
     storage.write_bytes(f"{folder}/object", b"content")
     proxy.start_outage()
@@ -219,7 +216,7 @@ def test_an_outage_longer_than_the_deadline_ends_with_it(proxy: FaultProxy, fold
 # ── wrong bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_file_that_came_damaged_is_fetched_once_more(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
+def test_damaged_download_is_repeated(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
     url, copy = f"{folder}/object", tmp_path / "copy"
     storage.write_bytes(url, SEVERAL_PARTS)
     proxy.inject(Fault.FLIP_ANSWER, lambda request: request.method == "GET", skip=2)
@@ -228,7 +225,7 @@ def test_a_file_that_came_damaged_is_fetched_once_more(proxy: FaultProxy, folder
     assert copy.read_bytes() == SEVERAL_PARTS
 
 
-def test_a_file_that_always_comes_damaged_is_refused(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
+def test_download_that_is_always_damaged_is_refused(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
     url, copy = f"{folder}/object", tmp_path / "copy"
     storage.write_bytes(url, SEVERAL_PARTS)
     proxy.chances = {Fault.FLIP_ANSWER: 1}
@@ -237,8 +234,8 @@ def test_a_file_that_always_comes_damaged_is_refused(proxy: FaultProxy, folder: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_small_object_that_came_damaged_is_read_again(proxy: FaultProxy, folder: str) -> None:
-    """What is written in one request carries its checksum: a digit of a number in JSON is not easily missed."""
+def test_damaged_small_object_is_read_again(proxy: FaultProxy, folder: str) -> None:
+    """Objects written in one request have a checksum; without it, a wrong digit in a JSON file would not be noticed."""
     storage.write_json(f"{folder}/object", {"step": 500})
     assert storage.create_bytes(f"{folder}/created", b"500")
     proxy.inject(Fault.FLIP_ANSWER, lambda request: request.method == "GET", times=2)
@@ -249,7 +246,7 @@ def test_a_small_object_that_came_damaged_is_read_again(proxy: FaultProxy, folde
 
 
 @pytest.mark.parametrize("size", [1000, len(SEVERAL_PARTS)])
-def test_what_arrives_damaged_is_refused_by_the_store_and_sent_again(proxy: FaultProxy, folder: str, size: int) -> None:
+def test_upload_that_arrives_damaged_is_sent_again(proxy: FaultProxy, folder: str, size: int) -> None:
     proxy.inject(Fault.FLIP_REQUEST, lambda request: request.method == "PUT", times=3)
     storage.write_bytes(f"{folder}/object", SEVERAL_PARTS[:size])
     assert storage.read_bytes(f"{folder}/object") == SEVERAL_PARTS[:size]
@@ -258,7 +255,7 @@ def test_what_arrives_damaged_is_refused_by_the_store_and_sent_again(proxy: Faul
     assert len(puts) == 3 + -(-size // s3.PART_BYTES)
 
 
-# ── what cannot pass ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── final errors ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OPERATIONS: dict[str, Callable[[str], object]] = {
     "read": storage.read_bytes,
@@ -271,7 +268,9 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
     "delete": lambda url: storage.delete([url]),
 }
 REFUSALS = {
-    Refusal(403, "AccessDenied"): r"AWS_ACCESS_KEY_ID: the store refused to .*: AccessDenied; set .* may use s3://",
+    Refusal(
+        403, "AccessDenied"
+    ): r"AWS_ACCESS_KEY_ID: the store refused to .*: AccessDenied; set .* right to use s3://",
     Refusal(403, "InvalidAccessKeyId"): r"AWS_ACCESS_KEY_ID: the store refused to .*: InvalidAccessKeyId; set ",
     Refusal(400, "ExpiredToken"): r"AWS_ACCESS_KEY_ID: the store refused to .*: ExpiredToken; set ",
     Refusal(404, "NoSuchBucket"): r"s3://[^/]+: there is no such bucket; create it, or correct the URL",
@@ -280,17 +279,17 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=spell)
-def test_a_refusal_ends_at_once_with_one_line(proxy: FaultProxy, folder: str, refusal: Refusal) -> None:
+def test_refusal_fails_at_once_with_one_line(proxy: FaultProxy, folder: str, refusal: Refusal) -> None:
     proxy.chances = {refusal: 1}
     for operation in OPERATIONS.values():
         proxy.requests.clear()
         with pytest.raises(UserError, match=REFUSALS[refusal]) as caught:
             operation(f"{folder}/object")
         assert "\n" not in str(caught.value)
-        assert len(proxy.requests) <= 3  # an answer to HEAD gives no reason: others ask for it
+        assert len(proxy.requests) <= 3  # An answer to HEAD has no reason, so up to two listings look for it.
 
 
-def test_an_object_that_is_not_there_is_not_asked_for_again(proxy: FaultProxy, folder: str) -> None:
+def test_missing_object_is_not_requested_again(proxy: FaultProxy, folder: str) -> None:
     for operation in ("read", "open"):
         proxy.requests.clear()
         with pytest.raises(FileNotFoundError):
@@ -299,8 +298,8 @@ def test_an_object_that_is_not_there_is_not_asked_for_again(proxy: FaultProxy, f
 
 
 @pytest.mark.parametrize("minutes", [20, -20])
-def test_a_wrong_clock_is_named(proxy: FaultProxy, folder: str, monkeypatch: pytest.MonkeyPatch, minutes: int) -> None:
-    """By the real server, whose clock is right."""
+def test_wrong_clock_is_named(proxy: FaultProxy, folder: str, monkeypatch: pytest.MonkeyPatch, minutes: int) -> None:
+    """The real server refuses the request, because its clock is right."""
     now = botocore.auth.get_current_datetime
     wrong = datetime.timedelta(minutes=minutes)
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *args, **kw: now(*args, **kw) + wrong)
@@ -311,10 +310,10 @@ def test_a_wrong_clock_is_named(proxy: FaultProxy, folder: str, monkeypatch: pyt
         assert len(proxy.requests) <= 2
 
 
-# ── bounded, and given up ────────────────────────────────────────────────────────────────────────────────────────────
+# ── deadlines and cancellation ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_deadline_holds_for_a_store_that_never_answers(proxy: FaultProxy, folder: str) -> None:
+def test_deadline_holds_for_a_store_that_never_answers(proxy: FaultProxy, folder: str) -> None:
     connect(proxy, read_timeout_seconds=0.2, deadline_seconds=1)
     proxy.chances = {Fault.STALL: 1}
     for operation in ("read", "find", "upload"):
@@ -324,9 +323,7 @@ def test_the_deadline_holds_for_a_store_that_never_answers(proxy: FaultProxy, fo
         assert 0.5 < time.monotonic() - started < 2
 
 
-def test_a_deadline_holds_for_all_that_is_done_in_a_block_together(
-    proxy: FaultProxy, folder: str, tmp_path: Path
-) -> None:
+def test_deadline_bounds_all_operations_of_a_block_together(proxy: FaultProxy, folder: str, tmp_path: Path) -> None:
     connect(proxy)
     url = f"{folder}/object"
     proxy.inject(Fault.STALL, lambda request: request.method == "HEAD", times=math.inf)
@@ -348,7 +345,7 @@ def test_a_deadline_holds_for_all_that_is_done_in_a_block_together(
     assert storage.read_bytes(url) == b"content"
 
 
-def test_the_narrower_of_two_limits_holds(proxy: FaultProxy, folder: str) -> None:
+def test_narrower_of_two_limits_holds(proxy: FaultProxy, folder: str) -> None:
     proxy.chances = {Fault.STALL: 1}
     for outer, inner in ((0.5, 60), (60, 0.5)):
         started = time.monotonic()
@@ -362,7 +359,7 @@ def test_the_narrower_of_two_limits_holds(proxy: FaultProxy, folder: str) -> Non
 
 
 @pytest.mark.parametrize("standstill", ["slow", "stalled", "refused", "down", "dead"])
-def test_an_upload_is_given_up_within_a_second_whatever_it_waits_for(
+def test_upload_is_cancelled_within_a_second(
     proxy: FaultProxy, folder: str, s3_server: S3Server, standstill: str
 ) -> None:
     connect(proxy, read_timeout_seconds=30)
@@ -396,9 +393,7 @@ def test_an_upload_is_given_up_within_a_second_whatever_it_waits_for(
 
 
 @pytest.mark.parametrize("fault", [Fault.STALL, Fault.THROTTLE])
-def test_what_is_given_up_leaves_no_connection_that_another_request_could_meet(
-    proxy: FaultProxy, folder: str, fault: Fault
-) -> None:
+def test_cancelled_request_closes_its_connection(proxy: FaultProxy, folder: str, fault: Fault) -> None:
     connect(proxy, read_timeout_seconds=30)
     storage.write_bytes(f"{folder}/large", SEVERAL_PARTS)
     storage.write_bytes(f"{folder}/small", b"content")
@@ -417,9 +412,7 @@ def test_what_is_given_up_leaves_no_connection_that_another_request_could_meet(
 # ── the proxy itself ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_proxy_outlives_clients_that_vanish_and_leaves_no_thread_and_no_listener(
-    folder: str, s3_server: S3Server
-) -> None:
+def test_proxy_survives_lost_clients_and_leaves_no_thread(folder: str, s3_server: S3Server) -> None:
     threads, draw = threading.active_count(), random.Random(0)
     with FaultProxy(s3_server.endpoint_url, 3, STORM, stall_seconds=60) as proxy:
         address = ("127.0.0.1", int(proxy.endpoint_url.rpartition(":")[2]))
@@ -435,9 +428,8 @@ def test_the_proxy_outlives_clients_that_vanish_and_leaves_no_thread_and_no_list
         connect(proxy)
         storage.write_bytes(f"{folder}/object", b"content")
         assert storage.read_bytes(f"{folder}/object") == b"content"
-        assert (
-            threading.active_count() <= threads + 3
-        )  # the proxy's, the event loop's of fsspec, and aiohttp's resolver
+        # The three are the threads of the proxy, of fsspec's event loop and of aiohttp's resolver.
+        assert threading.active_count() <= threads + 3
     storage.configure(StoreOptions())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address)

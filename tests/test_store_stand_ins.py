@@ -1,4 +1,4 @@
-"""The stores that people have, by stand-ins that refuse what the vendors document to refuse."""
+"""Storage with the stores of other vendors, through stand-ins that refuse what the vendors document to refuse."""
 
 import dataclasses
 import errno
@@ -44,14 +44,14 @@ VENDORS = {
 @pytest.fixture(autouse=True)
 def fresh_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the real server
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # Requests to the real server use no proxy.
     yield
     storage.configure(StoreOptions())
 
 
 @pytest.fixture
 def shop(request: pytest.FixtureRequest, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A stand-in for the parameter, a `Store` or a name of `VENDORS`; storage goes to it."""
+    """A stand-in for the parameter, a `Store` or a name of `VENDORS`. Storage is configured to use it."""
     store = VENDORS[request.param][0] if isinstance(request.param, str) else request.param
     with stand_in(store, s3_server) as running:
         monkeypatch.setenv("http_proxy", running.address)
@@ -64,20 +64,20 @@ def connect(shop: StandIn, **options: Any) -> None:
 
 
 def everything_in(server: S3Server, bucket: str) -> list[str]:
-    """The keys that the real server has."""
-    found = server.client().list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents", [])
-    return [item["Key"] for item in found]
+    """Return the keys of all objects that the real server has in a bucket."""
+    contents = server.client().list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents", [])
+    return [item["Key"] for item in contents]
 
 
 # ── vendors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("shop", VENDORS, indirect=True)
-def test_every_operation_works_at_the_vendors(
+def test_every_operation_works_with_each_vendor(
     shop: StandIn, bucket: str, s3_server: S3Server, request: pytest.FixtureRequest
 ) -> None:
-    way = VENDORS[request.node.callspec.params["shop"]][1]
-    assert storage.creation_way(f"{bucket}/folder/object") == way
+    method = VENDORS[request.node.callspec.params["shop"]][1]
+    assert storage.creation_method(f"{bucket}/folder/object") == method
     assert everything_in(s3_server, bucket) == []
     with ThreadPoolExecutor(8) as pool:
         url = f"{bucket}/folder/created"
@@ -99,18 +99,18 @@ def test_every_operation_works_at_the_vendors(
 
 
 def unknown(store: Store) -> Store:
-    """The same store under a name that tells nothing, as a private cloud has it."""
+    """Return the same store under a host name that does not tell the vendor, as in a private cloud."""
     return dataclasses.replace(store, host="store.corp.example")
 
 
 @pytest.mark.parametrize("shop", [unknown(OSS), unknown(COS), unknown(OBS), unknown(TOS)], indirect=True)
-def test_addressing_is_found_out_where_it_is_not_known(shop: StandIn, bucket: str) -> None:
+def test_unknown_addressing_is_detected(shop: StandIn, bucket: str) -> None:
     assert storage.addressing() == "path"
     assert not storage.exists(f"{bucket}/object")
     assert storage.addressing() == "virtual"
     storage.write_bytes(f"{bucket}/object", b"content")
     connect(shop)
-    with ThreadPoolExecutor(8) as pool:  # all of them are refused at the same time
+    with ThreadPoolExecutor(8) as pool:  # The store refuses all of them at the same time.
         assert set(pool.map(storage.read_bytes, [f"{bucket}/object"] * 8)) == {b"content"}
     connect(shop, addressing="path")
     with pytest.raises(UserError, match=r"set store\.addressing: virtual, or auto") as caught:
@@ -128,17 +128,17 @@ def test_addressing_can_be_set(shop: StandIn, bucket: str) -> None:
 
 
 @pytest.mark.parametrize("shop", [OSS], indirect=True)
-def test_an_endpoint_that_holds_the_bucket_is_refused(shop: StandIn, bucket: str) -> None:
+def test_endpoint_with_the_bucket_name_is_refused(shop: StandIn, bucket: str) -> None:
     connect(shop, endpoint_url=f"http://{bucket.removeprefix('s3://')}.{OSS.host}")
     with pytest.raises(UserError, match=r"store.endpoint_url: .* the address of the region, without the bucket"):
         storage.read_bytes(f"{bucket}/object")
 
 
 @pytest.mark.parametrize("over_tls", [False, True])
-def test_no_upload_needs_the_encoding_aws_chunked(
+def test_uploads_do_not_use_aws_chunked_encoding(
     bucket: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_tls: bool
 ) -> None:
-    """The newer checksums bring it only over TLS. A stand-in that refuses it takes small, large and created files."""
+    """The newer checksums would use it, but only over TLS. The stand-in refuses it for every kind of write."""
     certificate = tmp_path / "both.pem"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=store -addext subjectAltName=IP:127.0.0.1"
     subprocess.run(
@@ -162,7 +162,7 @@ def test_no_upload_needs_the_encoding_aws_chunked(
 
 # ── no conditional writes ────────────────────────────────────────────────────────────────────────────────────────────
 
-NO_WAY = {
+NO_CONDITIONAL_WRITES = {
     "ignored": PLAIN,
     "refused": dataclasses.replace(PLAIN, if_none_match="refused"),
     "answered 412, and overwritten": dataclasses.replace(PLAIN, if_none_match="lies"),
@@ -170,13 +170,15 @@ NO_WAY = {
 }
 
 
-@pytest.mark.parametrize("shop", NO_WAY.values(), ids=NO_WAY, indirect=True)
-def test_a_store_without_conditional_writes_is_refused(shop: StandIn, bucket: str, s3_server: S3Server) -> None:
-    assert storage.creation_way(f"{bucket}/folder/object") is None
+@pytest.mark.parametrize("shop", NO_CONDITIONAL_WRITES.values(), ids=NO_CONDITIONAL_WRITES, indirect=True)
+def test_store_without_conditional_writes_is_refused(shop: StandIn, bucket: str, s3_server: S3Server) -> None:
+    assert storage.creation_method(f"{bucket}/folder/object") is None
     with pytest.raises(UserError) as caught:
         storage.create_bytes(f"{bucket}/folder/object", b"content")
     told = str(caught.value)
-    assert told.startswith(f"store.single_writer: {bucket} at http://s3.example.com has no proven way")
+    assert told.startswith(
+        f"store.single_writer: {bucket} at http://s3.example.com does not support conditional writes"
+    )
     assert "set store.single_writer: true if nobody else writes there" in told
     assert "\n" not in told
     assert everything_in(s3_server, bucket) == []
@@ -185,7 +187,7 @@ def test_a_store_without_conditional_writes_is_refused(shop: StandIn, bucket: st
 
 
 @pytest.mark.parametrize("shop", [PLAIN], indirect=True)
-def test_a_single_writer_creates_what_is_absent(
+def test_single_writer_creates_missing_files(
     shop: StandIn, bucket: str, s3_server: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     connect(shop, single_writer=True)
@@ -194,17 +196,17 @@ def test_a_single_writer_creates_what_is_absent(
     assert not storage.create_bytes(f"{bucket}/folder/object", b"second")
     assert storage.read_bytes(f"{bucket}/folder/object") == b"first"
     assert everything_in(s3_server, bucket) == ["folder/object"]
-    assert caplog.messages == [f"{bucket}: nothing there forbids to overwrite; store.single_writer is trusted"]
+    assert caplog.messages == [f"{bucket}: conditional writes do not work there; relying on store.single_writer"]
 
 
 @pytest.mark.parametrize("shop", [OSS], indirect=True)
-def test_a_single_writer_uses_the_way_that_there_is(shop: StandIn, bucket: str) -> None:
+def test_single_writer_still_uses_conditional_writes(shop: StandIn, bucket: str) -> None:
     connect(shop, single_writer=True)
     assert storage.create_bytes(f"{bucket}/object", b"first")
     assert shop.requests[-2].headers["x-oss-forbid-overwrite"] == "true"
 
 
-def test_a_store_that_is_down_is_not_taken_for_one_without_conditional_writes(bucket: str, s3_server: S3Server) -> None:
+def test_outage_is_not_mistaken_for_missing_conditional_writes(bucket: str, s3_server: S3Server) -> None:
     with FaultProxy(s3_server.endpoint_url) as proxy:
         storage.configure(StoreOptions(proxy.endpoint_url, read_timeout_seconds=1, deadline_seconds=1))
         for refusal in (SLOW_DOWN, Fault.STALL):
@@ -214,18 +216,18 @@ def test_a_store_that_is_down_is_not_taken_for_one_without_conditional_writes(bu
         proxy.chances = {}
         paths: list[str] = []
         proxy.inject(SLOW_DOWN, lambda request: paths.append(request.path) or request.path == paths[0], times=math.inf)
-        with pytest.raises(StoreError, match="gave up after"):  # it comes back before another way would be tried
+        with pytest.raises(StoreError, match="gave up after"):  # The other methods would be answered.
             storage.create_bytes(f"{bucket}/object", b"content")
         assert len({path.partition("?")[0] for path in paths}) == 1
         storage.configure(StoreOptions(proxy.endpoint_url, read_timeout_seconds=1, deadline_seconds=30))
         for fault in (SLOW_DOWN, Fault.RESET_ANSWER):
             for method in ("PUT", "HEAD", "GET", "DELETE"):
                 proxy.inject(fault, lambda request, of=method: request.method == of)
-        assert storage.creation_way(f"{bucket}/object") == "If-None-Match: *"
+        assert storage.creation_method(f"{bucket}/object") == "If-None-Match: *"
     assert everything_in(s3_server, bucket) == []
 
 
-def test_the_probe_is_made_once_and_again_for_another_store(bucket: str, s3_server: S3Server) -> None:
+def test_store_is_probed_once_per_configuration(bucket: str, s3_server: S3Server) -> None:
     with FaultProxy(s3_server.endpoint_url) as proxy:
         storage.configure(StoreOptions(proxy.endpoint_url))
         counts = []
@@ -244,13 +246,13 @@ def test_the_probe_is_made_once_and_again_for_another_store(bucket: str, s3_serv
 
 
 @pytest.mark.parametrize("shop", [LIMITED], indirect=True)
-def test_a_key_for_one_prefix_is_enough(shop: StandIn, bucket: str) -> None:
+def test_key_limited_to_one_prefix_is_enough(shop: StandIn, bucket: str) -> None:
     folder = f"{bucket}/team/run"
     assert not storage.exists(f"{folder}/none")
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{folder}/none")
     assert storage.list_files(folder) == storage.glob(f"{folder}/*") == storage.glob(f"{bucket}/team/r*/x") == []
-    assert storage.glob(f"{bucket}/team") == []  # a folder, given as a corpus without the slash
+    assert storage.glob(f"{bucket}/team") == []  # This is a folder, given without the slash.
     assert storage.create_bytes(f"{folder}/created", b"content")
     assert not storage.create_bytes(f"{folder}/created", b"content")
     storage.write_bytes(f"{folder}/large", bytes(11 * 2**20))
@@ -273,17 +275,17 @@ def test_a_key_for_one_prefix_is_enough(shop: StandIn, bucket: str) -> None:
 
 
 @pytest.mark.parametrize("shop", [dataclasses.replace(LIMITED, may_list=False)], indirect=True)
-def test_a_key_that_may_not_list_is_told_that_absence_cannot_be_seen(shop: StandIn, bucket: str) -> None:
+def test_error_explains_what_a_key_without_list_right_cannot_see(shop: StandIn, bucket: str) -> None:
     storage.write_bytes(f"{bucket}/team/object", b"content")
     assert storage.read_bytes(f"{bucket}/team/object") == b"content"
     for absent in (storage.exists, storage.read_bytes):
-        with pytest.raises(UserError, match=r"AccessDenied; .* an absent object is answered like a forb") as caught:
+        with pytest.raises(UserError, match=r"AccessDenied; .* answers as if a missing object were forb") as caught:
             absent(f"{bucket}/team/none")
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shop", [PUBLIC], indirect=True)
-def test_a_public_bucket_is_read_without_credentials(
+def test_public_bucket_is_read_without_credentials(
     shop: StandIn, bucket: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{bucket}/corpus.jsonl"
@@ -309,7 +311,7 @@ def test_a_public_bucket_is_read_without_credentials(
 
 @pytest.fixture(params=[errno.EPERM, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
 def without_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What link(2) documents for file systems without hard links."""
+    """Make os.link fail as link(2) documents it for file systems without hard links."""
 
     def link(*_: object) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -318,9 +320,9 @@ def without_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("without_links")
-def test_a_folder_without_hard_links_works_where_renaming_can_be_exclusive(tmp_path: Path) -> None:
+def test_exclusive_rename_replaces_missing_hard_links(tmp_path: Path) -> None:
     url = f"{tmp_path}/folder/object"
-    assert storage.creation_way(url) == "exclusive rename"
+    assert storage.creation_method(url) == "exclusive rename"
     with ThreadPoolExecutor(8) as pool:
         created = list(pool.map(lambda number: storage.create_bytes(url, str(number).encode()), range(8)))
     assert created.count(True) == 1
@@ -329,10 +331,12 @@ def test_a_folder_without_hard_links_works_where_renaming_can_be_exclusive(tmp_p
 
 
 @pytest.mark.usefixtures("without_links")
-def test_a_folder_without_any_exclusive_creation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_RENAME_NOREPLACE", 1 << 12)  # the kernel answers EINVAL, as of such file systems
+def test_folder_without_exclusive_creation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_RENAME_NOREPLACE", 1 << 12)  # The kernel answers EINVAL to this flag.
     url = f"{tmp_path}/folder/object"
-    with pytest.raises(UserError, match=rf"store.single_writer: {tmp_path}/folder has no proven way .*hard link"):
+    with pytest.raises(
+        UserError, match=rf"store.single_writer: {tmp_path}/folder does not support conditional writes.*hard link"
+    ):
         storage.create_bytes(url, b"content")
     assert list((tmp_path / "folder").iterdir()) == []
     storage.configure(StoreOptions(single_writer=True))
@@ -341,14 +345,14 @@ def test_a_folder_without_any_exclusive_creation_is_refused(tmp_path: Path, monk
     assert Path(url).read_bytes() == b"first"
 
 
-@pytest.mark.parametrize("way", creation._LOCAL, ids=lambda way: way.name)
-def test_a_rename_that_overwrites_is_not_taken_for_an_exclusive_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: creation.Way
+@pytest.mark.parametrize("method", creation._LOCAL, ids=lambda method: method.name)
+def test_overwriting_rename_is_not_taken_for_exclusive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: creation.Method
 ) -> None:
-    """Some file systems in user space take no notice of the flag, or copy where they should link."""
-    overwriting = creation.Way(way.name, lambda url, data: local.create(os.replace, url, data))
+    """Some file systems in user space ignore the flag, or make a copy instead of a link."""
+    overwriting = creation.Method(method.name, lambda url, data: local.create(os.replace, url, data))
     monkeypatch.setattr(creation, "_LOCAL", (overwriting,))
-    assert storage.creation_way(f"{tmp_path}/object") is None
+    assert storage.creation_method(f"{tmp_path}/object") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,7 +377,7 @@ def small_tokenizer(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("shop", [OSS, PLAIN], indirect=True, ids=["OSS", "no conditional writes"])
-def test_a_data_set_and_a_run_are_begun_only_behind_a_fence_that_holds(
+def test_data_set_and_run_need_conditional_writes(
     shop: StandIn, bucket: str, s3_server: S3Server, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     tokenizer = small_tokenizer(tmp_path / "tokenizer")
@@ -391,7 +395,7 @@ def test_a_data_set_and_a_run_are_begun_only_behind_a_fence_that_holds(
             lambda: begin_run(f"{bucket}/run", None, {}),
             lambda: Attempts(f"{bucket}/run").claim("id", "start", None, "auto"),
         ):
-            with pytest.raises(UserError, match=r"store.single_writer: .* has no proven way"):
+            with pytest.raises(UserError, match=r"store.single_writer: .* does not support conditional writes"):
                 begin()
         assert everything_in(s3_server, bucket) == []
         connect(shop, single_writer=True)
@@ -404,7 +408,7 @@ def test_a_data_set_and_a_run_are_begun_only_behind_a_fence_that_holds(
 
 @pytest.mark.recovery
 @pytest.mark.parametrize("shop", [OSS, PLAIN], indirect=True, ids=["OSS", "no conditional writes"])
-def test_prepare_by_the_command_line(
+def test_prepare_command_needs_conditional_writes(
     shop: StandIn, bucket: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     small_tokenizer(tmp_path / "tokenizer")
@@ -430,7 +434,7 @@ def test_prepare_by_the_command_line(
 
 
 def rows(shop: StandIn, bucket: str, **store: object) -> dict[str, tuple[str, str]]:
-    """Mark and text of the rows about the store, by name."""
+    """Return mark and text of the rows that `check` prints about the store, by their names."""
     config = Config.model_validate(
         {
             "run": {"output": f"{bucket}/team/run"},
@@ -440,27 +444,27 @@ def rows(shop: StandIn, bucket: str, **store: object) -> dict[str, tuple[str, st
     )
     storage.configure(StoreOptions(**config.store.model_dump()))
     findings = Findings()
-    check_store(findings, config, is_here=True)
+    check_store(findings, config.run.output, config.data.shards, config.store, is_here=True)
     check_output(findings, config.run.output, config.store.single_writer)
     return {row.name: (row.mark, f"{row.found}; {row.remedy}") for row in findings.rows}
 
 
 @pytest.mark.parametrize("shop", [OSS], indirect=True)
-def test_check_says_how_the_store_is_used(shop: StandIn, bucket: str) -> None:
+def test_check_prints_how_the_store_is_used(shop: StandIn, bucket: str) -> None:
     found = rows(shop, bucket)
     assert found["addressing"] == ("✓", "virtual: bucket.host/key; ")
     mark, text = found["output writable"]
     assert mark == "✓"
-    assert "not a second time (x-oss-forbid-overwrite: true), and removed" in text
+    assert "cannot overwrite each other there (x-oss-forbid-overwrite: true)" in text
 
 
 @pytest.mark.parametrize("shop", [unknown(COS)], indirect=True)
-def test_check_says_what_it_found_out_about_addressing(shop: StandIn, bucket: str) -> None:
+def test_check_prints_the_detected_addressing(shop: StandIn, bucket: str) -> None:
     assert rows(shop, bucket)["addressing"] == ("✓", "virtual: bucket.host/key; ")
 
 
 @pytest.mark.parametrize("shop", [PLAIN], indirect=True)
-def test_check_says_that_the_store_has_no_conditional_writes(shop: StandIn, bucket: str) -> None:
+def test_check_reports_missing_conditional_writes(shop: StandIn, bucket: str) -> None:
     mark, text = rows(shop, bucket)["output writable"]
     assert mark == "✗"
     assert "set store.single_writer: true if nobody else writes there" in text
@@ -470,6 +474,6 @@ def test_check_says_that_the_store_has_no_conditional_writes(shop: StandIn, buck
 
 
 @pytest.mark.parametrize("shop", [LIMITED], indirect=True)
-def test_check_asks_for_nothing_beyond_the_prefix_of_the_key(shop: StandIn, bucket: str) -> None:
+def test_check_requests_only_the_allowed_prefix(shop: StandIn, bucket: str) -> None:
     assert {mark for mark, _ in rows(shop, bucket).values()} <= {"✓", "!"}
     assert all((seen.key or seen.query["prefix"]).startswith("team/") for seen in shop.requests if seen.bucket)

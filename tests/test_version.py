@@ -1,4 +1,4 @@
-"""Which code a run is made with: told by the image, or by the checkout."""
+"""The version of the program, with the revision of the image or of the checkout."""
 
 import subprocess
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from job import __version__
+from job.cli import main
 from job.version import VARIABLE, code_version
 
 
@@ -20,7 +21,7 @@ def without_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
-def test_a_checkout_tells_its_revision_and_whether_it_was_changed(tmp_path: Path) -> None:
+def test_checkout_version_has_revision_and_dirty_flag(tmp_path: Path) -> None:
     git(tmp_path, "init")
     (tmp_path / "file").write_text("one")
     git(tmp_path, "add", "file")
@@ -32,13 +33,18 @@ def test_a_checkout_tells_its_revision_and_whether_it_was_changed(tmp_path: Path
     assert code_version(tmp_path) == f"{__version__}+{revision}-dirty"
 
 
-def test_where_there_is_no_repository_the_version_stands_alone(tmp_path: Path) -> None:
+def test_version_without_a_repository_has_no_revision(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert code_version(tmp_path / "empty") == __version__
-    (tmp_path / ".git").mkdir()  # not git's
+    (tmp_path / ".git").mkdir()  # This is no repository of git.
     assert code_version(tmp_path) == __version__
 
 
-def test_the_image_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_of_the_image_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "1f2e3d4c5b6a")
     assert code_version(tmp_path) == f"{__version__}+1f2e3d4c5b6a"
+
+
+def test_command_line_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"wikillm {code_version()}\n"

@@ -1,4 +1,4 @@
-"""The image holds job/ and configs/ alone: every module is imported there, and `check --place` says what it lacks."""
+"""The image has only job/ and configs/: every module imports there, and `check --place` names the missing checks."""
 
 import json
 import os
@@ -34,7 +34,7 @@ print(json.dumps({"modules": modules, "launch": launch, "checks": checks}))
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the image has."""
+    """A folder with the files of the image."""
     folder = tmp_path_factory.mktemp("image")
     for name in ("job", "configs"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,7 +42,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python that finds what is in the folder, and nothing of this repository."""
+    """Run Python that imports from the folder, and not from this repository."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SWANLAB"))}
     return subprocess.run(
         [sys.executable, *words],
@@ -56,6 +56,7 @@ def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def seen(image: Path) -> dict[str, Any]:
+    """Imported modules, and exit code and output of `check` for each place."""
     places = ("--data.shards", str(image / "shards"), "--run.output", str(image / "run"))
     done = python(image, "-c", PROGRAM, json.dumps(PLACES), "--config", "configs/demo.yaml", *places)
     assert done.returncode == 0, done.stderr
@@ -63,19 +64,19 @@ def seen(image: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_module_of_job_is_imported_without_launch(seen: dict[str, Any]) -> None:
+def test_every_module_of_job_imports_without_launch(seen: dict[str, Any]) -> None:
     assert {"job.cli", "job.training.train", "job.launcher.worker", "job.preflight.check"} < set(seen["modules"])
     assert seen["launch"] == []
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_check_says_that_the_place_s_own_are_not_there(place: str, seen: dict[str, Any]) -> None:
+def test_check_says_that_launch_checks_are_missing(place: str, seen: dict[str, Any]) -> None:
     code, printed = seen["checks"][place]
-    assert code == EXIT_REFUSED, "there is no data set"
+    assert code == EXIT_REFUSED, "the data set does not exist"
     assert f"the checks of {place} are not available here" in " ".join(printed.split())
 
 
-def test_a_fault_in_launch_itself_is_not_taken_for_its_absence(image: Path, tmp_path: Path) -> None:
+def test_error_inside_launch_is_not_taken_for_its_absence(image: Path, tmp_path: Path) -> None:
     shutil.copytree(image, tmp_path / "broken")
     (tmp_path / "broken" / "launch" / "checks").mkdir(parents=True)
     (tmp_path / "broken" / "launch" / "checks" / "__init__.py").write_text("import no_such_package")

@@ -1,4 +1,4 @@
-"""Byte-level tokenizers of every kind that may be brought along: each splits texts in its own way."""
+"""Byte-level tokenizers of all kinds that a user may bring; each splits text differently."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from job.demo.walk import SAMPLE
 
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
 BEFORE = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""The pattern of `job tokenizer` in earlier versions."""
+"""Pattern with which earlier versions of `job tokenizer` split text."""
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -29,7 +29,7 @@ def made(
     added: Iterable[AddedToken] = (),
     **described: Any,
 ) -> None:
-    """Saves a tokenizer of 500 entries; without a pattern it splits as GPT-2's."""
+    """Train and save a tokenizer with 500 tokens. Without a pattern it splits text like GPT-2's."""
     backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=True)
@@ -60,7 +60,7 @@ def trained_here(folder: Path) -> None:
 
 
 def with_a_gap_in_its_ids(folder: Path) -> None:
-    """As where entries were taken out."""
+    """Save a tokenizer with a gap in its ids, as if tokens had been removed."""
     made(folder, LLAMA3)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = content["model"]["vocab"]
@@ -85,6 +85,6 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 def tokenizer_of(kind: str, folder: Path) -> TextTokenizer:
-    """A tokenizer of a kind, made in `folder`."""
+    """Make a tokenizer of this kind in `folder`, and load it."""
     KINDS[kind](folder)
     return load_tokenizer(str(folder), folder / "cache")

@@ -1,4 +1,4 @@
-"""How the global batch is cut into processes, accumulation steps and micro-batches."""
+"""Division of the global batch among processes, accumulation steps and micro-batches."""
 
 import math
 from dataclasses import dataclass
@@ -8,63 +8,66 @@ from job.errors import UserError
 
 @dataclass(frozen=True)
 class BatchCut:
-    """How the global batch is cut: `world_size` x `gradient_accumulation_steps` x `micro_batch_size` sequences."""
+    """The division of a global batch: `world_size` x `gradient_accumulation_steps` x `micro_batch_size` sequences."""
 
     world_size: int
     gradient_accumulation_steps: int
     micro_batch_size: int
     reason: str = ""
-    """Why the micro-batch differs from `train.micro_batch_size`; empty if it does not."""
+    """Why the micro-batch has this size; empty if it is as set in `train.micro_batch_size`."""
 
     def __str__(self) -> str:
-        because = f" ({self.reason})" if self.reason else ""
-        return f"{self.gradient_accumulation_steps} x {self.micro_batch_size} sequences{because}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.gradient_accumulation_steps} x {self.micro_batch_size} sequences{reason}"
 
 
 def cut_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> BatchCut:
-    """Cut the global batch evenly, with the largest micro-batch that divides the share of a process.
+    """Divide the global batch evenly, with the largest micro-batch that divides a process's share.
 
-    A smaller micro-batch changes neither the batch nor the gradient, but for the order in which numbers are added.
+    A smaller micro-batch changes neither the batch nor the gradient, except for the order in which numbers are added.
 
     Args:
         global_batch_size: sequences of an optimizer step.
         micro_batch_size: most sequences in one forward pass of one process.
-        world_size: processes.
+        world_size: number of processes.
 
     Raises:
-        UserError: the processes do not divide the batch; the nearest numbers of processes that do are named.
+        UserError: `world_size` does not divide the batch; the message names the nearest numbers of processes that do.
     """
     share, rest = divmod(global_batch_size, world_size)
     if rest:
-        dividing = _divisors(global_batch_size)
+        dividing = divisors(global_batch_size)
         fewer = max(count for count in dividing if count < world_size)
         more = min((count for count in dividing if count > world_size), default=None)
+        batches = sorted({max(1, share) * world_size, (share + 1) * world_size})
         expected = (
             f"cannot be divided by the {world_size} processes; the nearest numbers of processes that divide it are "
             f"{fewer}{f' and {more}' if more else ''}"
         )
-        batches = sorted({max(1, share) * world_size, (share + 1) * world_size})
-        remedy = f"start so many, or set train.global_batch_size to {' or '.join(map(str, batches))}"
+        remedy = f"change the number of processes, or set train.global_batch_size to {' or '.join(map(str, batches))}"
         raise UserError("train.global_batch_size", global_batch_size, expected, remedy)
-    largest = max(size for size in _divisors(share) if size <= micro_batch_size)
+    largest = max(size for size in divisors(share) if size <= micro_batch_size)
     reason = ""
     if largest < micro_batch_size:
-        reason = f"train.micro_batch_size is {micro_batch_size}, which does not divide the {share} of a process"
+        reason = (
+            f"train.micro_batch_size is {micro_batch_size}, which does not divide the {share} sequences of a process"
+        )
     return BatchCut(world_size, share // largest, largest, reason)
 
 
-def _divisors(number: int) -> list[int]:
-    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
-    return sorted({*small, *(number // one for one in small)})
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a number in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def optimizer_steps(windows: int, global_batch_size: int, max_steps: int | None) -> tuple[int, int]:
-    """How many optimizer steps a run has, and how many all of its epochs would have.
+def optimizer_steps(sequences: int, global_batch_size: int, max_steps: int | None) -> tuple[int, int]:
+    """Return the number of optimizer steps of a run, and the number that all of its epochs would have.
 
     Args:
-        windows: of all epochs.
-        global_batch_size: windows of a step; the last one may have fewer.
-        max_steps: where it ends at the latest; None: after its epochs.
+        sequences: sequences of all epochs together.
+        global_batch_size: sequences of a step; the last step may have fewer.
+        max_steps: the most steps of the run; None: as many as its epochs have.
     """
-    of_epochs = math.ceil(windows / global_batch_size)
-    return min(of_epochs, max_steps or of_epochs), of_epochs
+    epoch_steps = math.ceil(sequences / global_batch_size)
+    return min(epoch_steps, max_steps or epoch_steps), epoch_steps

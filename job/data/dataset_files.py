@@ -1,28 +1,33 @@
-"""Which files a corpus consists of where the `datasets` library has a say: saved data sets, configurations, splits.
+"""Select the files of saved data sets, configurations and splits, and of formats that the `datasets` library reads.
 
     folder of save_to_disk → its split → its Arrow files
     data set on Hugging Face's hub, or local folder → configuration (data.subset), split (data.source_split) → files
-    text, CSV, TSV, Arrow and WebDataset files → how each is read
+    text, CSV, TSV, Arrow and WebDataset files → how the library reads each of them
 
-JSON, JSON lines and Parquet files that are found so are read by `job.data.corpus` like any others.
+JSON, JSON lines and Parquet files that are selected here are read by `job.data.corpus`, without the library.
 """
 
 import glob
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from job import storage
 from job.data import hub
-from job.data.dataset_library import cache_dir, fault, library
+from job.data.dataset_library import cache_dir, describe_error, library
+from job.data.file_forms import (
+    COMPRESSION_SUFFIXES,
+    LIBRARY_KINDS,
+    LIBRARY_SUFFIXES_TEXT,
+    form_by_name,
+    library_kind,
+)
 from job.errors import UserError
 
 TextDocuments = Literal["paragraph", "line", "file"]
 _SAMPLE_BY = {"paragraph": "paragraph", "line": "line", "file": "document"}
-"""Name of each kind of text document in the library's text builder."""
-_FILE = re.compile(r"\.(txt|csv|tsv|arrow|tar)(?:\.(?:gz|zst))?$", re.IGNORECASE)
+"""Value of the text builder's option `sample_by` for each kind of text document."""
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "txt": ("text", {}),
     "csv": ("csv", {}),
@@ -30,23 +35,24 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "arrow": ("arrow", {}),
     "tar": ("webdataset", {}),
 }
-_HUB_PATTERNS = [f"*.{kind}{end}" for kind in _BUILDERS for end in ("", ".gz", ".zst")]
-ENDINGS = ".txt, .csv, .tsv, .arrow or .tar"
+"""Builder of the library, and its options, for each of `LIBRARY_KINDS`."""
+_HUB_PATTERNS = [f"*.{kind}{suffix}" for kind in LIBRARY_KINDS for suffix in ("", *COMPRESSION_SUFFIXES)]
 _NOT_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features"}
+"""Fields of a builder's configuration that are not options of reading."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The builder of the library that reads a file, and its options."""
+class LibraryReader:
+    """The builder of the `datasets` library that reads a file, and its options."""
 
     builder: str
-    """``text``, ``csv``, ``arrow``, ``webdataset``, ``json`` or ``parquet``"""
+    """``text``, ``csv``, ``arrow``, ``webdataset``, ``json`` or ``parquet``."""
     options: tuple[tuple[str, Any], ...] = ()
-    """Settings of the builder that differ from its own defaults, by name."""
+    """Options that differ from the builder's defaults, as (name, value) sorted by name."""
     revision: str | None = None
     """Commit of the data set, if the file is read from the hub."""
     hub_hash: str | None = None
-    """The hub's own hash of the content."""
+    """Hash of the content, as the hub records it."""
 
     def __str__(self) -> str:
         return " ".join([self.builder, *(f"{name}={value!r}" for name, value in self.options)])
@@ -54,16 +60,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration, the split and the kind of text document that the user asks for."""
+    """The configuration, the split and the kind of text document that the user chose."""
 
     subset: str | None = None
     split: str | None = None
     documents: TextDocuments | None = None
-    """The part of a text file that is a document; None: a paragraph, or the part that the data set names."""
+    """The part of a text file that is one document; None for the data set's own choice, or else a paragraph."""
 
     @property
     def settings(self) -> dict[str, str | int | float]:
-        """The settings that are set, by name."""
+        """The settings that are set, by dotted name."""
         settings = {"subset": self.subset, "source_split": self.split, "text_documents": self.documents}
         return {f"data.{name}": value for name, value in settings.items() if value is not None}
 
@@ -71,141 +77,147 @@ class Choice:
 ALL = Choice()
 
 
-class Found(NamedTuple):
-    """A file of the corpus."""
+class SourceFile(NamedTuple):
+    """A file of the corpus, and how it is read."""
 
     url: str
     path: str
-    """The path or URL that is opened."""
+    """Path or URL that is opened."""
     size: int
-    rows: Rows | None
-    """None: it is JSON, JSON lines or Parquet, and read without the library."""
+    """Size in bytes."""
+    library_reader: LibraryReader | None
+    """Settings with which `datasets` reads the file; None for JSON, JSON lines and Parquet, which do not need it."""
 
 
-def chosen_files(source: str, choice: Choice, reads_itself: Callable[[str], bool]) -> list[Found] | None:
-    """The files of a saved data set, or of a configuration and split; None if `source` names files and nothing else.
+def select_files(source: str, choice: Choice) -> list[SourceFile] | None:
+    """Return the files of a saved data set, or of a configuration and split; None if `source` is neither.
 
     Args:
-        source: data.source.
-        choice: what of it is taken.
-        reads_itself: tells by its name whether a file is JSON, JSON lines or Parquet.
+        source: value of data.source.
+        choice: the configuration and split to select.
 
     Raises:
         UserError: there is no such configuration or split, or several; or the data set is damaged or cannot be read.
     """
     subset, split = choice.subset, choice.split
-    local = Path(source.removeprefix("file://")).expanduser()
-    may_be_folder = not reads_itself(source) and not ending(source)
-    if may_be_folder and _is_saved(source, "dataset_dict.json"):
-        return _saved(_of_split(source, split), subset)
-    if may_be_folder and _is_saved(source, "state.json") and _is_saved(source, "dataset_info.json"):
+    local = storage.path_of(source)
+    may_be_folder = form_by_name(source) is None and not library_kind(source)
+    if may_be_folder and _is_folder_with(source, "dataset_dict.json"):
+        return _saved_files(_saved_split_folder(source, split), subset)
+    if may_be_folder and _is_folder_with(source, "state.json") and _is_folder_with(source, "dataset_info.json"):
         if split is not None:
-            raise UserError("data.source_split", split, f"{source} is one data set without splits", "unset it")
-        return _saved(source, subset)
+            expected = f"{source} is one data set without splits"
+            raise UserError("data.source_split", split, expected, "unset data.source_split")
+        return _saved_files(source, subset)
     if subset is None and split is None:
         return None
     if not storage.is_remote(source) and local.is_dir():
-        return _configured(source, str(local.absolute()), None, choice, reads_itself)
+        return _configured_files(source, str(local.absolute()), None, choice)
     if is_on_hub(source):
-        return _configured(source, *hub.pinned(source), choice, reads_itself)
+        return _configured_files(source, *hub.resolve_commit(source), choice)
     setting, value = ("data.subset", subset) if subset is not None else ("data.source_split", split)
     expected = f"data.source {source} has neither configurations nor splits"
-    raise UserError(setting, value, expected, "unset it, or name a data set on Hugging Face or a local folder")
+    remedy = f"unset {setting}, or set data.source to a data set on Hugging Face or to a local folder"
+    raise UserError(setting, value, expected, remedy)
 
 
 def is_on_hub(source: str) -> bool:
-    """Return True if `source` names a data set on a hub."""
-    return hub.has_scheme(source) or (hub.is_name(source) and not Path(source).exists())
+    """Return True if `source` names a data set on a hub: with a scheme, or as ``owner/name`` that is not a path."""
+    if hub.has_scheme(source):
+        return True
+    return hub.is_name(source) and form_by_name(source) is None and not Path(source).exists()
 
 
-def other_files(source: str, found: Sequence[tuple[str, str, int]], documents: TextDocuments | None) -> list[Found]:
-    """The files that the library reads of a source without JSON and Parquet files; none if there are none.
+def library_files(
+    source: str, listed: Sequence[tuple[str, str, int]], documents: TextDocuments | None
+) -> list[SourceFile]:
+    """Return the files that the library reads, for a source without JSON and Parquet files.
 
-    A data set on Hugging Face's hub is streamed, its only configuration and split; one on ModelScope is downloaded.
+    A data set on Hugging Face's hub is streamed, if it has only one configuration and one split. A data set on
+    ModelScope is downloaded.
 
     Args:
-        source: data.source.
-        found: URL, path and size of the files that are there.
-        documents: what of a text file is a document; None: a paragraph, in a data set on a hub what that says.
+        source: value of data.source.
+        listed: URL, path and size of each file at the source.
+        documents: the part of a text file that is one document; None for the data set's own choice on a hub, or else
+            a paragraph.
 
     Raises:
-        UserError: they are of several kinds; or the data set has several configurations or splits.
+        UserError: the files are of several formats, or the data set has several configurations or splits.
     """
-    if not found and is_on_hub(source) and not hub.files_of(source):
+    if not listed and is_on_hub(source) and not hub.files_part(source):
         if not source.startswith(hub.MODELSCOPE):
-            return _configured(source, *hub.pinned(source), Choice(documents=documents), lambda url: False)
-        found = hub.download(source, _HUB_PATTERNS)
-    files = [Found(*one, _rows(name, documents)) for one in found if (name := ending(one[0]))]
-    kinds = sorted({one.rows.builder for one in files if one.rows is not None})
-    if len(kinds) > 1:
-        expected = f"holds files of several kinds, which are {' and '.join(kinds)}"
-        raise UserError("data.source", source, expected, "name one kind, for example FOLDER/*.txt")
+            name, commit = hub.resolve_commit(source)
+            return _configured_files(source, name, commit, Choice(documents=documents), is_own_form_allowed=False)
+        listed = hub.download(source, _HUB_PATTERNS)
+    files = [SourceFile(*file, _reader_of_kind(kind, documents)) for file in listed if (kind := library_kind(file[0]))]
+    builders = sorted({file.library_reader.builder for file in files if file.library_reader is not None})
+    if len(builders) > 1:
+        expected = f"holds files of several formats: {' and '.join(builders)}"
+        raise UserError("data.source", source, expected, "name files of one format, for example FOLDER/*.txt")
     return files
 
 
-def ending(url: str) -> str:
-    """How the name of a file ends, compression apart; nothing if the library is not to read it."""
-    path = storage.url_path(url)
-    name, match = path.rpartition("/")[2], _FILE.search(path)
-    is_cache = name.startswith("cache-") and name.endswith(".arrow")  # of datasets.map, beside a saved data set
-    return match[1].lower() if match and not name.startswith(".") and not is_cache else ""
-
-
-def _rows(kind: str, documents: TextDocuments | None) -> Rows:
+def _reader_of_kind(kind: str, documents: TextDocuments | None) -> LibraryReader:
     builder, options = _BUILDERS[kind]
-    return Rows(builder, _sorted(options | _text_options(builder, documents or "paragraph")))
+    return LibraryReader(builder, _sorted_options(options | _text_options(builder, documents or "paragraph")))
 
 
 def _text_options(builder: str, documents: TextDocuments | None) -> dict[str, Any]:
     return {"sample_by": _SAMPLE_BY[documents]} if builder == "text" and documents else {}
 
 
-def _sorted(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _sorted_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(options.items()))
 
 
 # ---- Folders of save_to_disk ----
 
 
-def _is_saved(source: str, name: str) -> bool:
-    """Whether `source` is a folder with this file of `save_to_disk`."""
+def _is_folder_with(source: str, name: str) -> bool:
+    """Return True if `source` is a folder that holds a file of this name."""
     if any(character in source for character in "*?[") or hub.has_scheme(source):
         return False
     if storage.is_remote(source):
         return source.startswith("s3://") and storage.exists(storage.join(source, name))
-    return (Path(source.removeprefix("file://")).expanduser() / name).is_file()
+    return (storage.path_of(source) / name).is_file()
 
 
-def _of_split(folder: str, split: str | None) -> str:
-    """The folder of one split of a saved `DatasetDict`."""
-    names = _description(folder, "dataset_dict.json").get("splits")
-    if not isinstance(names, list) or not names or not all(_is_name(name) for name in names):
+def _saved_split_folder(folder: str, split: str | None) -> str:
+    """Return the folder of one split of a saved `DatasetDict`."""
+    names = _read_description(folder, "dataset_dict.json").get("splits")
+    if not isinstance(names, list) or not names or not all(_is_plain_name(name) for name in names):
         _raise_damaged(folder, "dataset_dict.json", "it names no splits")
-    return storage.join(folder, _one_of(names, split, folder))
+    return storage.join(folder, _choose_split(names, split, folder))
 
 
-def _saved(folder: str, subset: str | None) -> list[Found]:
-    """The Arrow files of a saved `Dataset`, as its state.json lists them: others there are caches, or left over."""
+def _saved_files(folder: str, subset: str | None) -> list[SourceFile]:
+    """Return the Arrow files that the state.json of a saved `Dataset` lists.
+
+    Other Arrow files in the folder are caches or left over from an earlier save.
+    """
     if subset is not None:
-        raise UserError("data.subset", subset, f"{folder} was made by save_to_disk and has no subsets", "unset it")
-    state = _description(folder, "state.json")
-    listed = state.get("_data_files")
-    names = [one.get("filename") if isinstance(one, dict) else None for one in listed or []]
-    if not isinstance(listed, list) or not all(_is_name(name) for name in names):
+        expected = f"{folder} was made by save_to_disk and has no subsets"
+        raise UserError("data.subset", subset, expected, "unset data.subset")
+    state = _read_description(folder, "state.json")
+    data_files = state.get("_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in data_files or []]
+    if not isinstance(data_files, list) or not all(_is_plain_name(name) for name in names):
         _raise_damaged(folder, "state.json", "it names no data files")
     if state.get("_indices_data_files"):
-        expected = "was saved by an old version of datasets, with an order of rows apart from the rows"
+        expected = "was saved by an old version of datasets, with the order of the rows in a separate file"
         raise UserError("data.source", folder, expected, "load it with load_from_disk, and save it again")
-    found = []
+    files = []
     for url in (storage.join(folder, str(name)) for name in names):
         try:
-            found.append(Found(url, url, storage.size(url), Rows("arrow")))
+            files.append(SourceFile(url, url, storage.size(url), LibraryReader("arrow")))
         except FileNotFoundError:
-            raise UserError("data.source", url, "is missing, though state.json names it", "save it again") from None
-    return found
+            expected = "is missing, though state.json names it"
+            raise UserError("data.source", url, expected, "save the data set again with save_to_disk") from None
+    return files
 
 
-def _description(folder: str, name: str) -> dict[str, Any]:
+def _read_description(folder: str, name: str) -> dict[str, Any]:
     try:
         return storage.read_record(storage.join(folder, name), dict[str, Any])
     except FileNotFoundError:
@@ -219,12 +231,13 @@ def _raise_damaged(folder: str, name: str, fault: str) -> NoReturn:
     raise UserError("data.source", url, f"is damaged: {fault}", "save the data set again with save_to_disk") from None
 
 
-def _is_name(name: object) -> bool:
+def _is_plain_name(name: object) -> bool:
+    """Return True if `name` is a file name without a folder in it."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
 
 
-def _one_of(names: Sequence[str], split: str | None, source: str) -> str:
-    """The split that is asked for, or the only one."""
+def _choose_split(names: Sequence[str], split: str | None, source: str) -> str:
+    """Return the split that the user named, or the only one."""
     if split is None and len(names) == 1:
         return names[0]
     if split in names:
@@ -236,13 +249,18 @@ def _one_of(names: Sequence[str], split: str | None, source: str) -> str:
 # ---- Configurations and splits ----
 
 
-def _configured(
-    source: str,
-    path: str,
-    commit: str | None,
-    choice: Choice,
-    reads_itself: Callable[[str], bool],
-) -> list[Found]:
+def _configured_files(
+    source: str, path: str, commit: str | None, choice: Choice, is_own_form_allowed: bool = True
+) -> list[SourceFile]:
+    """Return the files of a configuration and split.
+
+    Args:
+        source: value of data.source, for error messages.
+        path: local folder, or name of a data set on the hub.
+        commit: commit of the data set on the hub; None for a local folder.
+        choice: the configuration and split to select.
+        is_own_form_allowed: whether JSON and Parquet files are read without the library.
+    """
     datasets = library()
     try:
         builder = datasets.load_dataset_builder(
@@ -255,60 +273,66 @@ def _configured(
         files = {str(name): list(dict.fromkeys(urls)) for name, urls in (builder.config.data_files or {}).items()}
     except Exception as error:
         _raise_unresolved(error, source, choice.subset)
-    urls = sorted(files[_one_of(list(files), choice.split, source)])
+    urls = sorted(files[_choose_split(list(files), choice.split, source)])
     options = {
-        one.name: getattr(builder.config, one.name)
-        for one in fields(builder.config)
-        if one.name not in _NOT_OPTIONS and getattr(builder.config, one.name) != one.default
+        field.name: getattr(builder.config, field.name)
+        for field in fields(builder.config)
+        if field.name not in _NOT_OPTIONS and getattr(builder.config, field.name) != field.default
     }
-    is_fast = all(map(reads_itself, urls)) and not (builder.name in ("json", "parquet") and options)
-    rows = None if is_fast else _rows_of(source, urls, builder.name, options, choice.documents)
+    is_own_form = all(is_own_form_allowed and form_by_name(url) is not None for url in urls)
+    needs_library = not is_own_form or (builder.name in ("json", "parquet") and bool(options))
+    reader = _reader_of_files(source, urls, builder.name, options, choice.documents) if needs_library else None
     if commit is None:
-        return [Found(url, url, storage.size(url), rows) for url in urls]
+        return [SourceFile(url, url, storage.size(url), reader) for url in urls]
     prefix = f"hf://datasets/{path}@{commit}"
     names = [url.removeprefix(f"{prefix}/") for url in urls]
-    if rows is None:
-        return [Found(*one, None) for one in hub.download(prefix, [glob.escape(name) for name in names])]
+    if reader is None:
+        return [SourceFile(*file, None) for file in hub.download(prefix, [glob.escape(name) for name in names])]
     try:
-        described = hub.described(path, commit, names)
+        described = hub.describe_files(path, commit, names)
     except Exception as error:
-        expected = f"the hub does not describe its files: {fault(error, 'look into', source)}"
+        expected = f"the hub did not answer what files it has: {describe_error(error, 'look into', source)}"
         raise UserError("data.source", source, expected, "try again later") from None
     return [
-        Found(f"{prefix}/{name}", f"{prefix}/{name}", size, replace(rows, revision=commit, hub_hash=hub_hash))
+        SourceFile(f"{prefix}/{name}", f"{prefix}/{name}", size, replace(reader, revision=commit, hub_hash=hub_hash))
         for name, size, hub_hash in described
     ]
 
 
-def _rows_of(
+def _reader_of_files(
     source: str, urls: Sequence[str], builder: str, options: dict[str, Any], documents: TextDocuments | None
-) -> Rows:
-    """How the files of a configuration are read.
+) -> LibraryReader:
+    """Return how the library reads the files of a configuration.
 
-    The library takes the builder of the first configuration for all of them, which would read JSON as if it were CSV.
-    Here the names decide, and the options count where they are of the right builder.
+    The library would use the builder of the first configuration for all of them, and so read JSON as CSV. Here the
+    file names decide, and the options count only if they are options of the same builder.
     """
-    kinds = {ending(url) for url in urls}
+    kinds = {library_kind(url) for url in urls}
     if kinds == {""} and builder in ("json", "parquet") and options:
-        return Rows(builder, _sorted(options))
+        return LibraryReader(builder, _sorted_options(options))
     kind = kinds.pop()
     if kinds or not kind:
         shown = ", ".join(sorted({url.rpartition("/")[2] for url in urls})[:3])
-        expected = f"consists of files that are not of one readable kind, such as {shown}"
-        raise UserError("data.source", source, expected, f"expected JSON, JSON lines or Parquet, or {ENDINGS}")
-    named, defaults = _BUILDERS[kind]
-    says = defaults | (options if builder == named else {})
-    if named == "text":
-        says = {"sample_by": "line"} | says | _text_options(named, documents)
-    return Rows(named, _sorted(says))
+        expected = (
+            f"its files (such as {shown}) are not of one readable format, "
+            f"expected JSON, JSON lines or Parquet, or {LIBRARY_SUFFIXES_TEXT}"
+        )
+        raise UserError("data.source", source, expected, "name files of one format")
+    named_builder, defaults = _BUILDERS[kind]
+    combined = defaults | (options if builder == named_builder else {})
+    if named_builder == "text":
+        combined = {"sample_by": "line"} | combined | _text_options(named_builder, documents)
+    return LibraryReader(named_builder, _sorted_options(combined))
 
 
 def _raise_unresolved(error: Exception, source: str, subset: str | None) -> NoReturn:
-    """Raise in one line why the library finds no files of a configuration."""
-    reason = fault(error, "look into", source).partition(" Example of usage")[0]
+    """Raise a one-line UserError that says why `datasets` finds no files for this subset of the source."""
+    reason = describe_error(error, "look into", source).partition(" Example of usage")[0]
     if "Config name is missing" in reason or "BuilderConfig" in reason:
-        raise UserError("data.subset", subset, reason, "set data.subset to one of them") from None
+        raise UserError("data.subset", subset, reason, "set data.subset to one of these names") from None
     if "scripts are no longer supported" in reason:
-        expected = "is a data set with a program of its own, which is never run"
-        raise UserError("data.source", source, expected, "name its files, or another version of it") from None
+        expected = "needs its own Python script to be loaded; such scripts are never run"
+        raise UserError(
+            "data.source", source, expected, "set data.source to its data files, or to a version without a script"
+        ) from None
     raise UserError("data.source", source, reason, "name a data set or folder with JSON, Parquet, text or CSV files")

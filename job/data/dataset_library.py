@@ -1,9 +1,9 @@
-"""The `datasets` library as this program uses it: silent, with its caches in the scratch folder, over our storage.
+"""Use the `datasets` library silently, with its caches in the scratch folder and its files opened by `job.storage`.
 
-It is imported when a corpus needs it and not before: that takes seconds. Every file is opened by `job.storage`, so that
-retries, deadlines, addresses and credentials are the same as everywhere; for the library it is a file system named
-``wikillm``. That also decompresses: the library itself cannot read compressed files from S3, and takes a Zstandard file
-that is cut off for a whole one.
+The library is imported only when a corpus needs it, because the import takes seconds. It opens every file through a
+file system named ``wikillm``, so that retries, deadlines, addresses and credentials are the same as everywhere else.
+This file system also decompresses: the library itself cannot read compressed files from S3, and it accepts a truncated
+Zstandard file as complete.
 """
 
 import io
@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, BinaryIO, cast
@@ -22,15 +21,16 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from job import storage
-from job.data.json_stream import COMPRESSIONS, ByteStream
+from job.data.documents import CONVERT_GBK
+from job.data.file_forms import compression_by_name
+from job.data.json_stream import ByteStream
 from job.errors import UserError, one_line
 from job.local_dirs import VARIABLE, private_folder, scratch_folder
 
 _PROTOCOL = "wikillm"
-_LONGEST_REASON = 300
-_ADDRESS = re.compile(rf"{_PROTOCOL}://[^\s/]+/file\.\w+")
-"""As `address` makes it; a URL in it may hold a signature, and is spelled so that no redaction would know it."""
-NOT_UTF_8 = "not UTF-8; if it is GBK, convert it: iconv -f GB18030 -t UTF-8"
+_MAX_REASON_CHARACTERS = 300
+_LIBRARY_URL = re.compile(rf"{_PROTOCOL}://[^\s/]+/file\.\w+")
+"""Matches what `library_url` returns. It must not be shown: a signature in the quoted URL would escape redaction."""
 
 
 @cache
@@ -39,35 +39,39 @@ def _folder() -> TemporaryDirectory[str]:
 
 
 def cache_dir() -> str:
-    """Return a folder for this process in which the library leaves a lock for every file that it reads."""
+    """Return this process's folder for the lock files that the library creates for every file that it reads."""
     return _folder().name
 
 
 @cache
 def library() -> ModuleType:
-    """Import `datasets`, so that it prints nothing and counts no downloads."""
+    """Import `datasets` such that it prints nothing and does not count downloads."""
     before = os.environ.get("HF_DATASETS_CACHE")
     os.environ["HF_DATASETS_CACHE"] = cache_dir()
     try:
         import datasets
-    finally:  # child processes have folders of their own
+    finally:
+        # The variable is restored, because child processes have cache folders of their own.
         del os.environ["HF_DATASETS_CACHE"]
         if before is not None:
             os.environ["HF_DATASETS_CACHE"] = before
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it may have been imported before
-    datasets.config.TORCH_AVAILABLE = False  # a stream of rows would import torch, which takes seconds
+    # This is set here and not by a variable, because the library may have been imported earlier.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    # Otherwise a stream of rows would import torch, which takes seconds.
+    datasets.config.TORCH_AVAILABLE = False
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs errors and raises them as well
+    # The library logs each error that it raises.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     fsspec.register_implementation(_PROTOCOL, _Files, clobber=True)
     return datasets
 
 
-def address(url: str, suffix: str) -> str:
-    """Return the name under which the library opens the file at a path or URL.
+def library_url(url: str, suffix: str) -> str:
+    """Return the URL by which the library opens the file at a path or URL.
 
     Args:
-        url: a path, or a URL that `storage.open_read` takes, or one of the hub's (``hf://``).
-        suffix: how the name ends, from which the library tells that there is nothing to decompress.
+        url: a path, a URL that `storage.open_read` takes, or a URL of the hub (``hf://``).
+        suffix: suffix of the returned URL, which tells the library that there is nothing to decompress.
     """
     return f"{_PROTOCOL}://{quote(url, safe='')}/file{suffix}"
 
@@ -75,20 +79,19 @@ def address(url: str, suffix: str) -> str:
 def open_content(url: str) -> BinaryIO:
     """Open the decompressed content of a file of `job.storage` or of Hugging Face's hub."""
     source = _open_on_hub(url) if url.startswith("hf://") else storage.open_read(url)
-    suffix = Path(storage.url_path(url)).suffix
-    if (compression := COMPRESSIONS.get(suffix.removeprefix(".").lower())) is not None:
+    if (compression := compression_by_name(url)) is not None:
         return cast(BinaryIO, io.BufferedReader(_Decompressed(source, compression)))
     return source
 
 
 class _Files(AbstractFileSystem):
-    """The files of `job.storage` and of Hugging Face's hub, read only and decompressed."""
+    """A read-only file system over `job.storage` and Hugging Face's hub that decompresses what is read."""
 
     protocol = _PROTOCOL
     cachable = False
 
     def __init__(self, encoding: str | None = None, errors: str | None = None, **options: Any) -> None:
-        # The library gives the file system what belongs to `open`.
+        # The library passes the arguments of `open` to the file system instead.
         super().__init__(**options)
         self._encoding, self._errors = encoding, errors
 
@@ -101,23 +104,23 @@ class _Files(AbstractFileSystem):
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file, all of its members in a row; ValueError where it is damaged or cut off."""
+    """The content of a compressed file, with all of its members; raises ValueError if it is damaged or truncated."""
 
     def __init__(self, source: BinaryIO, compression: str) -> None:
         self._source, self._stream = source, ByteStream(source, compression)
         self._chunks: Iterator[bytes] = iter(self._stream)
-        self._left = memoryview(b"")
+        self._remaining = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if not self._left:
-            self._left = memoryview(next(self._chunks, b""))
-            if not self._left and self._stream.fault:
+        if not self._remaining:
+            self._remaining = memoryview(next(self._chunks, b""))
+            if not self._remaining and self._stream.fault:
                 raise ValueError(self._stream.fault)
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
+        count = min(len(buffer), len(self._remaining))
+        buffer[:count], self._remaining = self._remaining[:count], self._remaining[count:]
         return count
 
     def close(self) -> None:
@@ -131,40 +134,47 @@ def _open_on_hub(url: str) -> BinaryIO:
     return cast(BinaryIO, fsspec.filesystem("hf", endpoint=constants.ENDPOINT).open(url, "rb"))
 
 
-def fault(error: Exception, operation: str, url: str) -> str:
-    """Return in one line what the library says is wrong with a file or a description.
+def describe_error(error: Exception, operation: str, url: str) -> str:
+    """Return in one line what the library reports about a file or a description of a data set.
+
+    Args:
+        error: what the library raised.
+        operation: verb for the message of a StoreError, such as ``read``.
+        url: the file or data set.
 
     Raises:
-        UserError, storage.StoreError, storage.Cancelled: what `job.storage` raised, or a hub that fails or refuses.
-        OSError: another fault of this machine.
+        UserError, storage.StoreError, storage.Cancelled: `job.storage` raised it, or the hub fails or refuses.
+        OSError, MemoryError: it is a fault of this machine.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    http_error = HfHubHTTPError.__bases__[0]  # of the HTTP client on which this version of the hub's library is built
-    for one in _chain(error, with_suppressed=True):
-        if isinstance(one, UserError | storage.StoreError | storage.Cancelled):
-            raise one
-    for one in _chain(error):
-        if isinstance(one, http_error | ConnectionError | TimeoutError):
-            _raise_of_hub(one, operation, url)
-        if isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno is not None):
-            raise one
-    if any(isinstance(one, UnicodeDecodeError) for one in _chain(error)):
-        return NOT_UTF_8
-    reason = _ADDRESS.sub("the file", str(error)) or type(error).__name__
-    return one_line(reason)[:_LONGEST_REASON]
+    # The base class belongs to the HTTP client that this version of huggingface_hub uses.
+    http_error = HfHubHTTPError.__bases__[0]
+    for cause in _chain(error, with_suppressed=True):
+        if isinstance(cause, UserError | storage.StoreError | storage.Cancelled):
+            raise cause
+    for cause in _chain(error):
+        if isinstance(cause, http_error | ConnectionError | TimeoutError):
+            _raise_hub_error(cause, operation, url)
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None):
+            raise cause
+    if any(isinstance(cause, UnicodeDecodeError) for cause in _chain(error)):
+        return f"not UTF-8; {CONVERT_GBK}"
+    reason = _LIBRARY_URL.sub("the file", str(error)) or type(error).__name__
+    return one_line(reason)[:_MAX_REASON_CHARACTERS]
 
 
 def _chain(error: BaseException | None, with_suppressed: bool = False) -> Iterator[BaseException]:
+    """Yield an error and its causes."""
     while error is not None:
         yield error
-        hides = error.__suppress_context__ and not with_suppressed
-        error = error.__cause__ or (None if hides else error.__context__)
+        is_context_hidden = error.__suppress_context__ and not with_suppressed
+        error = error.__cause__ or (None if is_context_hidden else error.__context__)
 
 
-def _raise_of_hub(error: BaseException, operation: str, url: str) -> None:
-    reason = one_line(f"{type(error).__name__}: {error}")[:_LONGEST_REASON]
+def _raise_hub_error(error: BaseException, operation: str, url: str) -> None:
+    reason = one_line(f"{type(error).__name__}: {error}")[:_MAX_REASON_CHARACTERS]
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
-        raise UserError("data.source", url, f"the hub refuses it ({reason})", "is it private? then set HF_TOKEN")
+        raise UserError("data.source", url, f"the hub refuses access ({reason})", "set HF_TOKEN if it is private")
     raise storage.StoreError(f"{operation} {url}: {reason}") from None

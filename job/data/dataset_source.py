@@ -1,11 +1,13 @@
-"""Documents out of the files that the `datasets` library reads, in slices of consecutive rows.
+"""Read documents from the files that the `datasets` library reads, in slices of consecutive rows.
 
 Slice k of a file holds the rows whose text starts in bytes ``[k * slice_bytes, (k + 1) * slice_bytes)`` of the UTF-8
-text of all rows: that follows from the file and `slice_bytes` alone, needs no count of the rows beforehand, and bounds
-a slice whether rows are lines or books. Arrow files on this machine are mapped into memory, so that passing over the
-rows of other slices reads little more than their lengths. All other files can only be read from the start: each
-process that makes slices of one reads, and from a URL fetches, all of it up to its last slice, and parses what it
-passes over. With many processes, many files are faster than one large file.
+text of all rows. This rule needs only the file and `slice_bytes`, not the number of rows, and it limits the size of a
+slice whether rows are lines or books.
+
+Arrow files on this machine are mapped into memory, so skipping the rows of other slices reads little more than their
+lengths. All other files can only be read from the start: each process that makes slices of such a file reads (and,
+from a URL, downloads) the file up to its last slice, and parses the rows that it skips. With many processes, many small
+files are faster than one large file.
 """
 
 import io
@@ -21,15 +23,23 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from job import storage
-from job.data.dataset_files import Rows
-from job.data.dataset_library import address, cache_dir, fault, library, open_content
-from job.data.documents import BadRecord, Document, Unfit, document, likely_text_field, no_text_field
+from job.data.dataset_files import LibraryReader
+from job.data.dataset_library import cache_dir, describe_error, library, library_url, open_content
+from job.data.documents import (
+    BadRecord,
+    Document,
+    RecordError,
+    document_from_fields,
+    likely_text_field,
+    missing_text_field,
+)
+from job.data.file_forms import compression_by_name
 from job.data.listing import CorpusFile
 from job.data.parquet import column_ids, column_texts, decoded
 from job.data.slices import Cursor, SliceItem
 
 _BATCH_ROWS = 256
-_CLASSES = {
+_BUILDER_CLASSES = {
     "text": "Text",
     "csv": "Csv",
     "arrow": "Arrow",
@@ -37,118 +47,128 @@ _CLASSES = {
     "json": "Json",
     "parquet": "Parquet",
 }
-_SUFFIXES = {"text": ".txt", "webdataset": ".tar", "json": ".jsonl"}
+_URL_SUFFIXES = {"text": ".txt", "webdataset": ".tar", "json": ".jsonl"}
 _ENCODING = "utf-8-sig"
 """UTF-8, with or without a byte order mark."""
 
 
 class _Batch(NamedTuple):
-    sizes: NDArray[np.int64]
-    """UTF-8 bytes of the text in each row; 0 for what is no text."""
+    """Consecutive rows of a file."""
+
+    text_sizes: NDArray[np.int64]
+    """UTF-8 bytes of the text of each row, `[rows]`; 0 if it is not text."""
     records: Callable[[int, int], list[dict[str, Any]]]
-    """The rows from one to before another."""
+    """Returns the records of the rows ``[first, end)`` of this batch."""
 
 
 def row_slices(
     file: CorpusFile, slice_bytes: int, wanted: Callable[[int], bool], text_field: str, id_field: str
 ) -> Iterator[SliceItem]:
-    """The documents of the wanted slices of a file that the library reads; see `corpus.read_slices`.
+    """Yield the documents of the wanted slices of a file that the library reads; see `corpus.read_slices`.
 
-    What follows damage in a file cannot be read: it is one `BadRecord`, and the file's last slice ends there.
+    Rows after damage in a file cannot be read. They become one `BadRecord`, and the file's last slice ends there.
 
     Raises:
         UserError, storage.StoreError: the store or the hub refuses or fails.
     """
-    assert file.rows is not None
-    is_decoded_json = file.rows.builder == "webdataset"
-    cursor, rows, size = Cursor(wanted), 0, 0
+    assert file.library_reader is not None
+    is_from_webdataset = file.library_reader.builder == "webdataset"
+    cursor, rows, text_bytes = Cursor(wanted), 0, 0
     yield from cursor.advance(0)
-    batches = _batches(file.path, file.rows, text_field, id_field)
+    batches = _batches(file.path, file.library_reader, text_field, id_field)
     try:
         while (batch := next(batches, None)) is not None:
-            slices = (size + np.cumsum(batch.sizes) - batch.sizes) // slice_bytes
+            slices = (text_bytes + np.cumsum(batch.text_sizes) - batch.text_sizes) // slice_bytes
             first = 0
             for end in (np.flatnonzero(np.diff(slices, append=-1)) + 1).tolist():
                 yield from cursor.advance(slices[first])
                 if cursor.is_wanted:
                     for record in batch.records(first, end):
                         rows += 1
+                        position = f"row {rows:,}"
                         try:
-                            item: SliceItem = document(record, text_field, id_field)
-                            if is_decoded_json and isinstance(item, Document):
+                            item: SliceItem = document_from_fields(record, text_field, id_field)
+                            if is_from_webdataset and isinstance(item, Document):
+                                # The library has parsed the JSON, and lone surrogates pass its parser.
                                 item.text.encode(), (item.id or "").encode()
-                        except Unfit as error:
-                            item = error.at(file.url, f"row {rows:,}")
+                        except RecordError as error:
+                            item = error.at(file.url, position)
                         except UnicodeEncodeError:
-                            item = BadRecord(file.url, f"row {rows:,}", "a lone surrogate, which is no character")
+                            item = BadRecord(file.url, position, "a lone surrogate, which is not a character")
                         yield item
                 else:
                     rows += end - first
                 first = end
-            size += int(batch.sizes.sum())
-    except Exception as error:  # the builders and what they are built on raise without any base in common
-        unfit = error if isinstance(error, Unfit) else Unfit(fault(error, "read", file.url))
+            text_bytes += int(batch.text_sizes.sum())
+    except Exception as error:
+        # The errors of the builders and of the packages below them have no base class in common.
+        failure = error if isinstance(error, RecordError) else RecordError(describe_error(error, "read", file.url))
         if cursor.is_wanted:
-            yield unfit.at(file.url, f"row {rows + 1:,} and all after it")
+            yield failure.at(file.url, f"row {rows + 1:,} and all after it")
     yield from cursor.finish()
 
 
-def _batches(path: str, rows: Rows, text_field: str, id_field: str) -> Iterator[_Batch]:
-    """The rows of a file, in order."""
+def _batches(path: str, reader: LibraryReader, text_field: str, id_field: str) -> Iterator[_Batch]:
+    """Yield the rows of a file, in order."""
     fields = {text_field: text_field, id_field: id_field}
-    if rows.builder == "webdataset":
-        yield from _sample_batches(_stream(path, rows), text_field, id_field)
-    elif rows.builder == "text":
-        is_trimmed = dict(rows.options).get("sample_by") == "paragraph"
-        if is_trimmed:
+    if reader.builder == "webdataset":
+        yield from _sample_batches(_stream(path, reader), text_field, id_field)
+    elif reader.builder == "text":
+        is_paragraph = dict(reader.options).get("sample_by") == "paragraph"
+        if is_paragraph:
             _check_paragraphs(path)
-        for table in _tables(_stream(path, rows, {"encoding": _ENCODING})):
-            yield from _arrow_batches(table, {text_field: "text"}, trims_newlines=is_trimmed)
-    elif rows.builder == "csv":
-        for table in _tables(_stream(path, rows, _csv_options(path, dict(rows.options), fields))):
-            yield from _arrow_batches(table, fields, is_empty_null=True)
+        for table in _tables(_stream(path, reader, {"encoding": _ENCODING})):
+            yield from _arrow_batches(table, {text_field: "text"}, strip_newlines=is_paragraph)
+    elif reader.builder == "csv":
+        for table in _tables(_stream(path, reader, _csv_options(path, dict(reader.options), fields))):
+            yield from _arrow_batches(table, fields, empty_id_is_null=True)
     else:
-        tables = _mapped(path) if rows.builder == "arrow" and not storage.is_remote(path) else None
-        for table in _tables(_stream(path, rows)) if tables is None else tables:
+        mapped = _mapped_tables(path) if reader.builder == "arrow" and not storage.is_remote(path) else None
+        for table in _tables(_stream(path, reader)) if mapped is None else mapped:
             yield from _arrow_batches(table, fields)
-    _check_end(path, rows.builder)
+    _check_end(path, reader.builder)
 
 
 def _check_paragraphs(path: str) -> None:
-    """Raise Unfit if the beginning of a large file has no empty line: all of it would be one document in memory."""
+    """Raise RecordError if a large file starts without any empty line: it would be one document in memory."""
     with open_content(path) as content:
-        beginning = content.read(_LONGEST_PARAGRAPH_BYTES)
-    if len(beginning) == _LONGEST_PARAGRAPH_BYTES and not _EMPTY_LINE.search(beginning):
-        wrong = f"no empty line, which would end a document, in {_LONGEST_PARAGRAPH_BYTES // 2**20} MiB"
-        raise Unfit(f"{wrong}: set data.text_documents to line or file")
+        beginning = content.read(_MAX_PARAGRAPH_BYTES)
+    if len(beginning) == _MAX_PARAGRAPH_BYTES and not _EMPTY_LINE.search(beginning):
+        fault = f"no empty line, which ends a document, within {_MAX_PARAGRAPH_BYTES // 2**20} MiB"
+        raise RecordError(f"{fault}: set data.text_documents to line or file")
 
 
-_LONGEST_PARAGRAPH_BYTES = 2**24
+_MAX_PARAGRAPH_BYTES = 2**24
 _EMPTY_LINE = re.compile(rb"\n\r?\n|\r\r")
 
 
 def _check_end(path: str, builder: str) -> None:
-    """Raise Unfit if the end of a file is missing: what is cut off between two members or batches looks whole."""
-    if builder not in _ENDS or path.endswith((".gz", ".zst")):  # the compression tells
+    """Raise RecordError if the end marker of a file is missing.
+
+    A file that is cut off between two archive members or record batches looks complete to the library. A truncated
+    compressed file is detected when it is decompressed.
+    """
+    if builder not in _END_MARKERS or compression_by_name(path) is not None:
         return
-    longest = max(map(len, _ENDS[builder]))
+    longest = max(map(len, _END_MARKERS[builder]))
     with open_content(path) as content:
         content.seek(-min(longest, content.seek(0, io.SEEK_END)), io.SEEK_END)
-        if not content.read().endswith(_ENDS[builder]):
-            raise Unfit("the file is cut off here: it lacks the mark of its end")
+        if not content.read().endswith(_END_MARKERS[builder]):
+            raise RecordError("the file is cut off here: its end marker is missing")
 
 
-_ENDS = {
-    "webdataset": (bytes(1024),),  # two empty blocks of a tar archive
-    "arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1"),  # of Arrow's stream format, and of its file format
+_END_MARKERS = {
+    "webdataset": (bytes(1024),),  # Two empty blocks end a tar archive.
+    "arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1"),  # Arrow's stream format, and Arrow's file format.
 }
 
 
 def _csv_options(path: str, options: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """How a CSV file is read: every value is the text that is written, as "007" is and NA.
+    """Return the options to read a CSV file such that every value is the text in the file, as "007" and "NA" are.
 
-    pandas would guess types anew for each chunk. It also takes the first column for the names of the rows where the
-    first of them has more values than the header, and would misplace all values: so the header is compared to it.
+    By default pandas guesses the types anew for each chunk. If the first row has more values than the header, pandas
+    takes the first column as row names and shifts all values. To prevent this, the header and the first row are read
+    without a header first, which raises an error if the row is longer.
     """
     common = {"encoding": _ENCODING, "na_filter": False, "chunksize": _BATCH_ROWS}
     if not options.keys() <= {"sep", "delimiter", "encoding"}:
@@ -164,34 +184,35 @@ def _csv_options(path: str, options: dict[str, Any], fields: Iterable[str]) -> d
     header = [str(name) for name in head.iloc[0]]
     for name in fields:
         if header.count(name) > 1:
-            raise Unfit(f"there are {header.count(name)} columns {name!r}")
+            raise RecordError(f"there are {header.count(name)} columns {name!r}, expected one")
+    # Column names must be unique, so a name that occurs again gets its position in front.
     names = [name if header.index(name) == at else f"column {at + 1}: {name}" for at, name in enumerate(header)]
     datasets = library()
-    text = datasets.Value("string")
-    return common | {"names": names, "header": 0, "features": datasets.Features(dict.fromkeys(names, text))}
+    text_type = datasets.Value("string")
+    return common | {"names": names, "header": 0, "features": datasets.Features(dict.fromkeys(names, text_type))}
 
 
-def _stream(path: str, rows: Rows, options: dict[str, Any] | None = None) -> Any:
-    """The library's stream of a file; `options` give way to those of the data set itself."""
+def _stream(path: str, reader: LibraryReader, options: dict[str, Any] | None = None) -> Any:
+    """Return the library's stream of a file; the data set's own options override `options`."""
     datasets = library()
-    suffix = _SUFFIXES.get(rows.builder, f".{rows.builder}")
-    builder = getattr(import_module(f"datasets.packaged_modules.{rows.builder}.{rows.builder}"), _CLASSES[rows.builder])
-    files = datasets.data_files.DataFilesList([address(path, suffix)], [()])
-    made = builder(
+    name = reader.builder
+    builder_class = getattr(import_module(f"datasets.packaged_modules.{name}.{name}"), _BUILDER_CLASSES[name])
+    files = datasets.data_files.DataFilesList([library_url(path, _URL_SUFFIXES.get(name, f".{name}"))], [()])
+    builder = builder_class(
         cache_dir=cache_dir(),
         data_files=datasets.data_files.DataFilesDict({"train": files}),
-        **((options or {}) | dict(rows.options)),
+        **((options or {}) | dict(reader.options)),
     )
-    return made.as_streaming_dataset("train")
+    return builder.as_streaming_dataset("train")
 
 
 def _tables(stream: Any) -> Iterator[pa.Table]:
     return stream.with_format("arrow").iter(_BATCH_ROWS)
 
 
-def _mapped(path: str) -> Iterator[pa.Table] | None:
-    """The rows of a file in Arrow's stream format, mapped into memory; None if it is of another format."""
-    if path.endswith((".gz", ".zst")):
+def _mapped_tables(path: str) -> Iterator[pa.Table] | None:
+    """Return the rows of a file in Arrow's stream format, mapped into memory; None if it has another format."""
+    if compression_by_name(path) is not None:
         return None
     try:
         mapped = library().Dataset.from_file(str(path))
@@ -203,42 +224,43 @@ def _mapped(path: str) -> Iterator[pa.Table] | None:
 def _arrow_batches(
     table: pa.Table,
     columns: dict[str, str],
-    trims_newlines: bool = False,
-    is_empty_null: bool = False,
+    strip_newlines: bool = False,
+    empty_id_is_null: bool = False,
 ) -> Iterator[_Batch]:
-    """The rows of a table, without a copy until they are asked for.
+    """Yield the rows of a table; values are copied only when records are requested.
 
     Args:
-        table: some rows.
-        columns: for the fields of a record the columns that hold them: the text's first, then the id's, if any.
-        trims_newlines: whether line ends around a text are no part of it.
-        is_empty_null: whether an empty id is none.
+        table: rows of a file.
+        columns: the column of each field of a record: first the text field, then the id field, if any.
+        strip_newlines: whether to remove line ends around a text.
+        empty_id_is_null: whether an empty id counts as no id.
     """
     text_field = next(iter(columns))
     for batch in table.to_batches():
-        found = {field: column for field, name in columns.items() if (column := _column(batch, name)) is not None}
-        if text_field not in found:
-            sizes = {name: int(_sizes(batch.column(at)).sum()) for at, name in enumerate(batch.schema.names)}
-            raise no_text_field(text_field, batch.schema.names, likely_text_field(sizes))
+        arrays = {field: array for field, name in columns.items() if (array := _column(batch, name)) is not None}
+        if text_field not in arrays:
+            sizes = {name: int(_text_sizes(batch.column(at)).sum()) for at, name in enumerate(batch.schema.names)}
+            raise missing_text_field(text_field, batch.schema.names, likely_text_field(sizes))
 
-        def records(first: int, end: int, found: dict[str, pa.Array] = found) -> list[dict[str, Any]]:
-            slices = {field: _valid(column.slice(first, end - first)) for field, column in found.items()}
+        def records(first: int, end: int, arrays: dict[str, pa.Array] = arrays) -> list[dict[str, Any]]:
+            slices = {field: _validated(array.slice(first, end - first)) for field, array in arrays.items()}
             values = {
-                field: column_texts(one) if field == text_field else column_ids(one) for field, one in slices.items()
+                field: column_texts(array) if field == text_field else column_ids(array)
+                for field, array in slices.items()
             }
             rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
             for row in rows:
-                if trims_newlines and isinstance(row[text_field], str):
+                if strip_newlines and isinstance(row[text_field], str):
                     row[text_field] = row[text_field].strip("\n")
-                if is_empty_null:
+                if empty_id_is_null:
                     row.update({field: None for field in list(row)[1:] if row[field] == ""})
             return rows
 
-        yield _Batch(_sizes(found[text_field]), records)
+        yield _Batch(_text_sizes(arrays[text_field]), records)
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
-    """The column of a name, or by ``column.member`` a member of one; None if there is none."""
+    """Return a column by name, or the member of a struct column by ``column.member``; None if there is none."""
     if name in batch.schema.names:
         return batch.column(batch.schema.names.index(name))
     outer, dot, member = name.partition(".")
@@ -248,21 +270,25 @@ def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
     return pc.struct_field(column, member)
 
 
-def _sizes(column: pa.Array) -> NDArray[np.int64]:
+def _text_sizes(column: pa.Array) -> NDArray[np.int64]:
+    """Return the bytes of each value of a column, `[rows]`; all 0 if it is not a column of text."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
         column = column.cast(pa.large_binary())
-    if not any(is_text(column.type) for is_text in _TEXT_TYPES):
+    if not any(is_text(column.type) for is_text in _TEXT_TYPE_TESTS):
         return np.zeros(len(column), np.int64)
     return pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+_TEXT_TYPE_TESTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 
-def _valid(column: pa.Array) -> pa.Array:
-    """The column, whose offsets may come from a damaged file. Text that is not UTF-8 is judged row by row."""
+def _validated(column: pa.Array) -> pa.Array:
+    """Return the column after a check of its offsets, which may come from a damaged file.
+
+    Text is checked as bytes, because text that is not UTF-8 is reported row by row later.
+    """
     raw = column
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         raw = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
@@ -271,32 +297,33 @@ def _valid(column: pa.Array) -> pa.Array:
 
 
 def _sample_batches(stream: Any, text_field: str, id_field: str) -> Iterator[_Batch]:
-    """The samples of a WebDataset archive; they are not cast to the types that the first five have."""
+    """Yield the samples of a WebDataset archive, without casting them to the types of the first five samples."""
     stream.info.features = None
     samples = iter(stream)
     damage: Exception | None = None
     while damage is None:
-        some: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         try:
-            some.extend(_with_members(sample, (text_field, id_field)) for sample in islice(samples, _BATCH_ROWS))
-        except Exception as error:  # raised again below, after the samples that came before it
+            records.extend(_with_members(sample, (text_field, id_field)) for sample in islice(samples, _BATCH_ROWS))
+        except Exception as error:
+            # The error is raised below, after the samples that precede it.
             damage = error
-        if not some and damage is None:
+        if not records and damage is None:
             return
-        texts = [sample.get(text_field) for sample in some]
+        texts = [record.get(text_field) for record in records]
         sizes = [len(text.encode(errors="replace")) if isinstance(text, str) else 0 for text in texts]
-        yield _Batch(np.array(sizes, np.int64), lambda first, end, some=some: some[first:end])  # type: ignore[misc]
+        yield _Batch(np.array(sizes, np.int64), lambda first, end, records=records: records[first:end])  # type: ignore[misc]
     raise damage
 
 
 def _with_members(sample: dict[str, Any], fields: tuple[str, str]) -> dict[str, Any]:
-    """A sample with what is asked for: members of its JSON values too, as ``json.text``, and bytes that are text."""
-    asked = {}
+    """Return a sample with the values of `fields`: also members of its JSON, as ``json.text``, and decoded bytes."""
+    values = {}
     for field in fields:
         outer, dot, member = field.partition(".")
         inner = sample.get(outer) if dot and field not in sample else None
         if isinstance(inner, dict) and member in inner:
-            asked[field] = inner[member]
+            values[field] = inner[member]
         elif isinstance(value := sample.get(field), bytes):
-            asked[field] = decoded(value)
-    return sample | asked
+            values[field] = decoded(value)
+    return sample | values

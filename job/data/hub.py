@@ -1,7 +1,8 @@
-"""What lies on Hugging Face and ModelScope: data sets and models, downloaded into the hubs' own caches.
+"""Download data sets and models from Hugging Face and ModelScope into the caches of their own libraries.
 
-Downloaded and not streamed: a JSON array must be read from its start, so that n processes would fetch it n times; a
-download is resumed and done once per machine; and a machine without a network finds what was fetched before.
+Files are downloaded and not streamed, for three reasons: a JSON array can only be read from its start, so n processes
+would fetch it n times; a download can be resumed and is done once per machine; and a machine without a network finds
+what was downloaded before.
 """
 
 import logging
@@ -20,61 +21,63 @@ from job.invocation import python
 MODELSCOPE = "modelscope://"
 _HUGGING_FACE = "hf://datasets/"
 OWN_FOLDER = "data/"
-"""No owner on a hub: the defaults are data/shards and data/run, and `job tokenizer` may write data/tokenizer."""
+"""Never an owner on a hub: data/shards and data/run are defaults, and `job tokenizer` may write data/tokenizer."""
 _SCHEME = re.compile(f"{_HUGGING_FACE}|{MODELSCOPE}")
 _DATA_SET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<files>.+))?")
-_FILES_AT_ONCE = 200
+_FILES_PER_REQUEST = 200
+_MAX_REASON_CHARACTERS = 200
 
-# huggingface_hub reads this when it is imported, and then tells the hub nothing but what it needs.
+# huggingface_hub reads this variable when it is imported, and then sends the hub nothing but what it needs.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def has_scheme(source: str) -> bool:
-    """Whether `source` says itself that it is a data set on a hub."""
+    """Return True if `source` starts with the scheme of a hub."""
     return _SCHEME.match(source) is not None
 
 
 def is_name(source: str) -> bool:
-    """Whether `source` reads as ``owner/name`` or ``owner/name@revision``, and not as a path of ours."""
+    """Return True if `source` has the form ``owner/name`` or ``owner/name@revision`` and is not below ``data/``."""
     match = _DATA_SET.fullmatch(source)
     return match is not None and match["files"] is None and not is_own_path(source)
 
 
 def is_own_path(source: str) -> bool:
-    """Whether `source` lies in ``data/``, the folder of our defaults: that is a path, whether it is there or not."""
+    """Return True if `source` is below ``data/``, as in our defaults: it is a local path, not a name on a hub."""
     return source.startswith(OWN_FOLDER)
 
 
-def files_of(source: str) -> str | None:
-    """The part of `source`, or of a file's URL, that names files in the data set; None where there is none."""
-    scheme = _SCHEME.match(source)
-    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
-    return place and place["files"]
+def files_part(source: str) -> str | None:
+    """Return the part of `source`, or of a file's URL, that names files in the data set; None if there is none."""
+    _, match = _split_scheme(source)
+    return match and match["files"]
 
 
 def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
-    """The files of a data set that match any of `patterns`, on this machine.
+    """Download the files of a data set that match any of `patterns`.
 
     Args:
-        source: ``owner/name`` (Hugging Face), ``hf://datasets/owner/name`` or ``modelscope://owner/name``; each may go
-            on with ``@revision`` (a ``/`` in it written ``%2F``) and, with a scheme, with ``/folder`` or ``/glob``,
-            which then replaces `patterns`.
+        source: ``owner/name`` (Hugging Face), ``hf://datasets/owner/name`` or ``modelscope://owner/name``. Each may be
+            followed by ``@revision`` (with ``%2F`` for a ``/`` in it) and, if it has a scheme, by ``/folder`` or
+            ``/glob``, which then replaces `patterns`.
+        patterns: patterns of paths in the data set, as `fnmatch` takes them.
 
     Returns:
-        For each file its URL, which holds the revision, the path of the copy, and the size in bytes.
+        For each file its URL, which holds the revision; the path of the local copy; and its size in bytes.
 
     Raises:
-        UserError: no such data set, no permission, or the hub cannot be reached.
+        UserError: there is no such data set, access is refused, or the hub cannot be reached.
     """
-    scheme, place, repository = _parsed(source)
-    if place["files"]:
-        patterns = [place["files"].rstrip("/"), place["files"].rstrip("/") + "/*"]
+    scheme, match, repository = _parse(source)
+    if match["files"]:
+        patterns = [match["files"].rstrip("/"), match["files"].rstrip("/") + "/*"]
     if scheme == MODELSCOPE:
         folder = repository.from_modelscope(patterns)
-        prefix = f"{MODELSCOPE}{place['name']}" + (f"@{place['revision']}" if place["revision"] else "")
+        prefix = f"{MODELSCOPE}{match['name']}" + (f"@{match['revision']}" if match["revision"] else "")
     else:
         folder = repository.from_hugging_face(patterns)
-        prefix = f"{_HUGGING_FACE}{place['name']}@{folder.name}"  # a snapshot's folder is named after its commit
+        # The folder of a snapshot is named after its commit.
+        prefix = f"{_HUGGING_FACE}{match['name']}@{folder.name}"
     copies = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return [
         (f"{prefix}/{name}", str(path), path.stat().st_size)
@@ -83,60 +86,69 @@ def download(source: str, patterns: list[str]) -> list[tuple[str, str, int]]:
     ]
 
 
-def pinned(source: str) -> tuple[str, str]:
-    """Name of a data set on Hugging Face's hub, and the commit of its revision.
+def resolve_commit(source: str) -> tuple[str, str]:
+    """Return the name of a data set on Hugging Face's hub, and the commit that its revision is at now.
 
     Raises:
         UserError: as `download`; or `source` is on ModelScope, or names files.
     """
-    scheme, place, repository = _parsed(source)
+    scheme, match, repository = _parse(source)
     if scheme == MODELSCOPE:
-        expected = "data.subset and data.source_split are read from Hugging Face's hub and from local folders alone"
-        raise UserError("data.source", source, expected, f"name files: {MODELSCOPE}{place['name']}/FOLDER/*.parquet")
-    if place["files"]:
-        expected = "data.subset and data.source_split are of a whole data set, and this names files"
-        raise UserError("data.source", source, expected, "name owner/name, or unset them")
-    return place["name"], repository.commit()
+        expected = "data.subset and data.source_split work with Hugging Face and local folders, not with ModelScope"
+        raise UserError(
+            "data.source",
+            source,
+            expected,
+            f"remove both, and set data.source to files, such as {MODELSCOPE}{match['name']}/FOLDER/*.parquet",
+        )
+    if match["files"]:
+        expected = "names files, but data.subset and data.source_split need a whole data set"
+        raise UserError("data.source", source, expected, "set data.source to owner/name, or unset the other two")
+    return match["name"], repository.commit()
 
 
-def described(name: str, commit: str, files: list[str]) -> list[tuple[str, int, str]]:
-    """Path, size in bytes and the hub's own hash of files of a data set; those that are not there are left out."""
+def describe_files(name: str, commit: str, files: list[str]) -> list[tuple[str, int, str]]:
+    """Return (path, size in bytes, hash recorded by the hub) for each of these files that is in a data set."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    found = []
-    for first in range(0, len(files), _FILES_AT_ONCE):
-        some = files[first : first + _FILES_AT_ONCE]
-        found += HfApi().get_paths_info(name, some, revision=commit, repo_type="dataset")
-    entries = [one for one in found if isinstance(one, RepoFile)]
-    return [(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in entries]
-
-
-def _parsed(source: str) -> tuple[str, re.Match[str], "Repository"]:
-    """The scheme of a data set on a hub, or nothing; its parts; and its repository."""
-    scheme = _SCHEME.match(source)
-    place = _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
-    if place is None:
-        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
-    revision = place["revision"] and place["revision"].replace("%2F", "/")
-    return scheme[0] if scheme else "", place, Repository("dataset", place["name"], revision, "data.source", source)
+    entries = []
+    for first in range(0, len(files), _FILES_PER_REQUEST):
+        paths = files[first : first + _FILES_PER_REQUEST]
+        entries += HfApi().get_paths_info(name, paths, revision=commit, repo_type="dataset")
+    found = [entry for entry in entries if isinstance(entry, RepoFile)]
+    return [(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id) for entry in found]
 
 
 def identity(url: str, path: str) -> tuple[str | None, str | None]:
-    """The revision and the hub's own hash of a file that `download` has listed; None for what is not known.
+    """Return the revision and the hub's hash of a file that `download` returned; None for each that is unknown.
 
     Args:
-        url: its URL, which holds the revision.
-        path: the copy on this machine. In Hugging Face's cache it is a link to a file that is named after the hash:
+        url: URL of the file, which holds the revision.
+        path: the local copy. In Hugging Face's cache it is a link to a file that is named after the hash:
             https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """
-    scheme = _SCHEME.match(url)
-    if scheme is None:
+    scheme, match = _split_scheme(url)
+    if not scheme:
         return None, None
-    place = _DATA_SET.fullmatch(url[scheme.end() :])
     copy = Path(path)
-    is_named_after_hash = scheme[0] == _HUGGING_FACE and copy.is_symlink() and copy.readlink().parent.name == "blobs"
-    return place and place["revision"], copy.readlink().name if is_named_after_hash else None
+    is_named_after_hash = scheme == _HUGGING_FACE and copy.is_symlink() and copy.readlink().parent.name == "blobs"
+    return match and match["revision"], copy.readlink().name if is_named_after_hash else None
+
+
+def _split_scheme(source: str) -> tuple[str, re.Match[str] | None]:
+    """Return the scheme of a hub ("" if there is none), and the match of the rest with `_DATA_SET`."""
+    scheme = _SCHEME.match(source)
+    return scheme[0] if scheme else "", _DATA_SET.fullmatch(source[scheme.end() :] if scheme else source)
+
+
+def _parse(source: str) -> tuple[str, re.Match[str], "Repository"]:
+    """Return the scheme of a data set on a hub ("" if there is none), its parts, and its repository."""
+    scheme, match = _split_scheme(source)
+    if match is None:
+        raise UserError("data.source", source, "expected owner/name, owner/name@revision or owner/name/files*.json")
+    revision = match["revision"] and match["revision"].replace("%2F", "/")
+    return scheme, match, Repository("dataset", match["name"], revision, "data.source", source)
 
 
 @dataclass(frozen=True)
@@ -145,30 +157,32 @@ class Repository:
 
     kind: Literal["dataset", "model"]
     name: str
-    """``owner/name``"""
+    """``owner/name``."""
     revision: str | None
     setting: str
-    """The setting that names it, for errors."""
+    """Setting that names the repository, for error messages."""
     source: str
-    """What that setting says."""
+    """Value of that setting."""
 
     def from_hugging_face(self, patterns: list[str]) -> Path:
-        """A local folder with the files that match; from the cache where the hub cannot be reached.
+        """Download the files that match and return their folder; use the cache if the hub cannot be reached.
 
         Raises:
-            UserError: nothing of that name, no permission, or neither hub nor cache has it.
+            UserError: the repository does not exist, access is refused, or neither the hub nor the cache has it.
         """
         from huggingface_hub import errors, snapshot_download
 
-        # It warns of what this program tells as an error, or looks for in another way.
+        # Its warnings are about what this program reports as an error or works around.
         logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
         unreachable: Exception | None = None
-        with self._explained():
+        with self._as_user_errors():
             try:
-                self._ask()  # snapshot_download asks the same, but without any timeout
+                # snapshot_download sends the same request, but without a timeout.
+                self._request_commit()
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
                 raise
-            except Exception as error:  # the hub's, its HTTP client's and the system's errors have no base in common
+            except Exception as error:
+                # The errors of the hub, of its HTTP client and of the system have no base class in common.
                 unreachable = error
             try:
                 folder = snapshot_download(
@@ -183,61 +197,71 @@ class Repository:
             return Path(folder)
 
     def commit(self) -> str:
-        """The commit of the revision, as Hugging Face's hub says now. Raises UserError as `from_hugging_face` does."""
-        with self._explained():
-            return self._ask()
+        """Return the commit of the revision, as Hugging Face's hub has it now.
 
-    def _ask(self) -> str:
+        Raises:
+            UserError: the repository does not exist, access is refused, or the hub cannot be reached.
+        """
+        with self._as_user_errors():
+            return self._request_commit()
+
+    def _request_commit(self) -> str:
         from huggingface_hub import HfApi, constants
 
-        asked, timeout = self.revision or constants.DEFAULT_REVISION, constants.HF_HUB_ETAG_TIMEOUT
-        return str(HfApi().repo_info(self.name, repo_type=self.kind, revision=asked, timeout=timeout).sha)
+        revision, timeout_seconds = self.revision or constants.DEFAULT_REVISION, constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().repo_info(self.name, repo_type=self.kind, revision=revision, timeout=timeout_seconds)
+        return str(info.sha)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Make a UserError of what the hub's library raises."""
+    def _as_user_errors(self) -> Iterator[None]:
+        """Turn what huggingface_hub raises into a UserError."""
         from huggingface_hub import constants, errors
 
         try:
             yield
         except errors.GatedRepoError:
             page = f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}{self.name}"
-            expected = f"this {self._what} is given only to those who asked for it"
+            expected = f"access to this {self._kind_name} is granted only on request"
             raise self._error(expected, f"ask for access at {page} and set HF_TOKEN") from None
         except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            expected = f"no such path here, and no such {self._what} on the hub {constants.ENDPOINT}"
+            expected = f"no such path here, and no such {self._kind_name} on the hub {constants.ENDPOINT}"
             raise self._error(expected, "check the name; a private one needs HF_TOKEN") from None
         except errors.RevisionNotFoundError:
-            raise self._error(f"the {self._what} has no revision {self.revision!r}") from None
+            raise self._error(f"the {self._kind_name} has no revision {self.revision!r}") from None
         except Exception as error:
             cause = error.__cause__ or error
-            reason = one_line(f"{type(cause).__name__}: {cause}")[:200]
+            reason = one_line(f"{type(cause).__name__}: {cause}")[:_MAX_REASON_CHARACTERS]
             if constants.HF_HUB_OFFLINE:
                 reason = "HF_HUB_OFFLINE is set, and the files are not all in the cache"
-            answer = "refuses it" if isinstance(cause, errors.HfHubHTTPError) else "cannot be reached"
+            answer = "refuses access" if isinstance(cause, errors.HfHubHTTPError) else "cannot be reached"
             expected = f"no such path here, and the hub {constants.ENDPOINT} {answer} ({reason})"
             remedy = "set HF_ENDPOINT (for example https://hf-mirror.com), or use modelscope://owner/name, or a URL"
+            if self.setting == "tokenizer.source":
+                remedy += ", or an empty folder, where `prepare` trains a tokenizer"
+            if self.source.startswith(self.name):  # It has no scheme.
+                remedy += f"; if you mean a folder here, write ./{self.source}"
             raise self._error(expected, remedy) from None
 
     def from_modelscope(self, patterns: list[str]) -> Path:
-        """A local folder with the files that match.
+        """Download the files that match and return their folder.
 
         Raises:
-            UserError: ModelScope's package is not installed, or does not get them.
+            UserError: the package `modelscope` is not installed, or it cannot download them.
         """
         try:
             from modelscope import snapshot_download
         except ImportError:
-            raise self._error("needs a package that is not here", f"{python()} -m pip install modelscope") from None
+            expected = "needs the package modelscope, which is not installed"
+            raise self._error(expected, f"install it: {python()} -m pip install modelscope") from None
         try:
             folder = snapshot_download(self.name, repo_type=self.kind, revision=self.revision, allow_patterns=patterns)
-        except Exception as error:  # modelscope documents no error types
-            expected = f"ModelScope does not give it ({one_line(f'{type(error).__name__}: {error}')[:200]})"
-            raise self._error(expected, "check the name and the network") from None
+        except Exception as error:  # modelscope documents no error types.
+            reason = one_line(f"{type(error).__name__}: {error}")[:_MAX_REASON_CHARACTERS]
+            raise self._error(f"ModelScope cannot provide it ({reason})", "check the name and the network") from None
         return Path(folder)
 
     @property
-    def _what(self) -> str:
+    def _kind_name(self) -> str:
         return {"dataset": "data set", "model": "model"}[self.kind]
 
     def _error(self, expected: str, remedy: str = "") -> UserError:

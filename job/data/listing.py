@@ -1,132 +1,127 @@
-"""The table of a corpus: which files are taken, which are left out and why, their formats and sizes."""
+"""The listing of a corpus: the files that are read, with formats and sizes, and the files that are left out and why."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from job.data.dataset_files import Rows
+from job import amounts
+from job.data.dataset_files import LibraryReader
+from job.data.file_forms import Format, without_suffixes
 from job.data.json_stream import Compression
 
-Format = Literal["json", "parquet", "rows"]
-"""``rows``: what the `datasets` library reads."""
-_SHOWN = 3
-_MEGABYTES_FROM = 10**5
+_MAX_SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of the corpus. Whether JSON holds an array or lines is seen when it is read: names do not tell."""
+    """One file of the corpus.
+
+    Whether JSON holds an array or lines is decided when the file is read, because the name does not tell.
+    """
 
     index: int
-    """Its place among the files, sorted by URL."""
+    """Position among the files, which are sorted by URL."""
     url: str
-    """Its name, which is the same for every worker."""
+    """Name of the file, the same for every worker."""
     path: str
-    """What is opened: the URL, or this machine's copy of a hub's file."""
+    """Path or URL that is opened: `url`, or the local copy of a file on a hub."""
     size: int
-    """Bytes, as stored."""
+    """Size in bytes, as stored."""
     format: Format
     compression: Compression | None
-    rows: Rows | None = None
-    """How the `datasets` library reads it; None if it does not."""
+    library_reader: LibraryReader | None = None
+    """How the `datasets` library reads the file; None if it is read without the library."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file, or a folder and all in it, that is no part of the corpus."""
+    """A file that is not part of the corpus."""
 
     name: str
-    """Path below the source; of a file in a folder that is left out as a whole, the folder's, with a ``/``."""
+    """Path below the source. If a whole folder is left out, the path of the folder, with ``/`` at its end."""
     size: int
     reason: str
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What is at a source."""
+    """Everything that was found at a source."""
 
     source: str
     files: tuple[CorpusFile, ...]
     names: tuple[str, ...]
-    """Path below the source of each file."""
+    """Path of each file below the source."""
     by_content: tuple[str, ...]
-    """Names of the files whose form was seen in their content alone."""
+    """Names of the files whose format is known only from their content."""
     left_out: tuple[LeftOut, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of all files that are taken, as stored."""
-        return sum(one.size for one in self.files)
+        """Size in bytes of all files of the corpus, as stored."""
+        return sum(file.size for file in self.files)
 
     def rows(self) -> list[tuple[str, str]]:
-        """The table, as rows of name and value."""
+        """Return the table that is shown to the user, as rows of name and value."""
         rows = [("files taken", _amount(len(self.files), self.size))]
-        rows += [("  names", some(self.names))]
-        formats = defaultdict[str, list[int]](list)
+        rows += [("  names", shorten_names(self.names))]
+        sizes_by_format = defaultdict[str, list[int]](list)
         for file in self.files:
-            formats[_format(file)].append(file.size)
-        rows += [(f"  {name}", _amount(len(sizes), sum(sizes))) for name, sizes in sorted(formats.items())]
+            sizes_by_format[_format_name(file)].append(file.size)
+        rows += [(f"  {name}", _amount(len(sizes), sum(sizes))) for name, sizes in sorted(sizes_by_format.items())]
         if self.by_content:
-            rows.append(("  JSON lines by their content", some(self.by_content)))
-        rows += [(f"left out: {reason}", what) for reason, what in self._reasons()]
-        rows += [("the same twice?", " and ".join(names)) for names in self.in_two_forms()[:_SHOWN]]
-        if (more := len(self.in_two_forms()) - _SHOWN) > 0:
-            rows.append(("the same twice?", f"{more:,} more"))
+            rows.append(("  JSON lines, detected by content", shorten_names(self.by_content)))
+        rows += [(f"left out: {reason}", names) for reason, names in self._left_out_by_reason()]
+        duplicates = self.in_several_forms()
+        rows += [("possible duplicates", " and ".join(names)) for names in duplicates[:_MAX_SHOWN_NAMES]]
+        if (more := len(duplicates) - _MAX_SHOWN_NAMES) > 0:
+            rows.append(("possible duplicates", f"{more:,} more"))
         return rows
 
-    def what_is_left_out(self) -> str:
-        """All that is left out, on one line; empty if there is nothing."""
-        return "; ".join(f"{reason}: {what}" for reason, what in self._reasons())
+    def left_out_line(self) -> str:
+        """Return the files that are left out and the reasons, on one line; "" if there are none."""
+        return "; ".join(f"{reason}: {names}" for reason, names in self._left_out_by_reason())
 
-    def in_two_forms(self) -> list[tuple[str, ...]]:
-        """Names that differ in their suffixes alone, such as ``x.json`` and ``x.jsonl.gz``."""
-        return _alike(self.names, without_suffixes)
+    def in_several_forms(self) -> list[tuple[str, ...]]:
+        """Return groups of names that differ only in their suffixes, such as ``x.json`` and ``x.jsonl.gz``."""
+        return _groups_with_equal_key(self.names, without_suffixes)
 
-    def _reasons(self) -> Iterable[tuple[str, str]]:
-        reasons = defaultdict[str, list[LeftOut]](list)
-        for one in self.left_out:
-            reasons[one.reason].append(one)
-        for reason, found in sorted(reasons.items()):
-            names = list(dict.fromkeys(one.name for one in found))
-            size = sum(one.size for one in found)
-            files = f" ({_amount(len(found), size)})" if len(found) > len(names) or size else ""
-            yield reason, f"{some(names)}{files}"
+    def _left_out_by_reason(self) -> Iterable[tuple[str, str]]:
+        by_reason = defaultdict[str, list[LeftOut]](list)
+        for item in self.left_out:
+            by_reason[item.reason].append(item)
+        for reason, items in sorted(by_reason.items()):
+            names = list(dict.fromkeys(item.name for item in items))
+            size = sum(item.size for item in items)
+            amount = f" ({_amount(len(items), size)})" if len(items) > len(names) or size else ""
+            yield reason, f"{shorten_names(names)}{amount}"
 
 
 def same_content(names: Sequence[str], contents: Sequence[object | None]) -> list[tuple[str, ...]]:
-    """The names with equal contents, where these are known."""
+    """Return groups of names with equal contents; a content of None is unknown and equals no other."""
     known = {name: content for name, content in zip(names, contents, strict=True) if content is not None}
-    return _alike(list(known), known.__getitem__)
+    return _groups_with_equal_key(list(known), known.__getitem__)
 
 
-def without_suffixes(name: str) -> str:
-    """`name` without what says how a file is packed and written."""
-    for suffixes in ((".gz", ".zst"), (".json", ".jsonl", ".ndjson", ".parquet")):
-        name = next((name.removesuffix(one) for one in suffixes if name.endswith(one)), name)
-    return name
-
-
-def _alike(names: Sequence[str], key: Callable[[str], object]) -> list[tuple[str, ...]]:
-    found = defaultdict[object, list[str]](list)
+def _groups_with_equal_key(names: Sequence[str], key: Callable[[str], object]) -> list[tuple[str, ...]]:
+    """Return the groups of two or more names that have the same key."""
+    groups = defaultdict[object, list[str]](list)
     for name in names:
-        found[key(name)].append(name)
-    return [tuple(alike) for alike in found.values() if len(alike) > 1]
+        groups[key(name)].append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def _format(file: CorpusFile) -> str:
-    if file.rows is not None:
-        return f"{file.rows.builder}, by the datasets library"
-    name = {"json": "JSON", "parquet": "Parquet"}[file.format]
+def _format_name(file: CorpusFile) -> str:
+    if file.library_reader is not None:
+        return f"{file.library_reader.builder}, by the datasets library"
+    name = "Parquet" if file.format == "parquet" else "JSON"
     return f"{name}, {file.compression}" if file.compression else name
 
 
 def _amount(files: int, size: int) -> str:
-    shown = f"{size / 1e6:,.1f} MB" if size >= _MEGABYTES_FROM else f"{size / 1e3:,.1f} kB"
-    return f"{files:,} file{'s' * (files != 1)}, {shown}"
+    return f"{files:,} file{'s' * (files != 1)}, {amounts.size(size)}"
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+def shorten_names(names: Sequence[str]) -> str:
+    """Return the first names, joined by commas, and the number of the others."""
+    more = len(names) - _MAX_SHOWN_NAMES
+    return ", ".join(names[:_MAX_SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,7 +1,8 @@
-"""What this program has written below a corpus, which is no part of it: data sets, runs, models and tokenizers.
+"""Recognize what this program has written below a corpus: data sets, runs, checkpoints, models and tokenizers.
 
-A folder is one of these if it holds their record (`plan.json`, `run.json`, …) with the content that they have, finished
-or not. Of such a folder only the files that the program writes are its own: a corpus beside them is still a corpus.
+These are not part of the corpus. A folder is such an output if it holds its record (`plan.json`, `run.json`, …) with
+the expected content, whether the output is finished or not. In such a folder only the files that this program writes
+are left out; a corpus beside them is still read.
 """
 
 import re
@@ -12,19 +13,22 @@ from typing import Any
 
 import orjson
 
+from job.data.tokenizer_files import TOKENIZER_FILES
+
 Read = Callable[[str], bytes | None]
-"""Gives the content of a file by its name below the corpus; None if it is not there."""
+"""Returns the content of a file by its name below the corpus; None if there is no such file."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """One of the things that the program writes."""
+    """A kind of output: a data set, a run, a checkpoint, a model or a tokenizer."""
 
     name: str
+    """Name that is shown to the user."""
     records: dict[str, Callable[[dict[str, Any]], bool]]
-    """The files of which one has to be there, and what holds of their content."""
-    own: re.Pattern[str]
-    """Its files, by their path below its folder."""
+    """Test of the content of each record file; a folder needs one record that passes."""
+    own_files: re.Pattern[str]
+    """The files of the output, by their path below its folder."""
 
 
 def _is_plan(value: dict[str, Any]) -> bool:
@@ -41,7 +45,7 @@ def _is_run(value: dict[str, Any]) -> bool:
 
 def _is_checkpoint(value: dict[str, Any]) -> bool:
     files = value.get("files")
-    return isinstance(files, dict) and all(isinstance(one, dict) and "sha256" in one for one in files.values())
+    return isinstance(files, dict) and all(isinstance(file, dict) and "sha256" in file for file in files.values())
 
 
 def _is_tokenizer(value: dict[str, Any]) -> bool:
@@ -52,14 +56,12 @@ def _is_model(value: dict[str, Any]) -> bool:
     return "model_type" in value or "architectures" in value
 
 
-_TOKENIZER = (
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja"
-)
+_TOKENIZER_FILES = "|".join(map(re.escape, (*TOKENIZER_FILES, "chat_template.jinja")))
 _KINDS = (
     _Kind(
         "a data set of this program",
         {"plan.json": _is_plan, "manifest.json": _is_manifest},
-        re.compile(rf"(plan|manifest)\.json|parts/.*|tokenizer/({_TOKENIZER})|(train|validation)/[^/]*\.bin"),
+        re.compile(rf"(plan|manifest)\.json|parts/.*|tokenizer/({_TOKENIZER_FILES})|(train|validation)/[^/]*\.bin"),
     ),
     _Kind(
         "a run of this program",
@@ -74,46 +76,47 @@ _KINDS = (
     _Kind(
         "a model",
         {"config.json": _is_model},
-        re.compile(rf"(config|generation_config)\.json|README\.md|[^/]*\.safetensors(\.index\.json)?|{_TOKENIZER}"),
+        re.compile(
+            rf"(config|generation_config)\.json|README\.md|[^/]*\.safetensors(\.index\.json)?|{_TOKENIZER_FILES}"
+        ),
     ),
-    _Kind("a tokenizer", {"tokenizer.json": _is_tokenizer}, re.compile(_TOKENIZER)),
+    _Kind("a tokenizer", {"tokenizer.json": _is_tokenizer}, re.compile(_TOKENIZER_FILES)),
 )
 
 
 class Outputs:
-    """Tells which files below a corpus the program has written itself.
+    """The outputs of this program below a corpus.
 
     Args:
-        read: gives the content of a file by its name below the corpus.
+        read: returns the content of a file by its name below the corpus.
     """
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._is_one = cache(self._look)
+        self._is_kind_cached = cache(self._is_kind)
 
     def owner(self, name: str) -> tuple[str, str] | None:
-        """The folder and the kind of what a file belongs to, the outermost one; None for any other file.
+        """Return the folder and the kind of the outermost output that a file belongs to; None for any other file.
 
         Args:
-            name: path below the corpus. The folder is given in the same way, with a ``/`` at its end.
+            name: path of the file below the corpus. The folder is returned in the same form, with a ``/`` at its end.
         """
         parts = name.split("/")
         for depth in range(len(parts)):
-            rest = "/".join(parts[depth:])
+            folder, rest = "".join(f"{part}/" for part in parts[:depth]), "/".join(parts[depth:])
             for kind in _KINDS:
-                folder = "".join(f"{part}/" for part in parts[:depth])
-                if kind.own.fullmatch(rest) and self._is_one(folder, kind.name):
+                if kind.own_files.fullmatch(rest) and self._is_kind_cached(folder, kind.name):
                     return folder, kind.name
         return None
 
-    def _look(self, folder: str, kind_name: str) -> bool:
-        kind = next(one for one in _KINDS if one.name == kind_name)
-        return any(_holds(self._read(folder + name), is_one) for name, is_one in kind.records.items())
+    def _is_kind(self, folder: str, kind_name: str) -> bool:
+        kind = next(kind for kind in _KINDS if kind.name == kind_name)
+        return any(_is_record(self._read(folder + name), test) for name, test in kind.records.items())
 
 
-def _holds(content: bytes | None, is_one: Callable[[dict[str, Any]], bool]) -> bool:
+def _is_record(content: bytes | None, test: Callable[[dict[str, Any]], bool]) -> bool:
     try:
         value = orjson.loads(content or b"null")
     except orjson.JSONDecodeError:
         return False
-    return isinstance(value, dict) and is_one(value)
+    return isinstance(value, dict) and test(value)

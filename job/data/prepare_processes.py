@@ -1,9 +1,8 @@
-"""Preparing on several processes of one machine: each is one worker of the array, as if it were on its own machine."""
+"""Preparation by several processes of one machine; each process works like one worker of an array."""
 
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -13,14 +12,17 @@ from typing import cast
 from job import console, storage
 from job.data.corpus import BadRecord, OnListed
 from job.data.encoder import Disagreement, Encoder, Engine
+from job.data.make_shards import make_slices
 from job.data.manifest import Manifest
-from job.data.prepare import OnIdentified, OnNotice, OnProgress, Recipe, Work, carry_out, make_slices, prepare
+from job.data.prepare import prepare, prepare_with
+from job.data.recipe import OnBadRecord, OnIdentified, OnNotice, OnProgress, Preparation, Recipe
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError, disk_error
 from job.redaction import learn_urls
+from job.stop_signals import start_process, stop_signals_held
 
-OnBadRecord = Callable[[BadRecord], None]
-_SECONDS_TO_END = 10.0  # many times what a batch takes; a store that does not answer may take longer
+_END_SECONDS = 10.0
+"""Seconds that processes get to end: many times what a batch takes, but less than a store may need to answer."""
 
 
 def prepare_in_processes(
@@ -37,51 +39,58 @@ def prepare_in_processes(
     on_identified: OnIdentified = lambda corpus: None,
     on_listed: OnListed = lambda listing: None,
 ) -> Manifest | None:
-    """`prepare` for this worker's part, cut again into one part for each process.
+    """Do `prepare` for this worker, with its share divided among `processes` processes.
 
-    A process is started afresh, not forked: a connection to the store does not survive a fork. Should this process be
-    killed, the others end with the batch at hand, since nobody takes what they report.
+    The processes are spawned, not forked, because a connection to the store does not survive a fork. If this process is
+    killed, the others end after the current batch, because nothing reads their reports any more.
+
+    Args:
+        store: how the processes connect to the store.
+        processes: number of processes.
+
+    The other arguments are those of `prepare`.
 
     Raises:
         UserError: as `prepare`; the other processes are ended.
     """
     if processes == 1:
-        told = (on_progress, on_bad_record, on_notice)
-        return prepare(recipe, tokenizer, shards_url, worker, *told, engine, on_identified, on_listed)
+        callbacks = (on_progress, on_bad_record, on_notice)
+        return prepare(recipe, tokenizer, shards_url, worker, *callbacks, engine, on_identified, on_listed)
     index, workers = worker
-    parts = range(index * processes, (index + 1) * processes)
-    said = set[str]()
+    shares, all_shares = range(index * processes, (index + 1) * processes), workers * processes
+    notices = set[str]()
 
-    def say_once(line: str) -> None:
-        if line not in said:
-            said.add(line)
+    def notice_once(line: str) -> None:
+        if line not in notices:
+            notices.add(line)
             on_notice(line)
 
-    def make(work: Work, engine: Engine) -> None:
-        numbered = [(part, workers * processes) for part in parts]
-        _in_processes((work, store, engine), numbered, on_progress, on_bad_record, say_once)
+    def make(preparation: Preparation, engine: Engine) -> None:
+        numbered = [(share, all_shares) for share in shares]
+        _in_processes((preparation, store, engine), numbered, on_progress, on_bad_record, notice_once)
 
-    mine = (parts, workers * processes)
-    return carry_out(recipe, tokenizer, shards_url, mine, engine, make, on_notice, on_identified, on_listed)
+    mine = (shares, all_shares)
+    return prepare_with(make, recipe, tokenizer, shards_url, mine, engine, on_notice, on_identified, on_listed)
 
 
 def _in_processes(
-    arguments: tuple[Work, storage.StoreOptions, Engine],
-    parts: Sequence[tuple[int, int]],
+    arguments: tuple[Preparation, storage.StoreOptions, Engine],
+    shares: Sequence[tuple[int, int]],
     on_progress: OnProgress,
     on_bad_record: OnBadRecord,
     on_notice: OnNotice,
 ) -> None:
-    """Have each part's slices made by a process of its own. What one of them raises is raised here."""
+    """Start a process for each share, a range of slices that it makes; raise here what one of them raises."""
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, SpawnProcess] = {}
     try:
-        for part in parts:
+        for share in shares:
             events, reports = context.Pipe(duplex=False)
-            process = context.Process(target=_prepare_part, args=(*arguments, part, reports), daemon=True)
-            process.start()
-            running[events] = process
-            reports.close()  # the other process holds the only one now, so that its end ends the pipe
+            process = context.Process(target=_prepare_share, args=(*arguments, share, reports), daemon=True)
+            with stop_signals_held():
+                start_process(process)
+                running[events] = process
+            reports.close()  # Only the other process holds it now, so the pipe ends when that process ends.
         while running:
             for events in cast(list[Connection], wait(list(running))):
                 process = running[events]
@@ -89,7 +98,7 @@ def _in_processes(
                     event = events.recv()
                 except EOFError:
                     process.join()
-                    raise RuntimeError(f"a process that made shards ended, exit code {process.exitcode}") from None
+                    raise RuntimeError(f"a process that made shards ended with exit code {process.exitcode}") from None
                 match event:
                     case BadRecord():
                         on_bad_record(event)
@@ -107,35 +116,36 @@ def _in_processes(
 
 
 def _end(running: dict[Connection, SpawnProcess]) -> None:
-    """Ends processes with the batch at hand, whose report nobody takes; kills those that something holds up.
+    """End the processes after their current batch, whose report fails; kill those that do not end in time.
 
-    A killed one may leave a temporary file beside the shard that it was writing.
+    A killed process may leave a temporary file beside the shard that it was writing.
     """
     for events in running:
         events.close()
-    deadline = monotonic() + _SECONDS_TO_END
+    deadline = monotonic() + _END_SECONDS
     for process in running.values():
         process.join(max(0, deadline - monotonic()))
         process.kill()
         process.join()
 
 
-def _prepare_part(
-    work: Work, store: storage.StoreOptions, engine: Engine, worker: tuple[int, int], reports: Connection
+def _prepare_share(
+    preparation: Preparation, store: storage.StoreOptions, engine: Engine, worker: tuple[int, int], reports: Connection
 ) -> None:
-    """Report every batch, bad record and notice, and at last None, or what went wrong."""
+    """Make the slices of one share in this process; report every batch, bad record and notice, and the outcome.
+
+    The outcome is the last report: None, or the error.
+    """
     console.install()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # who signals all processes reaches the first one, which ends the others
-    # The processes are the parallelism, for either tokenizer.
+    # The processes run in parallel already, so the tokenizers start no threads of their own.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
     storage.configure(store)
-    learn_urls(work.recipe.source, work.shards_url)
+    learn_urls(preparation.recipe.source, preparation.shards_url)
     outcome: UserError | Disagreement | storage.StoreError | None = None
-    with suppress(BrokenPipeError):  # the process that started this one is gone
+    with suppress(BrokenPipeError):  # The process that started this one has ended.
         try:
-            encoder, on_progress = Encoder(work.tokenizer, engine, reports.send), lambda *done: reports.send(done)
-            make_slices(work, worker, encoder, on_progress, reports.send)
+            encoder = Encoder(preparation.tokenizer, engine, reports.send)
+            make_slices(preparation, worker, encoder, lambda *done: reports.send(done), reports.send)
         except (UserError, Disagreement, storage.StoreError) as error:
             outcome = error
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The files of a split's shards on this machine: where each is, whether it may be used, and how it is copied anew."""
+"""The files of a split's shards on this machine: where they are, whether they are verified, and how they are copied."""
 
 import errno
 import hashlib
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 from job import storage
-from job.data.cache_quota import Room
+from job.data.cache_quota import CacheQuota
 from job.data.manifest import Shard
-from job.data.verification_notes import Changed, Signature, hash_file, is_noted, signature, write_note
+from job.data.verification_notes import FileChanged, Signature, hash_file, is_noted, signature_of, write_note
 from job.errors import UserError
 from job.invocation import command
 
 _CHUNK_BYTES = 2**20
-_COPIES = 2
+_MOST_COPIES = 2
 """Downloads of a shard before it is reported as damaged."""
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}
-"""Errors of the cache's folder that only a person can mend."""
+"""Errors of the cache folder that only a person can solve."""
 
 
 def copy_name(shard: Shard) -> str:
-    """Return the name of a shard's copy in the cache's folder."""
+    """Return the file name of a shard's copy in the cache folder."""
     return f"{_name(shard)}.shard"
 
 
@@ -31,171 +31,176 @@ def _name(shard: Shard) -> str:
 
 
 class ShardFiles:
-    """The files of a split's shards, named by their index. A file may be used when its sha256 was compared.
+    """The files of a split's shards; a file may be used after its sha256 was verified.
+
+    Methods name a shard by its index in `shards`.
 
     Args:
-        shards_url: folder of the manifest. Shards in a folder of this machine are used where they are.
-        shards: the split's shards.
-        folder: folder of the cache, with the copies of other shards and all notes on verified files.
-        room: tells which files in the folder are this user's.
+        shards_url: folder or URL of the data set. Shards in a folder of this machine are used there, without a copy.
+        shards: the shards of the split.
+        folder: the cache folder, with the copies of remote shards and the notes on verified files.
+        quota: tells which files in the folder belong to this user, and counts the room for copies.
     """
 
-    def __init__(self, shards_url: str, shards: Sequence[Shard], folder: Path, room: Room) -> None:
-        self._shards, self._folder, self._room = shards, folder, room
+    def __init__(self, shards_url: str, shards: Sequence[Shard], folder: Path, quota: CacheQuota) -> None:
+        self._shards, self._folder, self._quota = shards, folder, quota
         self.are_copies = storage.is_remote(shards_url)
+        """True if the files are copies in the cache folder; False if they are the data set's own files."""
         self.urls = [storage.join(shards_url, shard.name) for shard in shards]
         self.names = [_name(shard) for shard in shards]
-        """Names of their copies, locks and notes in the folder."""
+        """Names of the shards in the cache folder, from which the names of copies, locks and notes are made."""
         if self.are_copies:
             self.paths = [folder / copy_name(shard) for shard in shards]
             self._notes = [folder / f"{name}.verified" for name in self.names]
         else:
-            self.paths = [Path(url.removeprefix("file://")).expanduser().absolute() for url in self.urls]
-            places = [hashlib.sha256(os.fsencode(path)).hexdigest()[:16] for path in self.paths]
-            notes = [f"{name}.{place}.verified" for name, place in zip(self.names, places, strict=True)]
+            self.paths = [storage.path_of(url).absolute() for url in self.urls]
+            path_hashes = [hashlib.sha256(os.fsencode(path)).hexdigest()[:16] for path in self.paths]
+            notes = [f"{name}.{path_hash}.verified" for name, path_hash in zip(self.names, path_hashes, strict=True)]
             self._notes = [folder / note for note in notes]
-        self._verified: dict[int, Signature] = {}  # of the files that may be used, as far as this process knows
+        self._verified: dict[int, Signature] = {}  # Signatures of the files that this process knows to be verified.
 
-    def is_here(self, index: int) -> bool:
-        """Return True if there is a file that may be used."""
+    def is_verified(self, index: int) -> bool:
+        """Return True if the shard's file exists and was verified."""
         try:
-            found = self.paths[index].stat(follow_symlinks=not self.are_copies)
+            status = self.paths[index].stat(follow_symlinks=not self.are_copies)
         except OSError:
             return False
-        return self._is_verified(index, found)
+        return self._has_verified_status(index, status)
 
-    def is_on_disk(self, index: int) -> bool:
-        """Return True if there is a file, verified or not."""
+    def exists(self, index: int) -> bool:
+        """Return True if the shard's file exists, verified or not."""
         return os.path.lexists(self.paths[index])
 
     def open_verified(self, index: int) -> BinaryIO | None:
-        """Open a file, unbuffered, if what was opened may be used; None if it was not verified yet.
+        """Open the shard's file, unbuffered; return None if the file that was opened is not verified yet.
 
         Raises:
-            OSError: there is none, or it cannot be opened.
+            OSError: the file does not exist or cannot be opened.
         """
         file = self._open(index)
-        if self._is_verified(index, os.fstat(file.fileno())):
+        if self._has_verified_status(index, os.fstat(file.fileno())):
             return file
         file.close()
         return None
 
     def is_unchanged(self, index: int, file: BinaryIO) -> bool:
-        """Return True if what was just read from an open file was verified: nobody has written to it since."""
-        found, verified = signature(os.fstat(file.fileno())), self._verified.get(index)
-        # The time of change is another one if the file was dropped meanwhile.
-        return verified is not None and found._replace(ctime_ns=0) == verified._replace(ctime_ns=0)
+        """Return True if nobody has written to an open file since it was verified; call it after reading."""
+        signature, verified = signature_of(os.fstat(file.fileno())), self._verified.get(index)
+        # Deleting the file's name, which makes room in the cache, changes ctime but not the content.
+        return verified is not None and signature._replace(ctime_ns=0) == verified._replace(ctime_ns=0)
 
-    def find_wrong(self, index: int, on_bytes: Callable[[int], None]) -> str:
-        """Compare the sha256 of the file; return what is wrong with it, or nothing, and then it may be used.
+    def verify(self, index: int, on_bytes: Callable[[int], None]) -> str:
+        """Compare the sha256 of the shard's file with the manifest; return what is wrong with it, or an empty string.
+
+        A file with nothing wrong may be used from then on.
 
         Args:
             index: of the shard.
-            on_bytes: called with the number of bytes of each piece that was read; what it raises ends the reading.
+            on_bytes: called with the number of bytes of each piece that was read; an exception from it ends the read.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
         """
         shard = self._shards[index]
         try:
             with self._open(index) as file:
-                found = os.fstat(file.fileno())
-                if self.are_copies and not self._room.is_ours(found):
-                    return f"this is no file of yours, but of uid {found.st_uid}"
-                if found.st_size != shard.size:
-                    return f"this shard is damaged: it has {found.st_size} bytes, the manifest says {shard.size}"
-                if self.are_copies and not self._room.is_ours_alone(found):
+                status = os.fstat(file.fileno())
+                if self.are_copies and not self._quota.is_ours(status):
+                    return f"this file does not belong to you, but to the user with uid {status.st_uid}"
+                if status.st_size != shard.size:
+                    return f"this shard is damaged: it has {status.st_size} bytes, the manifest says {shard.size}"
+                if self.are_copies and not self._quota.is_ours_alone(status):
                     os.fchmod(file.fileno(), 0o600)
-                sha256, of = hash_file(file.fileno(), on_bytes)
+                sha256, signature = hash_file(file.fileno(), on_bytes)
         except FileNotFoundError:
             raise
-        except Changed:
+        except FileChanged:
             return "this shard was changed while it was read"
         except OSError as error:
             return f"this shard cannot be read: {error.strerror}"
         if sha256 != shard.sha256:
             return _damaged(shard, sha256)
-        self._note(index, of)
+        self._note(index, signature)
         return ""
 
     def copy(self, index: int, partial: Path, on_bytes: Callable[[int], None], on_copy: Callable[[], None]) -> None:
-        """Copy a shard from the store, which may then be used; what came damaged is fetched once more.
+        """Copy a shard from the store and verify it; a copy that arrives damaged is fetched once more.
 
         Args:
             index: of the shard.
-            partial: the file that was reserved for it; it gets the shard's name when it is whole.
-            on_bytes: called with the number of bytes of each piece; what it raises ends the copying.
-            on_copy: called after each copy, damaged ones included.
+            partial: the file that was reserved for the copy; it is renamed when the copy is verified.
+            on_bytes: called with the number of bytes of each piece; an exception from it ends the copying.
+            on_copy: called after each copy, also after a damaged one.
 
         Raises:
-            UserError: it is not in the store, or is damaged there.
+            UserError: the shard is missing or damaged in the store.
             StoreError: the store failed until its deadline.
         """
-        shard, found = self._shards[index], ""
-        for _ in range(_COPIES):
+        shard, sha256 = self._shards[index], ""
+        for _ in range(_MOST_COPIES):
             descriptor = os.open(partial, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(descriptor, "wb") as file:
-                found = self._copy_once(index, file, on_bytes)
+                sha256 = self._copy_once(index, file, on_bytes)
                 on_copy()
-                if found == shard.sha256:
-                    self._room.keep(partial, self.paths[index])
-                    self._note(index, signature(os.fstat(file.fileno())))
+                if sha256 == shard.sha256:
+                    self._quota.keep(partial, self.paths[index])
+                    self._note(index, signature_of(os.fstat(file.fileno())))
                     return
         remedy = f"delete it and run `{command('prepare')}` again"
-        raise UserError("data.shards", self.urls[index], _damaged(shard, found), remedy)
+        raise UserError("data.shards", self.urls[index], _damaged(shard, sha256), remedy)
 
-    def missing(self, index: int) -> UserError:
-        """Say that there is no such shard."""
-        wrong = "the manifest names this shard and it is not there"
-        return UserError("data.shards", self.urls[index], wrong, f"run `{command('prepare')}` again")
+    def missing_error(self, index: int) -> UserError:
+        """Return the error for a shard that the manifest names and that does not exist."""
+        expected = "the manifest names this shard, but it does not exist"
+        return UserError("data.shards", self.urls[index], expected, f"run `{command('prepare')}` again")
 
-    def explained(self, error: OSError) -> Exception:
-        """Return what a person has to mend in the cache's folder, or the error itself if that is not known."""
+    def folder_error(self, error: OSError) -> Exception:
+        """Return a UserError for an error of the cache folder that a person can solve; otherwise `error` itself."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            wrong, remedy = "the disk is full before it holds data.cache_bytes", "lower data.cache_bytes"
+            expected, remedy = "the disk became full before it held data.cache_bytes", "set data.cache_bytes to less"
         elif error.errno in _UNUSABLE and not isinstance(error, storage.StoreError):
-            wrong = f"cannot be used: {error.strerror}: {error.filename}"
-            remedy = "name a folder on a local disk that is yours alone"
+            expected = f"cannot be used: {error.strerror}: {error.filename}"
+            remedy = "set it to a folder on a local disk that only you can write to"
         else:
             return error
-        return UserError("data.cache_dir", str(self._folder), wrong, remedy)
+        return UserError("data.cache_dir", str(self._folder), expected, remedy)
 
-    def _is_verified(self, index: int, found: os.stat_result) -> bool:
+    def _has_verified_status(self, index: int, status: os.stat_result) -> bool:
         """Return True if a file with this status is the one that a process of this node has verified."""
-        if self.are_copies and not self._room.is_ours_alone(found):
+        if self.are_copies and not self._quota.is_ours_alone(status):
             return False
-        of = signature(found)
-        if self._verified.get(index) == of:
+        signature = signature_of(status)
+        if self._verified.get(index) == signature:
             return True
-        if not is_noted(self._notes[index], self._shards[index].sha256, of, self._room.is_ours_alone):
+        if not is_noted(self._notes[index], self._shards[index].sha256, signature, self._quota.is_ours_alone):
             return False
-        self._verified[index] = of
+        self._verified[index] = signature
         return True
 
     def _open(self, index: int) -> BinaryIO:
-        """Open a file; a copy is no link, and nothing waits for the other end of a pipe."""
+        """Open the shard's file. A copy must not be a link, and opening a pipe must not wait for its other end."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if self.are_copies else 0)
         descriptor = os.open(self.paths[index], flags)
         try:
             return os.fdopen(descriptor, "rb", buffering=0)
-        except OSError:  # a folder
+        except OSError:  # The path is a folder.
             os.close(descriptor)
             raise
 
-    def _note(self, index: int, of: Signature) -> None:
-        """Have the file with this signature used: by the other processes too, which read the note."""
-        write_note(self._notes[index], self._shards[index].sha256, of)
-        self._verified[index] = of
+    def _note(self, index: int, signature: Signature) -> None:
+        """Record that the file with this signature is verified: for this process, and in a note for the others."""
+        write_note(self._notes[index], self._shards[index].sha256, signature)
+        self._verified[index] = signature
 
     def _copy_once(self, index: int, target: BinaryIO, on_bytes: Callable[[int], None]) -> str:
-        """Copy a shard to the disk; return the sha256 of what came."""
+        """Copy a shard from the store into an open file; return the sha256 of what was received."""
         digest, left = hashlib.sha256(), self._shards[index].size
         try:
             source = storage.open_read(self.urls[index])
         except FileNotFoundError:
-            raise self.missing(index) from None
+            raise self.missing_error(index) from None
         with source:
-            while left >= 0 and (chunk := source.read(_CHUNK_BYTES)):  # more than was reserved is damaged anyway
+            while left >= 0 and (chunk := source.read(_CHUNK_BYTES)):  # A shard that is too long is damaged anyway.
                 on_bytes(len(chunk))
                 digest.update(chunk)
                 target.write(chunk)

@@ -1,4 +1,4 @@
-"""Slices, the units of work that a corpus is cut into, as their readers yield them."""
+"""The items that a reader of a slice yields: its start, its documents and bad records, its end."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from job.data.documents import BadRecord, Document
 
 @dataclass(frozen=True)
 class SliceStart:
-    """The records of this slice follow."""
+    """The start of a slice; its records follow."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class SliceEnd:
-    """That was the whole slice."""
+    """The end of a slice."""
 
     index: int
     is_last: bool
@@ -26,20 +26,20 @@ SliceItem = SliceStart | Document | BadRecord | SliceEnd
 
 
 class Cursor:
-    """The position among its slices of a reader that passes over every record of a file.
+    """The current slice of a reader that passes over every record of a file.
 
     Args:
-        wanted: asked once for each slice, in order, when reading comes to it.
+        wanted: tells whether to read a slice; called once for each slice, in order, when the reader reaches it.
     """
 
     def __init__(self, wanted: Callable[[int], bool]) -> None:
         self._wanted = wanted
         self._index = -1
         self.is_wanted = False
-        """True if the records of the slice that was come to last are to be read."""
+        """True if the records of the current slice are to be read."""
 
     def advance(self, index: int) -> Iterator[SliceStart | SliceEnd]:
-        """Come to a slice; yield the ends and the starts of wanted slices on the way."""
+        """Move on to a slice; yield the ends and starts of the wanted slices on the way."""
         while self._index < index:
             if self.is_wanted:
                 yield SliceEnd(self._index, False)
@@ -49,6 +49,6 @@ class Cursor:
                 yield SliceStart(self._index)
 
     def finish(self) -> Iterator[SliceEnd]:
-        """Yield the end of the file's last slice, if that is wanted."""
+        """Yield the end of the file's last slice, if that slice is wanted."""
         if self.is_wanted:
             yield SliceEnd(self._index, True)

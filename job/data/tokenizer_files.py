@@ -1,4 +1,4 @@
-"""The files of a tokenizer: which they are, and what stands in those beside tokenizer.json."""
+"""The files of a tokenizer: their names, and the content of the files that describe tokenizer.json."""
 
 import json
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt"),
 )
 QWEN2_CLASS, PLAIN_CLASS = "Qwen2Tokenizer", "PreTrainedTokenizerFast"
-"""Classes of transformers that both version 4 and 5 know. The plain one does what tokenizer.json says."""
-PUT_BACK = "put the right file back, or take another tokenizer"
+"""Classes of transformers that both version 4 and 5 have. The plain class does what tokenizer.json says."""
+RESTORE_FILE = "restore the right file, or use another tokenizer"
+"""The remedy for a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class _AddedToken:
 
 
 @dataclass(frozen=True)
-class Description:
-    """The part of tokenizer_config.json and special_tokens_map.json that is used."""
+class TokenizerDescription:
+    """The fields of tokenizer_config.json and special_tokens_map.json that this program uses."""
 
     eos_token: str | _AddedToken | None = None
     tokenizer_class: str | None = None
@@ -34,35 +35,45 @@ class Description:
         return self.eos_token.content if isinstance(self.eos_token, _AddedToken) else self.eos_token
 
 
-def described(folder: Path, source: str) -> Description:
-    """What the files beside tokenizer.json say; the first that names an end-of-document token counts."""
-    found = Description()
+def read_description(folder: Path, source: str) -> TokenizerDescription:
+    """Read the files in a local folder that describe its tokenizer.json.
+
+    The end-of-document token is that of the first file that names one.
+
+    Args:
+        folder: the folder.
+        source: the tokenizer's source, for error messages.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    description = TokenizerDescription()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             try:
-                one = parse_record((folder / name).read_bytes(), Description)
+                read = parse_record((folder / name).read_bytes(), TokenizerDescription)
             except ValueError as error:
                 expected = f"{name} cannot be read: {error}"
-                raise UserError("tokenizer.source", source, expected, PUT_BACK) from None
-            found = Description(one.eos_token, found.tokenizer_class or one.tokenizer_class)
-            if found.eos_token:
+                raise UserError("tokenizer.source", source, expected, RESTORE_FILE) from None
+            description = TokenizerDescription(read.eos_token, description.tokenizer_class or read.tokenizer_class)
+            if description.eos_token:
                 break
-    return found
+    return description
 
 
 def write_description(folder: Path, tokenizer_class: str, eos_token: str, context_length: int | None = None) -> None:
-    """Write the tokenizer_config.json that stands beside a tokenizer.json; transformers 4 and 5 both read it.
+    """Write the tokenizer_config.json that belongs to a tokenizer.json, for transformers 4 and 5.
 
     Args:
-        folder: a local one.
+        folder: a local folder.
         tokenizer_class: `QWEN2_CLASS` or `PLAIN_CLASS`.
         eos_token: the end-of-document token.
-        context_length: tokens that the model was trained to see at once, if there is a model.
+        context_length: most tokens that the model was trained to see at once, if there is a model.
     """
     content: dict[str, object] = {
         "tokenizer_class": tokenizer_class,
         "eos_token": eos_token,
-        # Without it transformers 4 also returns token types, which `generate` refuses.
+        # Without this transformers 4 also returns token types, which `generate` refuses.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }

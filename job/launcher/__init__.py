@@ -1,1 +1,1 @@
-"""Where the processes run, how they start, and what their ends mean."""
+"""Starting the worker processes of a run: the environment and devices they get, and how they ended."""

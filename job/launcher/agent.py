@@ -1,47 +1,43 @@
-"""Starts the workers of this node, waits for them, and is deaf to requests to stop: those are for the workers.
+"""Process that starts the workers of this node and waits for them; the entrypoint starts it as a module.
 
-Many workers are torchrun's, which needs torch: seconds, and 150 MiB, that a single worker does without.
+It ignores requests to stop, except that it creates the stop file, which the workers read. It runs several workers
+through torchrun. It runs a single worker itself, because torchrun needs torch: seconds of import and 150 MiB.
 """
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from job import console
-from job.launcher import processes as family
-from job.launcher import signals as stop
-from job.launcher import worker_status as outcome
-from job.launcher.worker_job import Task
-from job.launcher.worker_status import Outcome
+from job.launcher import processes, signals, worker_status
+from job.launcher.worker_job import WorkerJob
 
 
 def main() -> int:
-    """Runs the workers of this node; returns 0 if they have ended as they should."""
-    folder = Path(os.environ[family.FOLDER_VARIABLE])
-    task = Task.read(folder)
-    # A signal passed on would end the workers in the middle of their checkpoint: they hear of it by the file.
-    stop.listen(lambda number, sender: (folder / family.STOP_FILE).touch())
-    family.die_with_parent()
-    os.environ[family.PARENT_VARIABLE] = str(os.getpid())
-    if task.world_size == 1:
-        return _run_alone(folder)
+    """Run the workers of this node; return 0 if they finished or stopped as requested."""
+    folder = Path(os.environ[processes.FOLDER_VARIABLE])
+    worker_job = WorkerJob.read(folder)
+    # A signal to the workers would end them in the middle of their checkpoint, so the stop file tells them instead.
+    signals.listen(lambda number, sender: (folder / processes.STOP_FILE).touch())
+    processes.die_with_parent()
+    os.environ[processes.PARENT_VARIABLE] = str(os.getpid())
+    if worker_job.world_size == 1:
+        return _run_single_worker(folder)
     from job.launcher import torchrun
 
-    return torchrun.run_workers(task, folder)
+    return torchrun.run_workers(worker_job, folder)
 
 
-def _run_alone(folder: Path) -> int:
-    """Runs a world of one, and records if its worker was killed: it could not do it itself."""
+def _run_single_worker(folder: Path) -> int:
+    """Run the only worker of the run, and record its status if a signal killed it."""
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": family.ANY_PORT}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": processes.ANY_PORT}
     code = subprocess.call([sys.executable, "-u", "-m", "job.launcher.worker"], env=os.environ | world)
-    if code < 0:
-        outcome.record(folder, Outcome(0, outcome.KILLED, signal.Signals(-code).name))
+    worker_status.record_if_killed(folder, 0, code)
     return int(code != 0)
 
 
 if __name__ == "__main__":
     console.install()
-    family.leave(main())  # taking torch apart in order takes a second
+    processes.leave(main())  # Without cleanup: the cleanup of torch takes a second.

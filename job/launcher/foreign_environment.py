@@ -1,7 +1,7 @@
-"""Environment variables by which accelerate, DeepSpeed and torchrun would decide what the settings decide.
+"""Removal of environment variables by which accelerate, DeepSpeed and torchrun would override settings.
 
-A variable that was meant for another program, such as ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, would silently change
-the updates. None of these variables reaches a worker, and the names of the removed ones are printed.
+A variable meant for another program, such as ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS``, would silently change the
+training. None of these variables reaches a worker, and the names of the removed ones are printed.
 """
 
 import sys
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 _PREFIXES = (
     # accelerate: precision, accumulation, device, strategy and compiler
     *("ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_"),
-    # accelerate and DeepSpeed: rank and world size as MPI gives them
+    # accelerate and DeepSpeed: rank and world size under MPI
     *("OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL"),
-    # torchrun: its arguments where they are not given
+    # torchrun: defaults of its arguments
     "PET_",
 )
 _NAMES = (
@@ -20,27 +20,32 @@ _NAMES = (
     *("LOCAL_SIZE", "DEEPSPEED_TIMEOUT"),
     *("PYTHON_EXEC", "TORCH_ELASTIC_WORKER_IDENTICAL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
 )
-_OF_TORCHRUN = "TORCHELASTIC_"
+_TORCHRUN_PREFIX = "TORCHELASTIC_"
 """Prefix of the variables that torchrun sets for its workers. If torchrun did not start this process, they belong to
 another run."""
-_READ = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT", "PET_NPROC_PER_NODE")
-"""Variables that `job.launcher.environment` has already used. They are removed too, but are not reported as ignored."""
+_USED = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT", "PET_NPROC_PER_NODE")
+"""Variables that `job.launcher.environment` has already used. They are removed too, but not reported."""
 
 
 def is_foreign(name: str, is_worker: bool = False) -> bool:
-    """Return True if the variable would decide what the settings decide.
+    """Return True if the variable would override settings.
 
     Args:
-        name: of the variable.
-        is_worker: torchrun has started this process.
+        name: name of the variable.
+        is_worker: True if torchrun started this process.
     """
-    return name.startswith(_PREFIXES) or name in _NAMES or (not is_worker and name.startswith(_OF_TORCHRUN))
+    return name.startswith(_PREFIXES) or name in _NAMES or (not is_worker and name.startswith(_TORCHRUN_PREFIX))
 
 
 def without_foreign(environment: Mapping[str, str], is_worker: bool = False) -> dict[str, str]:
-    """Return `environment` without variables of other programs, and print the names of those that have no effect."""
+    """Return `environment` without foreign variables, and print the names of those that have no effect.
+
+    Args:
+        environment: all variables.
+        is_worker: True if torchrun started this process.
+    """
     removed = [name for name in environment if is_foreign(name, is_worker)]
-    ignored = sorted(set(removed) - set(_READ))
-    if ignored:
-        sys.stderr.write(f"removed from the environment, since the settings alone decide: {', '.join(ignored)}\n")
+    unused = sorted(set(removed) - set(_USED))
+    if unused:
+        sys.stderr.write(f"environment variables ignored because settings decide this instead: {', '.join(unused)}\n")
     return {name: value for name, value in environment.items() if name not in removed}

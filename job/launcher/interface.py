@@ -1,8 +1,8 @@
-"""The network interface over which the workers of several nodes talk to each other.
+"""The network interface over which the workers of several nodes communicate.
 
-Left alone, Gloo takes the interface that the host's name stands for: under Debian and Ubuntu that is the loopback
-interface (``127.0.1.1`` in ``/etc/hosts``), and some names stand for nothing. But the nodes have met over an interface
-that works, and that is the one to use, unless the user names another one.
+By default, Gloo uses the interface of the host name. On Debian and Ubuntu that is the loopback interface (``127.0.1.1``
+in ``/etc/hosts``), and some host names have no address at all. The nodes have met over an interface that works, so the
+workers use that one, unless the user has set another one.
 """
 
 import os
@@ -21,15 +21,16 @@ GLOO, NCCL, _NCCL_FAMILY = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_SOC
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 """Files in which a site or a user may set NCCL's variables; environment variables have priority."""
 REMEDY = (
-    "workers connect to each other at any port: let all of them through between the nodes (firewall, security group, "
-    f"network policy), or name another interface in {GLOO} and {NCCL}"
+    "workers connect to each other on any port: allow all ports between the nodes (firewall, security group, "
+    f"network policy), or set another interface in {GLOO} and {NCCL}"
 )
 _ANY_PORT_NUMBER = 9
-"""A datagram socket can be connected to a port without a packet being sent."""
-_JOIN_ERRORS = (
-    re.compile(r"Gloo connectFullMesh failed.*SO_ERROR: (?P<why>[^,]+), remote=\[(?P<to>[^\]]+)\]:\d+", re.S),
-    re.compile(r"Gloo connectFullMesh failed.*Connect (?P<why>timeout)(?P<to>)", re.S),  # the one that is connected to
-    re.compile(r"NCCL error.*connect to (?P<to>\S+)<\d+> returned (?P<why>[^,]+), exceeded", re.S),
+"""Port for connecting a datagram socket, which sends no packet."""
+_CONNECTION_ERRORS = (
+    re.compile(r"Gloo connectFullMesh failed.*SO_ERROR: (?P<reason>[^,]+), remote=\[(?P<remote>[^\]]+)\]:\d+", re.S),
+    # Gloo's message on the worker that waits for the connection: it does not name the other one.
+    re.compile(r"Gloo connectFullMesh failed.*Connect (?P<reason>timeout)(?P<remote>)", re.S),
+    re.compile(r"NCCL error.*connect to (?P<remote>\S+)<\d+> returned (?P<reason>[^,]+), exceeded", re.S),
 )
 """Error messages of Gloo and NCCL for a worker that cannot connect to another one."""
 
@@ -39,98 +40,114 @@ class Interface(NamedTuple):
 
     name: str
     address: str
-    """Its address by which the other nodes are reached."""
+    """Address of the interface at which other nodes reach it."""
 
     def __str__(self) -> str:
         return f"{self.address} ({self.name})"
 
 
-def with_address(address: str) -> Interface | None:
-    """Return the interface of this machine that has this address; None if none has."""
-    wanted = address.partition("%")[0]
+def find_by_address(address: str) -> Interface | None:
+    """Return the interface of this machine that has this address; None if there is none."""
+    plain_address = address.partition("%")[0]
     for name, addresses in _addresses().items():
-        if wanted in addresses:
+        if plain_address in addresses:
             return Interface(name, address)
     return None
 
 
 def leading_to(host: str) -> Interface | None:
-    """Return the interface over which this machine would send to a host; None if it has no way or no such name.
+    """Return the interface over which this machine would send to `host`; None if there is no route or no such host.
 
-    For an address of this machine, that is the interface that has it.
+    For an address of this machine, that is the interface that has the address.
     """
     with suppress(OSError):
-        for family, kind, protocol, _, place in socket.getaddrinfo(host, _ANY_PORT_NUMBER, type=socket.SOCK_DGRAM):
-            with suppress(OSError), socket.socket(family, kind, protocol) as one:
-                one.connect(place)
-                return with_address(one.getsockname()[0])
+        for family, kind, protocol, _, target in socket.getaddrinfo(host, _ANY_PORT_NUMBER, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as connection:
+                connection.connect(target)
+                return find_by_address(connection.getsockname()[0])
     return None
 
 
 def variables(interface: Interface, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that keep Gloo and NCCL on an interface, without those that the user has set."""
+    """Return environment variables that make Gloo and NCCL use `interface`, without those that the user has set."""
     wanted = {}
     if not environment.get(GLOO):
         wanted[GLOO] = interface.name
     if not environment.get(NCCL) and _nccl_file() is None:
-        # NCCL takes a name for the beginning of one unless there is a "=" before it.
+        # Without the "=", NCCL would take the name as a prefix.
         wanted[NCCL] = f"={interface.name}"
         if ":" in interface.address and not environment.get(_NCCL_FAMILY):
-            wanted[_NCCL_FAMILY] = "AF_INET6"  # the interface may also have an IPv4 address, which leads nowhere
+            # The interface may also have an IPv4 address, over which the other nodes cannot be reached.
+            wanted[_NCCL_FAMILY] = "AF_INET6"
     return wanted
 
 
-def described(interface: Interface | None, goal: object, environment: Mapping[str, str] = os.environ) -> str:
-    """Say which interfaces Gloo and NCCL take, and why: since one leads to `goal`, or as the user has set."""
-    own, file = [f"{environment[name]} ({name})" for name in (GLOO, NCCL) if environment.get(name)], _nccl_file()
-    if not environment.get(NCCL) and file is not None:
-        own.append(f"what {file} says")
-    chosen = (
-        f"{interface.name} (leads to {goal})" if interface else f"the one of the host's name (none leads to {goal})"
+def describe_choice(interface: Interface | None, target: object, environment: Mapping[str, str] = os.environ) -> str:
+    """Return which interfaces Gloo and NCCL use, and why, for messages.
+
+    Args:
+        interface: interface that leads to `target`; None if there is none.
+        target: address at which the nodes meet.
+        environment: variables in which the user may have set other interfaces.
+    """
+    set_by_user = [f"{environment[name]} ({name})" for name in (GLOO, NCCL) if environment.get(name)]
+    if not environment.get(NCCL) and (file := _nccl_file()) is not None:
+        set_by_user.append(f"the one that {file} sets for NCCL")
+    if len(set_by_user) == 2:
+        return " and ".join(set_by_user)
+    default = (
+        f"{interface.name} (leads to {target})"
+        if interface
+        else f"the interface of the host name (no interface leads to {target})"
     )
-    return " and ".join(own if len(own) == 2 else [chosen, *own])
+    return " and ".join([default, *set_by_user])
 
 
-def of_gloo(interface: Interface | None, environment: Mapping[str, str] = os.environ) -> Interface | None:
-    """Return the interface that Gloo will take, with the address that it will take of it.
+def gloo_interface(interface: Interface | None, environment: Mapping[str, str] = os.environ) -> Interface | None:
+    """Return the interface that Gloo will use, with the address of it that Gloo will use.
+
+    Args:
+        interface: the interface that is used if the user has not set one; None if it is not known.
+        environment: variables in which the user may have set an interface.
 
     Raises:
-        UserError: the user has named one that this machine does not have.
+        UserError: the user has set an interface that this machine does not have.
     """
-    present = _addresses()
-    named = environment.get(GLOO, "").split(",") if environment.get(GLOO) else []
-    for name in named:
-        if name not in present:
-            expected = f"{socket.gethostname()} has no such interface; it has {', '.join(present)}"
-            raise UserError(GLOO, environment[GLOO], expected, "name one of them, or unset it")
-    name = named[0] if named else interface.name if interface else ""
-    found = present.get(name, [])
-    return Interface(name, found[0]) if found else interface
+    addresses = _addresses()
+    set_by_user = environment.get(GLOO, "").split(",") if environment.get(GLOO) else []
+    for name in set_by_user:
+        if name not in addresses:
+            expected = f"{socket.gethostname()} has no such interface; it has {', '.join(addresses)}"
+            raise UserError(GLOO, environment[GLOO], expected, "set it to one of them, or unset it")
+    name = set_by_user[0] if set_by_user else interface.name if interface else ""
+    return Interface(name, addresses[name][0]) if addresses.get(name) else interface
 
 
-def join_error(error: Exception) -> str | None:
-    """Return in one line that the workers cannot connect to each other, if the error says that; None otherwise."""
+def connection_error(error: Exception) -> str | None:
+    """Return one line for an error of Gloo or NCCL that means that workers cannot connect; None for other errors."""
     if not isinstance(error, RuntimeError):
         return None
-    found = next((match for one in _JOIN_ERRORS if (match := one.search(str(error))) is not None), None)
-    if found is None:
+    match = next((found for pattern in _CONNECTION_ERRORS if (found := pattern.search(str(error)))), None)
+    if match is None:
         return None
-    here = f"{socket.gethostname()}, at {of_gloo(None) or 'the address that its name stands for'}"
-    if not found["to"]:
-        return f"no worker of another node has connected to one of {here}; {REMEDY}"
-    return one_line(f"a worker of {here} cannot connect to one at {found['to']}: {found['why']}; {REMEDY}")
+    own_address = gloo_interface(None) or "the address of its host name"
+    worker = f"a worker on {socket.gethostname()}, at {own_address},"
+    if not match["remote"]:
+        return f"{worker} received no connection from a worker of another node; {REMEDY}"
+    return one_line(f"{worker} cannot connect to a worker at {match['remote']}: {match['reason']}; {REMEDY}")
 
 
 def _addresses() -> dict[str, list[str]]:
-    """The interfaces of this machine, each with its addresses, as the system lists them: IPv4 first."""
+    """Return the interfaces of this machine by name, each with its addresses in the system's order: IPv4 first."""
+    families = (socket.AF_INET, socket.AF_INET6)
     return {
-        name: [one.address.partition("%")[0] for one in found if one.family in (socket.AF_INET, socket.AF_INET6)]
-        for name, found in psutil.net_if_addrs().items()
+        name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
+        for name, entries in psutil.net_if_addrs().items()
     }
 
 
 def _nccl_file() -> str | None:
-    """The file in which a site or the user has named NCCL's interface."""
+    """Return the configuration file that sets NCCL's interface; None if no file does."""
     for path in _NCCL_FILES:
         with suppress(OSError, RuntimeError):
             if re.search(rf"^\s*{NCCL}\s*=", Path(path).expanduser().read_text(errors="replace"), re.M):

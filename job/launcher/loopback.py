@@ -1,7 +1,8 @@
-"""The store through which the processes of one node find each other, on the loopback interface only.
+"""Communication between the processes of one node, over the loopback interface only.
 
-torch's key-value store has no password and listens on every interface by default. It accepts an open socket instead.
-Every part of torch that opens a store at the same port in this process then uses this one.
+By default torch's key-value store listens on every interface and has no password. It accepts an open socket instead, so
+this module gives it one that listens on the loopback interface. Every part of torch that opens a store at the same port
+in this process then uses this store.
 """
 
 import os
@@ -15,12 +16,16 @@ from job.launcher import interface
 
 ADDRESS = "127.0.0.1"
 _INTERFACES = ("lo", "lo0")
-"""The loopback interface's name under Linux, and under macOS and BSD."""
+"""Name of the loopback interface on Linux, and on macOS and BSD."""
 _TIMEOUT = timedelta(minutes=5)
 
 
 def open_store() -> tuple[TCPStore, int]:
-    """Open a store on a free port of the loopback interface; return it, to be kept, and the port."""
+    """Open a store on a free port of the loopback interface.
+
+    Returns:
+        The store, which closes when the caller drops it, and its port.
+    """
     listening = socket.create_server((ADDRESS, 0))
     port: int = listening.getsockname()[1]
     store = TCPStore(
@@ -37,7 +42,9 @@ def open_store() -> tuple[TCPStore, int]:
 
 
 def interface_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that keep gloo and NCCL on the loopback interface, without those that the user has set."""
-    present = {name for _, name in socket.if_nameindex()}
-    found = next((name for name in _INTERFACES if name in present), None)
-    return {} if found is None else interface.variables(interface.Interface(found, ADDRESS), environment)
+    """Return variables that make Gloo and NCCL use the loopback interface, without those that the user has set."""
+    existing = {name for _, name in socket.if_nameindex()}
+    loopback = next((name for name in _INTERFACES if name in existing), None)
+    if loopback is None:
+        return {}
+    return interface.variables(interface.Interface(loopback, ADDRESS), environment)

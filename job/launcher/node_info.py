@@ -1,4 +1,4 @@
-"""The description of a node, which is compared with those of the others before the workers start."""
+"""What each node reports about itself before the workers start, and the comparison of all nodes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +7,13 @@ from job.errors import UserError
 
 
 @dataclass(frozen=True)
-class Card:
+class NodeInfo:
     """Description of a node. The fields after `token` must be equal on all nodes."""
 
     host: str
     token: str
     """Identifies this start of the node: a node that replaces it has another token."""
-    processes: int
+    workers: int
     """Number of workers on the node."""
     versions: dict[str, str]
     """Versions of the packages that affect the results, by package name."""
@@ -21,16 +21,22 @@ class Card:
     """Settings by dotted name, without those that may differ between nodes."""
 
 
-def misfit(cards: list[Card]) -> UserError | None:
-    """Return an error that names the first difference of a node from node 0; None if there is none."""
-    first, remedy = cards[0], "start the same command, with the same image and settings, on all nodes"
-    for node, card in enumerate(cards):
-        where = f"on {card.host} (node {node}), but {{!r}} on {first.host} (node 0)"
-        if card.processes != first.processes:
-            few = "are all GPUs there? or set train.processes"
-            return UserError("train.processes", card.processes, where.format(first.processes), few)
-        for what, mine, theirs in (("version of ", card.versions, first.versions), ("", card.settings, first.settings)):
-            for name in sorted(mine.keys() | theirs.keys()):
-                if mine.get(name) != theirs.get(name):
-                    return UserError(f"{what}{name}", mine.get(name), where.format(theirs.get(name)), remedy)
+def find_difference(nodes: list[NodeInfo]) -> UserError | None:
+    """Return an error that names the first difference between a node and node 0; None if all nodes are equal."""
+    first = nodes[0]
+    remedy = "start the same command, with the same image and settings, on all nodes"
+    for node, info in enumerate(nodes):
+        expected = f"is the value on {info.host} (node {node}), but {first.host} (node 0) has {{!r}}"
+        if info.workers != first.workers:
+            workers_remedy = "check that every node has all its GPUs, or set train.processes"
+            return UserError("train.processes", info.workers, expected.format(first.workers), workers_remedy)
+        for prefix, values, first_values in (
+            ("version of ", info.versions, first.versions),
+            ("", info.settings, first.settings),
+        ):
+            for name in sorted(values.keys() | first_values.keys()):
+                if values.get(name) != first_values.get(name):
+                    return UserError(
+                        f"{prefix}{name}", values.get(name), expected.format(first_values.get(name)), remedy
+                    )
     return None

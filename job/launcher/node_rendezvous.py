@@ -1,16 +1,19 @@
-"""The nodes of a run: they meet before the workers start, hear at once when one of them fails, and end with one word.
+"""The rendezvous of the nodes of a run: they meet, watch each other while the workers run, and agree on how all ended.
 
-torchrun starts the workers of one node and knows nothing of the others: where one fails, they would wait for it until a
-timeout, and each would end with another exit code. So the agents share a store of keys and values at the rendezvous
-address, the one that torchrun uses as well. Each says there what it brings, that it lives, and how its workers ended.
+torchrun starts the workers of one node and knows nothing about the other nodes. Without this module, the other nodes
+would wait for a failed one until a timeout, and each node would exit with another code. So the agents of all nodes
+share a key-value store at the rendezvous address, which torchrun uses as well.
 
-Node 0 alone looks at all of that, and publishes what came of it under one key: what the store has to do grows with the
-number of nodes, not with its square. The keys are:
+Only node 0 reads the keys of all nodes, and publishes a summary under one key. So the number of operations grows
+linearly with the number of nodes, not quadratically. The keys are:
 
-* ``card/N``, ``link/N``: what node N brings, and how it is reached; ``stop``: a node was asked to stop meanwhile;
-* ``go``: node 0 has found that all are there and fit together, or why nothing comes of it;
-* ``beat/N``: a number that grows as long as node N lives; ``over/N``: how its workers ended;
-* ``news``: what node 0 has seen: whether one has failed and, at last, how all have ended; ``left/N``: node N knows it.
+* ``info/N``, ``address/N``: node N's `NodeInfo` and `NodeAddress`; it has joined.
+* ``stop``: a node was asked to stop before the start.
+* ``start``: written by node 0 when all nodes have joined and are equal, or when the run cannot start, with the reason.
+* ``heartbeat/N``: a value that changes as long as node N is alive.
+* ``ended/N``: how the workers of node N ended.
+* ``summary``: written by node 0: whether a node has failed and, at the end, how all workers ended.
+* ``left/N``: node N has read the last summary.
 """
 
 import json
@@ -26,74 +29,81 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
 
-from job import clock as awake
+from job import clock
 from job.errors import UserError
-from job.launcher import interface, loopback
-from job.launcher import ring_check as link
-from job.launcher import worker_status as outcome
+from job.launcher import interface, loopback, ring_check, worker_status
 from job.launcher.environment import Rendezvous
 from job.launcher.interface import Interface
-from job.launcher.node_info import Card, misfit
+from job.launcher.node_info import NodeInfo, find_difference
 from job.launcher.node_wait import NodesMissing, NodesStopped, Wait
-from job.launcher.ring_check import Link
-from job.launcher.worker_status import Outcome
+from job.launcher.ring_check import NodeAddress
+from job.launcher.worker_status import WorkerStatus
+from job.runs.run_status import RunStatus
 
-_BEAT_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 1.0
 _LOST_SECONDS = 30.0
-"""A node that has given no sign of life for so long is gone."""
-_LOST_AT_THE_END_SECONDS = 10.0
-"""The same when the workers of one have failed: the others are hardly better off."""
+"""A node without a new heartbeat for this time is considered lost."""
+_LOST_AFTER_FAILURE_SECONDS = 10.0
+"""The same after the workers of any node have failed: the other nodes have probably failed too."""
 _OPERATION_SECONDS = 20.0
-_ANSWER_SECONDS = 5.0
-_OVER = "over"
-"""A node's beat when its workers have ended."""
-_NO_NEWS: dict[str, Any] = {"failed": False, "ended": None}
+"""Timeout of an operation of the store."""
+_CONNECT_SECONDS = 5.0
+_ENDED = "ended"
+"""Heartbeat of a node whose workers have ended."""
+_NOTHING_FAILED: dict[str, Any] = {"failed": False, "ended": None}
 
 
-class Nodes:
-    """The nodes of a run, seen from one of them.
+class NodeRendezvous:
+    """One node's side of the rendezvous of all nodes: call `meet`, `check_next`, `watch` and, at the end, `part`.
 
     Args:
-        rank: this node's.
-        count: of the nodes.
-        job: what tells their job from others; two jobs may have the same port of a machine.
-        rendezvous: where they meet, an address of node 0.
-        card: of this node.
+        rank: rank of this node.
+        count: number of nodes.
+        job: name that distinguishes the job from others, because two jobs may use the same port of a machine.
+        rendezvous: address of node 0, where the nodes meet.
+        info: description of this node.
     """
 
-    def __init__(self, rank: int, count: int, job: str, rendezvous: Rendezvous, card: Card) -> None:
-        self.rank, self.count, self._job, self._rendezvous, self._card = rank, count, job, rendezvous, card
+    def __init__(self, rank: int, count: int, job: str, rendezvous: Rendezvous, info: NodeInfo) -> None:
+        self.rank, self.count, self._job, self._rendezvous, self._info = rank, count, job, rendezvous, info
         self.interface: Interface | None = None
         """Interface over which this node reaches the others; None if it is not known."""
         self.first = Rendezvous(loopback.ADDRESS, rendezvous.port)
-        """The rendezvous, as this node reaches it: an address instead of a name."""
+        """The rendezvous as this node reaches it: with an IP address instead of a host name."""
         self.network = ""
-        """Interfaces of all nodes in one line; node 0 knows it."""
+        """Interfaces of all nodes in one line; only node 0 knows it."""
         self._hosts = [f"node {node}" for node in range(count)]
-        self._link = self._next = Link(card.host, rank, "", 0, "", "")
+        self._address = self._next_address = NodeAddress(info.host, rank, "", 0, "", "")
         self._listening: socket.socket | None = None
-        self._no_answer = ""
+        self._connect_error = ""
         self._store: Any = None
         self._has_met = False
         # State of the threads that watch the other nodes.
-        self._over: dict[str, Any] | None = None
-        self._parting, self._done = threading.Event(), threading.Event()
-        self._beats: dict[int, tuple[Any, float]] = {}
-        self._found: dict[int, dict[str, Any] | None] = {}
-        self._news, self._heard_at = _NO_NEWS, 0.0
+        self._own_end: dict[str, Any] | None = None
+        self._is_parting, self._is_done = threading.Event(), threading.Event()
+        self._heartbeats: dict[int, tuple[Any, float]] = {}
+        """Last heartbeat of each node, and the time at which it changed; only on node 0."""
+        self._ends: dict[int, dict[str, Any] | None] = {}
+        """How the workers of each node ended; None for a lost node."""
+        self._summary, self._summary_read_at = _NOTHING_FAILED, 0.0
         self._lost_seconds = _LOST_SECONDS
 
     # ---- Meeting ----
 
     def meet(self, timeout_seconds: float, stop_requested: Callable[[], bool], say: Callable[[str], None]) -> None:
-        """Waits until all nodes are there and node 0 has found that they fit together.
+        """Wait until all nodes have joined and node 0 has found that they are equal.
+
+        Args:
+            timeout_seconds: time limit.
+            stop_requested: returns True if this node was asked to stop.
+            say: prints a message.
 
         Raises:
-            UserError: they do not fit together: settings, versions or processes differ.
-            NodesMissing: they do not all come in time.
-            NodesStopped: one of them was asked to stop before that.
+            UserError: settings, versions or numbers of workers differ between nodes.
+            NodesMissing: not all nodes joined in time.
+            NodesStopped: a node was asked to stop.
         """
-        wait = Wait(timeout_seconds, lambda: stop_requested() or self._is_stopped(), say)
+        wait = Wait(timeout_seconds, lambda: stop_requested() or self._is_stop_published(), say)
         try:
             if self.rank == 0:
                 self._gather(wait)
@@ -104,234 +114,266 @@ class Nodes:
                 self._set("stop", True)
             raise
         except UserError as error:
-            self._refuse("refused", error.setting, error.value, error.expected, error.remedy)
+            self._cancel("refused", error.setting, error.value, error.expected, error.remedy)
             raise
         except NodesMissing as error:
-            self._refuse("missing", str(error))
+            self._cancel("missing", str(error))
             raise
-        self._next = Link(**self._get(f"link/{(self.rank + 1) % self.count}"))
+        self._next_address = NodeAddress(**self._get(f"address/{(self.rank + 1) % self.count}"))
         self._has_met = True
 
-    def _refuse(self, how: str, *why: Any) -> None:
-        """Node 0 tells those that are there why nothing comes of it."""
+    def _cancel(self, kind: str, *arguments: Any) -> None:
+        """On node 0, tell the nodes that have joined why the run does not start."""
         if self.rank == 0 and self._store is not None:
-            self._set("go", {how: why})
+            self._set("start", {kind: arguments})
 
     def _gather(self, wait: Wait) -> None:
-        """Node 0's part: waits until all are there and fit together, and tells them."""
+        """Do node 0's part of `meet`: wait until all nodes have joined, compare them, and tell them to start."""
 
-        def missing() -> str:
-            absent = [node for node in range(self.count) if not self._has([f"card/{node}"])]
-            return f"nodes {link.listed(absent)} of {self.count} are not there (awaited at {self._rendezvous})"
+        def describe_missing() -> str:
+            missing = [node for node in range(self.count) if not self._has([f"info/{node}"])]
+            return f"nodes {ring_check.list_nodes(missing)} of {self.count} have not joined at {self._rendezvous}"
 
-        all_nodes, others = range(self.count), range(1, self.count)
+        nodes, others = range(self.count), range(1, self.count)
         self._open_store(wait)
-        self._set("card/0", asdict(self._card))
-        wait.until(lambda: self._has(f"card/{node}" for node in all_nodes), missing)
-        cards = [Card(**card) for card in self._get_all("card", all_nodes)]
-        if (error := misfit(cards)) is not None:
+        self._set("info/0", asdict(self._info))
+        wait.until(lambda: self._has(f"info/{node}" for node in nodes), describe_missing)
+        infos = [NodeInfo(**info) for info in self._get_all("info", nodes)]
+        if (error := find_difference(infos)) is not None:
             raise error
-        links = [Link(**one) for one in self._get_all("link", others)]
-        self.interface = link.interface_towards(links)
-        self._publish_link()
-        self.network = link.described([self._link, *links])
-        self._hosts = [card.host for card in cards]
-        self._store.multi_set([f"beat/{node}" for node in others], ["0"] * len(others))
-        self._set("news", _NO_NEWS)
-        self._set("go", {"tokens": [card.token for card in cards], "host": cards[0].host})
+        addresses = [NodeAddress(**address) for address in self._get_all("address", others)]
+        self.interface = ring_check.interface_of_node_0(addresses)
+        self._publish_address()
+        self.network = ring_check.describe_networks([self._address, *addresses])
+        self._hosts = [info.host for info in infos]
+        self._store.multi_set([f"heartbeat/{node}" for node in others], ["0"] * len(others))
+        self._set("summary", _NOTHING_FAILED)
+        self._set("start", {"tokens": [info.token for info in infos], "host": infos[0].host})
 
     def _join(self, wait: Wait) -> None:
-        """The part of the others: waits until node 0 has found them all."""
+        """Do another node's part of `meet`: join, and wait until node 0 tells all nodes to start."""
         while True:
             try:
                 self._open_store(wait)
-                self._publish_link()
-                self._set(f"card/{self.rank}", asdict(self._card))
-                wait.until(lambda: self._has(["go"]), lambda: f"node 0 at {self._rendezvous} waits for further nodes")
-                go = self._get("go")
-                if "refused" in go:
-                    raise UserError(*go["refused"])
-                if "missing" in go:
-                    raise NodesMissing(*go["missing"])
-                if go["tokens"][self.rank] == self._card.token:
-                    self._hosts[0] = go["host"]
+                self._publish_address()
+                self._set(f"info/{self.rank}", asdict(self._info))
+                wait.until(
+                    lambda: self._has(["start"]), lambda: f"node 0 at {self._rendezvous} is waiting for more nodes"
+                )
+                start = self._get("start")
+                if "refused" in start:
+                    raise UserError(*start["refused"])
+                if "missing" in start:
+                    raise NodesMissing(*start["missing"])
+                if start["tokens"][self.rank] == self._info.token:
+                    self._hosts[0] = start["host"]
                     return
-                # They have met whoever had this node's place before, and are about to notice that it is gone.
-                wait.until(lambda: not self._has(["go"]), lambda: "the nodes of the start before have not ended")
-            except RuntimeError:  # node 0 has ended, and its store with it; when it starts again, there is another one
+                # The other nodes have met a previous node with this rank. They will notice that it is lost, and exit.
+                wait.until(
+                    lambda: not self._has(["start"]), lambda: "the nodes of the previous start have not exited yet"
+                )
+            except RuntimeError:  # Node 0 has exited, and its store with it. When it starts again, it has a new store.
                 self._store = None
 
-    def _is_stopped(self) -> bool:
+    def _is_stop_published(self) -> bool:
         return self._store is not None and self._has(["stop"])
 
     def _open_store(self, wait: Wait) -> None:
+        """Open the store: on node 0 its server, on other nodes a client of it."""
         timeout = timedelta(seconds=_OPERATION_SECONDS)
         if self.rank == 0:
-            address, port = self._rendezvous
-            listening: list[socket.socket] = []
-            taken = f"port {port} of this node is taken by another process"
-            wait.until(lambda: link.listen_everywhere(port, listening), lambda: taken)
-            # torchrun finds this server in its process, and uses it too.
-            more: dict[str, Any] = {"multi_tenant": True, "master_listen_fd": listening[0].detach()}
-            store = TCPStore(*self.first, None, True, timeout, wait_for_workers=False, **more)
-            elsewhere = f"{address} does not lead to this node, which is to be node 0"
-            wait.until(self._is_reachable, lambda: f"{elsewhere} ({self._no_answer})")
+            store = TCPStore(*self.first, None, True, timeout, wait_for_workers=False, **self._server_options(wait))
+            unreachable = f"the rendezvous address {self._rendezvous.address} does not reach node 0, which is this node"
+            wait.until(self._is_reachable, lambda: f"{unreachable} ({self._connect_error})")
         else:
-            missing = f"node 0 does not answer at {self._rendezvous}"
-            wait.until(self._is_reachable, lambda: f"{missing} ({self._no_answer})")
+            unreachable = f"node 0 does not answer at {self._rendezvous}"
+            wait.until(self._is_reachable, lambda: f"{unreachable} ({self._connect_error})")
             store = TCPStore(*self.first, None, False, timeout, wait_for_workers=False)
         self._store = PrefixStore(f"nodes of {self._job}", store)
 
+    def _server_options(self, wait: Wait) -> dict[str, Any]:
+        """Return options that open the store's server on all addresses of this node, once its port is free."""
+        sockets: list[socket.socket] = []
+
+        def is_listening() -> bool:
+            if (opened := ring_check.listen_on_all_addresses(self._rendezvous.port)) is not None:
+                sockets.append(opened)
+            return bool(sockets)
+
+        taken = f"port {self._rendezvous.port} of this node is used by another process"
+        remedy = "stop that process, or set MASTER_PORT to a free port on all nodes"
+        wait.until(is_listening, lambda: f"{taken} ({remedy})")
+        # With `multi_tenant`, torchrun in this process uses this server too, instead of opening its own.
+        return {"multi_tenant": True, "master_listen_fd": sockets[0].detach()}
+
     def _is_reachable(self) -> bool:
-        """Return True if node 0 answers, and remember the addresses of that connection."""
+        """Return True if node 0 answers; remember the addresses of the connection, or the error."""
         try:
-            with socket.create_connection(self._rendezvous, timeout=_ANSWER_SECONDS) as connection:
+            with socket.create_connection(self._rendezvous, timeout=_CONNECT_SECONDS) as connection:
                 if self.rank != 0:
                     self.first = self.first._replace(address=connection.getpeername()[0])
-                    self.interface = interface.with_address(connection.getsockname()[0])
+                    self.interface = interface.find_by_address(connection.getsockname()[0])
         except OSError as error:
-            here = interface.leading_to(self._rendezvous.address)
-            self._no_answer = f"from {here or 'here'}: {(error.strerror or str(error)).lower()}"
+            source = interface.leading_to(self._rendezvous.address)
+            reason = (error.strerror or str(error)).lower()
+            self._connect_error = f"from {source}: {reason}" if source else reason
             return False
         return True
 
-    def _publish_link(self) -> None:
-        """Tells the others how the workers of this node are reached, and listens there."""
-        found = None
-        with suppress(UserError):  # raised by `reach`, when the others can be told of it
-            found = interface.of_gloo(self.interface)
-        self._listening = link.listen_at(found.address) if found else None
-        port = self._listening.getsockname()[1] if self._listening else 0
-        words = interface.described(self.interface, self._rendezvous)
-        self._link = Link(self._card.host, self.rank, found.address if found else "", port, self.first.address, words)
-        self._set(f"link/{self.rank}", asdict(self._link))
+    def _publish_address(self) -> None:
+        """Listen where the workers of this node will, and publish the address to the other nodes."""
+        gloo = None
+        with suppress(UserError):  # `check_next` raises it again, when the other nodes can be told about it.
+            gloo = interface.gloo_interface(self.interface)
+        self._listening = ring_check.listen_at(gloo.address) if gloo else None
+        self._address = NodeAddress(
+            host=self._info.host,
+            node=self.rank,
+            address=gloo.address if gloo else "",
+            port=self._listening.getsockname()[1] if self._listening else 0,
+            first=self.first.address,
+            network=interface.describe_choice(self.interface, self._rendezvous),
+        )
+        self._set(f"address/{self.rank}", asdict(self._address))
 
-    def reach(self) -> None:
-        """Check that the workers of this node can reach those of the next one.
+    def check_next(self) -> None:
+        """Check that the workers of this node can connect to those of the next node.
 
         Raises:
-            link.NodesApart: they will not.
-            UserError: the user has named an interface that this node does not have.
+            ring_check.NodeUnreachable: they cannot.
+            UserError: the user has set an interface that this node does not have.
         """
-        interface.of_gloo(self.interface)
-        link.reach(self._link, self._next)
+        interface.gloo_interface(self.interface)
+        ring_check.check_connection(self._address, self._next_address)
 
     # ---- Watching ----
 
     def watch(self, end_workers: Callable[[], None]) -> None:
-        """From now on `end_workers` is called, once, as soon as another node has failed or is gone."""
-        self._heard_at = awake.seconds()
+        """Start to watch the other nodes; call `end_workers` once, as soon as another node has failed or is lost."""
+        self._summary_read_at = clock.seconds()
         for run in (self._watch, self._guard):
             threading.Thread(target=run, args=(end_workers,), name="nodes", daemon=True).start()
 
     def _watch(self, end_workers: Callable[[], None]) -> None:
-        """Takes part in the exchange, until all is over or node 0 is gone."""
+        """Exchange heartbeats and summaries until all nodes have ended or node 0 is lost."""
         try:
-            while not self._done.is_set():
-                self._hear(self._preside() if self.rank == 0 else self._report(), end_workers)
-                self._heard_at = awake.seconds()
-                if self._parting.wait(_BEAT_SECONDS):
-                    self._done.wait(_BEAT_SECONDS / 5)
-        except RuntimeError:  # the store is node 0's
-            self._hear(self._without_node_0(), end_workers)
+            while not self._is_done.is_set():
+                summary = self._summarize() if self.rank == 0 else self._report()
+                self._receive(summary, end_workers)
+                self._summary_read_at = clock.seconds()
+                if self._is_parting.wait(_HEARTBEAT_SECONDS):
+                    self._is_done.wait(_HEARTBEAT_SECONDS / 5)
+        except RuntimeError:  # The store is on node 0, so node 0 is lost.
+            self._receive(self._summary_without_node_0(), end_workers)
 
     def _guard(self, end_workers: Callable[[], None]) -> None:
-        """Notices that node 0 is gone where nothing says so, since its machine is off or a cable is cut."""
-        while not self._done.wait(_BEAT_SECONDS):
-            if awake.seconds() - self._heard_at > self._lost_seconds:
-                self._hear(self._without_node_0(), end_workers)
+        """Detect that node 0 is lost if no operation fails, for example because its machine or the network is down."""
+        while not self._is_done.wait(_HEARTBEAT_SECONDS):
+            if clock.seconds() - self._summary_read_at > self._lost_seconds:
+                self._receive(self._summary_without_node_0(), end_workers)
 
-    def _hear(self, news: dict[str, Any], end_workers: Callable[[], None]) -> None:
-        if self._done.is_set():
+    def _receive(self, summary: dict[str, Any], end_workers: Callable[[], None]) -> None:
+        """Store a summary, and end the workers of this node if another node has failed."""
+        if self._is_done.is_set():
             return
-        is_new, self._news = news["failed"] and not self._news["failed"], news
-        if news["ended"] is not None:
-            self._done.set()
-        if is_new and not self._parting.is_set():
+        is_first_failure = summary["failed"] and not self._summary["failed"]
+        self._summary = summary
+        if summary["ended"] is not None:
+            self._is_done.set()
+        if is_first_failure and not self._is_parting.is_set():
             end_workers()
 
     def _report(self) -> dict[str, Any]:
-        """A round of every other node: says that it lives, or how its workers ended, and asks what node 0 has seen."""
-        if self._over is not None and self.rank not in self._found:
-            self._set(f"over/{self.rank}", self._over)
-            self._found[self.rank] = self._over
-        self._set(f"beat/{self.rank}", _OVER if self.rank in self._found else awake.seconds())
-        news: dict[str, Any] = self._get("news")
-        if news["ended"] is not None:
+        """Publish this node's heartbeat or its workers' end, and return node 0's summary; for all nodes but node 0."""
+        if self._own_end is not None and self.rank not in self._ends:
+            self._set(f"ended/{self.rank}", self._own_end)
+            self._ends[self.rank] = self._own_end
+        self._set(f"heartbeat/{self.rank}", _ENDED if self.rank in self._ends else clock.seconds())
+        summary: dict[str, Any] = self._get("summary")
+        if summary["ended"] is not None:
             self._set(f"left/{self.rank}", True)
-        return news
+        return summary
 
-    def _preside(self) -> dict[str, Any]:
-        """A round of node 0: looks at all others, and tells them what it has seen."""
+    def _summarize(self) -> dict[str, Any]:
+        """On node 0, read the state of all other nodes, publish a summary, and return it."""
         others = range(1, self.count)
-        for node, beat in zip(others, self._get_all("beat", others), strict=True):
-            if node in self._found:
+        for node, heartbeat in zip(others, self._get_all("heartbeat", others), strict=True):
+            if node in self._ends:
                 continue
-            if beat == _OVER:
-                self._found[node] = self._get(f"over/{node}")
-            elif self._is_lost(node, beat):
-                self._found[node] = None
-        if self._over is not None:
-            self._found[0] = self._over
-        failed = any(found is None or found["failed"] for found in self._found.values())
+            if heartbeat == _ENDED:
+                self._ends[node] = self._get(f"ended/{node}")
+            elif self._is_lost(node, heartbeat):
+                self._ends[node] = None
+        if self._own_end is not None:
+            self._ends[0] = self._own_end
+        failed = any(end is None or end["failed"] for end in self._ends.values())
         if failed:
-            self._lost_seconds = _LOST_AT_THE_END_SECONDS
-        news = {"failed": failed, "ended": self._ended() if len(self._found) == self.count else None}
-        if news != self._news:
-            self._set("news", news)
-        return news
+            self._lost_seconds = _LOST_AFTER_FAILURE_SECONDS
+        summary = {"failed": failed, "ended": self._all_ends() if len(self._ends) == self.count else None}
+        if summary != self._summary:
+            self._set("summary", summary)
+        return summary
 
-    def _is_lost(self, node: int, beat: Any) -> bool:
-        known, since = self._beats.get(node, (None, 0.0))
-        if beat != known:
-            self._beats[node] = beat, awake.seconds()
+    def _is_lost(self, node: int, heartbeat: Any) -> bool:
+        """Return True if the node's heartbeat has not changed for too long."""
+        last, changed_at = self._heartbeats.get(node, (None, 0.0))
+        if heartbeat != last:
+            self._heartbeats[node] = heartbeat, clock.seconds()
             return False
-        return awake.seconds() - since > self._lost_seconds
+        return clock.seconds() - changed_at > self._lost_seconds
 
-    def _ended(self) -> dict[str, Any]:
-        """How all nodes have ended; the messages that nobody will be told are not sent to every node."""
-        gone = [node for node, found in self._found.items() if found is None]
-        outcomes = [self._lost(node) for node in gone]
-        outcomes += [Outcome(**one) for found in self._found.values() if found for one in found["outcomes"]]
-        return {"gone": gone, "outcomes": [asdict(one) for one in outcome.without_details(outcomes)]}
+    def _all_ends(self) -> dict[str, Any]:
+        """Return how the workers of all nodes ended, without messages that no node will show."""
+        lost = [node for node, end in self._ends.items() if end is None]
+        workers = [self._lost_status(node) for node in lost]
+        for end in self._ends.values():
+            if end is not None:
+                workers += [WorkerStatus.from_dict(worker) for worker in end["workers"]]
+        return {"lost": lost, "workers": [asdict(worker) for worker in worker_status.without_details(workers)]}
 
-    def _without_node_0(self) -> dict[str, Any]:
-        """The news when node 0 is gone, and with it what the others have said."""
-        return {"failed": True, "ended": {"gone": [0], "outcomes": [asdict(self._lost(0))]}}
+    def _summary_without_node_0(self) -> dict[str, Any]:
+        """Return the summary after node 0 was lost, together with what the other nodes had published."""
+        return {"failed": True, "ended": {"lost": [0], "workers": [asdict(self._lost_status(0))]}}
 
-    def _lost(self, node: int) -> Outcome:
-        """The outcome of a node that is gone: as that of its first worker."""
-        message = f"{self._hosts[node]} (node {node}) is gone"
-        return Outcome(node * self._card.processes, outcome.LOST, message, time.time())
+    def _lost_status(self, node: int) -> WorkerStatus:
+        """Return the status of a lost node, as the status of its first worker."""
+        message = f"{self._hosts[node]} (node {node}) stopped responding (killed? machine or network down?)"
+        return WorkerStatus(node * self._info.workers, RunStatus.LOST, message, time.time())
 
     # ---- Parting ----
 
     def part(self, folder: Path, failed: bool) -> None:
-        """Tells the others how this node's workers ended, waits for their end, and notes it in `folder` as well."""
-        gone: list[int] = []
+        """Tell the other nodes how this node's workers ended, and wait until all nodes have ended.
+
+        Args:
+            folder: folder of this start, from which the statuses of this node are read; those of other nodes are added.
+            failed: True if the workers of this node failed.
+        """
+        lost: list[int] = []
         if self._has_met:
             if failed:
-                self._lost_seconds = _LOST_AT_THE_END_SECONDS
-            self._over = {"failed": failed, "outcomes": [asdict(one) for one in outcome.read_all(folder)]}
-            self._parting.set()
-            self._done.wait()
-            gone = self._news["ended"]["gone"]
-            found = [Outcome(**one) for one in self._news["ended"]["outcomes"]]
-            outcome.record_others(folder, [one for one in found if one.rank // self._card.processes != self.rank])
+                self._lost_seconds = _LOST_AFTER_FAILURE_SECONDS
+            self._own_end = {"failed": failed, "workers": [asdict(worker) for worker in worker_status.read_all(folder)]}
+            self._is_parting.set()
+            self._is_done.wait()
+            lost = self._summary["ended"]["lost"]
+            workers = [WorkerStatus.from_dict(worker) for worker in self._summary["ended"]["workers"]]
+            others = [worker for worker in workers if worker.rank // self._info.workers != self.rank]
+            worker_status.record_others(folder, others)
         elif self._store is not None:
             with suppress(RuntimeError):
                 self._set(f"left/{self.rank}", True)
         if self.rank == 0 and self._store is not None:
-            self._wait_for_readers([node for node in range(1, self.count) if node not in gone])
+            self._wait_for_readers([node for node in range(1, self.count) if node not in lost])
         if self._listening is not None:
             self._listening.close()
 
-    def _wait_for_readers(self, alive: list[int]) -> None:
-        """Node 0 keeps the store until those of the others that are there have read it."""
-        there = [f"left/{node}" for node in alive if self._has([f"card/{node}"])]
-        deadline = awake.seconds() + _LOST_AT_THE_END_SECONDS
-        while there and not self._has(there) and awake.seconds() < deadline:
-            time.sleep(_BEAT_SECONDS / 20)
+    def _wait_for_readers(self, nodes: list[int]) -> None:
+        """On node 0, keep the store open until those of these nodes that have joined have read the last summary."""
+        keys = [f"left/{node}" for node in nodes if self._has([f"info/{node}"])]
+        deadline = clock.seconds() + _LOST_AFTER_FAILURE_SECONDS
+        while keys and not self._has(keys) and clock.seconds() < deadline:
+            time.sleep(_HEARTBEAT_SECONDS / 20)
 
     # ---- The store ----
 
@@ -345,5 +387,5 @@ class Nodes:
         return [json.loads(value) for value in self._store.multi_get([f"{kind}/{node}" for node in nodes])]
 
     def _has(self, keys: Iterable[str]) -> bool:
-        """Whether all of them are there."""
+        """Return True if all these keys exist."""
         return bool(self._store.check(list(keys)))

@@ -1,40 +1,57 @@
-"""Waiting for other nodes before the start, with a time limit and messages."""
+"""Waiting for other nodes before a run starts, with a time limit and messages."""
 
 import time
 from collections.abc import Callable
 
-from job import clock as awake
+from job import clock
 
-_FIRST_WORD_SECONDS = 10.0
-"""Time until the first message that says which nodes are missing; further messages come at twice the time each."""
+_FIRST_MESSAGE_SECONDS = 10.0
+"""Time until the first message that says what is awaited; the time doubles with each further message."""
 _POLL_SECONDS = 0.2
 
 
 class NodesStopped(Exception):
-    """The run was asked to stop before all nodes were there."""
+    """The run was asked to stop before all nodes had joined."""
 
 
 class NodesMissing(Exception):
-    """Not all nodes came in time: when they are started again, they may."""
+    """Not all nodes joined in time; starting the run again may help."""
 
 
 class Wait:
-    """Waits for several conditions under one time limit, and prints what it waits for."""
+    """Wait for several conditions under one time limit, and print messages meanwhile.
+
+    Args:
+        timeout_seconds: time limit for all conditions together.
+        stop_requested: returns True if the run was asked to stop.
+        say: prints a message.
+    """
 
     def __init__(self, timeout_seconds: float, stop_requested: Callable[[], bool], say: Callable[[str], None]) -> None:
-        self._began, self._timeout_seconds = awake.seconds(), timeout_seconds
+        self._started_at, self._timeout_seconds = clock.seconds(), timeout_seconds
         self._stop_requested, self._say = stop_requested, say
-        self._next_word_seconds = _FIRST_WORD_SECONDS
+        self._next_message_seconds = _FIRST_MESSAGE_SECONDS
 
-    def until(self, come: Callable[[], bool], missing: Callable[[], str]) -> None:
-        """Returns when they have `come`; `missing` says who has not."""
-        while not come():
-            waited = awake.seconds() - self._began
+    def until(self, is_met: Callable[[], bool], describe_missing: Callable[[], str]) -> None:
+        """Return as soon as the condition is met.
+
+        Args:
+            is_met: the condition.
+            describe_missing: returns what is missing, for messages.
+
+        Raises:
+            NodesStopped: the run was asked to stop.
+            NodesMissing: the time limit has passed.
+        """
+        while not is_met():
+            waited_seconds = clock.seconds() - self._started_at
             if self._stop_requested():
                 raise NodesStopped
-            if waited > self._timeout_seconds:
-                raise NodesMissing(f"{missing()} after {waited:.0f} s (train.node_timeout)")
-            if waited > self._next_word_seconds:
-                self._say(f"waiting for {waited:.0f} s: {missing()}")
-                self._next_word_seconds *= 2
+            if waited_seconds > self._timeout_seconds:
+                raise NodesMissing(
+                    f"{describe_missing()} after {waited_seconds:.0f} s; increase train.node_timeout to wait longer"
+                )
+            if waited_seconds > self._next_message_seconds:
+                self._say(f"waiting for {waited_seconds:.0f} s: {describe_missing()}")
+                self._next_message_seconds *= 2
             time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The processes of one start: what they have in common, and that none of them outlives the one that started it."""
+"""What the processes of one start share: variables, the stop file, and how each process exits."""
 
 import ctypes
 import os
@@ -10,25 +10,25 @@ from job import console
 from job.errors import EXIT_FAILED
 
 FOLDER_VARIABLE = "WIKILLM_WORKER_DIR"
-"""Names the local folder that holds the task and takes the outcomes."""
+"""Environment variable with the local folder of this start: it contains the worker job and the worker statuses."""
 PARENT_VARIABLE = "WIKILLM_PARENT_PID"
-"""The process that this one must not outlive."""
+"""Environment variable with the process id of the parent, which this process must not outlive."""
 STOP_FILE = "stop"
-"""Where there is this file in the folder, the run is to stop; a worker that is still starting finds it later."""
+"""Name of a file in the folder of this start. Once it exists, the workers stop, also those that are still starting."""
 ANY_PORT = "0"
-"""MASTER_PORT of a single worker: it opens a free port itself, and no other process has to know the number."""
+"""MASTER_PORT of a single worker, which opens a free port itself: no other process needs to know the number."""
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process as soon as its parent is gone, however that ended: none trains on in secret."""
+    """Make the kernel kill this process as soon as its parent exits, so that no worker keeps training unnoticed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT_VARIABLE]):  # it was gone before
+    if os.getppid() != int(os.environ[PARENT_VARIABLE]):  # The parent exited before the call above.
         leave(EXIT_FAILED)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process; communication threads may abort one that shuts down in the usual way, after all is done."""
+    """Exit at once, without the interpreter's cleanup: communication threads may abort a process during cleanup."""
     console.close()
     os._exit(code)

@@ -1,5 +1,6 @@
-"""What each worker leaves behind when it ends, for the process that started it: torchrun gives no exit codes back."""
+"""Files in which each worker records how it ended, since torchrun does not pass on the workers' exit codes."""
 
+import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import time
@@ -8,55 +9,69 @@ from typing import Any
 import orjson
 
 from job.json_record import record_bytes
+from job.runs.run_status import RunStatus
 
-DONE, STOPPED, REFUSED, NO_PROGRESS, HUNG, CRASHED, KILLED, LOST = (
-    *("done", "stopped", "refused", "no progress", "hung", "crashed", "killed", "lost"),
-)
 _OTHERS = "others.json"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WorkerStatus:
     """How one worker ended."""
 
     rank: int
-    status: str
-    """``done``, ``stopped``, ``refused`` (a UserError), ``no progress``, ``hung``, ``crashed``, ``killed``, or ``lost``
-    (its node is gone, or cannot reach the others)."""
+    status: RunStatus
     message: str = ""
-    """The line of the error, the traceback, or the signal that killed it."""
+    """Error line or traceback; for `KILLED`, the name of the signal."""
     at: float = 0.0
-    """Seconds since 1970: of several crashes the first is the cause."""
+    """Time of the end, in seconds since 1970; of several crashes, the first one is the cause."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "WorkerStatus":
+        """Return the status that `dataclasses.asdict` converted to `values`."""
+        return cls(**values | {"status": RunStatus(values["status"])})
 
 
-def record(folder: Path, outcome: Outcome) -> None:
-    """Leaves `outcome` in `folder`, whole or not at all."""
-    _write(folder / f"rank-{outcome.rank}.json", asdict(replace(outcome, at=outcome.at or time())))
+def record(folder: Path, worker: WorkerStatus) -> None:
+    """Write a status to `folder`. Readers see the whole file or none."""
+    _write(folder / f"rank-{worker.rank}.json", asdict(replace(worker, at=worker.at or time())))
 
 
-def record_others(folder: Path, outcomes: list[Outcome]) -> None:
-    """Leaves the outcomes of all workers of other nodes in `folder`, in one file: there may be thousands."""
-    _write(folder / _OTHERS, {"outcomes": [asdict(one) for one in outcomes]})
+def record_if_killed(folder: Path, rank: int, exit_code: int) -> None:
+    """Record the status of a worker if a signal ended it, because it could not record that itself.
 
-
-def read_all(folder: Path) -> list[Outcome]:
-    """The outcomes in `folder`, the earliest first."""
-    found = [orjson.loads(path.read_bytes()) for path in folder.glob("rank-*.json")]
-    if (others := folder / _OTHERS).exists():
-        found += orjson.loads(others.read_bytes())["outcomes"]
-    return sorted((Outcome(**one) for one in found), key=lambda one: one.at)
-
-
-def without_details(outcomes: list[Outcome]) -> list[Outcome]:
-    """The outcomes with few messages: of each status that of the earliest and the longest, of which one may be told.
-
-    When a worker of a thousand fails, all others leave a traceback too.
+    Args:
+        folder: folder of this start.
+        rank: rank of the worker.
+        exit_code: the worker's exit code, as `subprocess` returns it: the negative number of the signal.
     """
-    kept: set[int] = set()
-    for status in {one.status for one in outcomes}:
-        these = [one for one in outcomes if one.status == status]
-        kept |= {min(these, key=lambda one: one.at).rank, max(these, key=lambda one: len(one.message)).rank}
-    return [one if one.rank in kept else replace(one, message="") for one in outcomes]
+    if exit_code < 0:
+        record(folder, WorkerStatus(rank, RunStatus.KILLED, signal.Signals(-exit_code).name))
+
+
+def record_others(folder: Path, workers: list[WorkerStatus]) -> None:
+    """Write the statuses of all workers of other nodes to one file in `folder`: there may be thousands."""
+    _write(folder / _OTHERS, {"workers": [asdict(worker) for worker in workers]})
+
+
+def read_all(folder: Path) -> list[WorkerStatus]:
+    """Return all statuses in `folder`, the earliest first."""
+    values = [orjson.loads(path.read_bytes()) for path in folder.glob("rank-*.json")]
+    if (others := folder / _OTHERS).exists():
+        values += orjson.loads(others.read_bytes())["workers"]
+    return sorted((WorkerStatus.from_dict(worker) for worker in values), key=lambda worker: worker.at)
+
+
+def without_details(workers: list[WorkerStatus]) -> list[WorkerStatus]:
+    """Return the statuses with most messages removed: each kind of status keeps its earliest and its longest message.
+
+    Only one of those may be shown to the user. When one of a thousand workers fails, all others record a traceback too.
+    """
+    ranks_to_keep: set[int] = set()
+    for status in {worker.status for worker in workers}:
+        same_status = [worker for worker in workers if worker.status == status]
+        ranks_to_keep.add(min(same_status, key=lambda worker: worker.at).rank)
+        ranks_to_keep.add(max(same_status, key=lambda worker: len(worker.message)).rank)
+    return [worker if worker.rank in ranks_to_keep else replace(worker, message="") for worker in workers]
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

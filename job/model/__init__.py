@@ -1,1 +1,1 @@
-"""The network, its loss, and what it costs: it knows nothing of where tokens come from, nor of machines."""
+"""The network, its loss, its cost in memory and FLOPs, and its files; independent of data sets and machines."""

@@ -1,159 +1,171 @@
-"""The network: Qwen2's decoder from transformers, at any size, with the chunked loss behind one forward."""
+"""The networks that can be trained: one table for building, counting, exporting and reading them back.
+
+To add an architecture, add an entry here; tests/model/test_architecture.py tests every entry. It has to be one of
+transformers' decoders: an embedding, layers that share rotary embeddings, a norm, and a head without a bias.
+"""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from job.suggestions import find_entry
 
-from job.model.attention import PACKED, same_document
-from job.model.loss import GradLogits, grad_logits_, linear_cross_entropy, token_nats
-from job.model.spec import ModelSpec
+if TYPE_CHECKING:
+    from job.model.spec import ModelSpec
 
-
-def build_model(spec: ModelSpec, vocab_size: int, eod_id: int, context_length: int, seed: int) -> Qwen2ForCausalLM:
-    """A new fp32 model. The weights depend on the arguments alone, so every rank makes the same ones; the global RNG
-    stays where it was.
-
-    Args:
-        vocab_size: rows of the embedding.
-        eod_id: the end-of-document token, at which generation stops; padding is deliberately not given the same id.
-        context_length: longest sequence in tokens; rotary embeddings do not learn it.
-    """
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=spec.hidden_size,
-        num_hidden_layers=spec.num_hidden_layers,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        intermediate_size=spec.intermediate_size,
-        tie_word_embeddings=spec.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-        rms_norm_eps=spec.rms_norm_eps,
-        initializer_range=spec.initializer_range,
-        max_position_embeddings=context_length,
-        bos_token_id=None,
-        eos_token_id=eod_id,
-        pad_token_id=None,
-        attn_implementation="sdpa",  # type: ignore[call-arg]
-    )
-    # The CPU's generator alone: torch.manual_seed would also reseed every GPU, and those are not forked here.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+Shape = tuple[int, ...]
+HEAD, EMBEDDING, LAST_NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
+"""Tensors of every architecture by their names in transformers; the head is one only where it is not tied."""
 
 
-def load_weights(model: Qwen2ForCausalLM, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights`, named as in `Qwen2ForCausalLM`, into a model.
+@dataclass(frozen=True)
+class ModelForm:
+    """A format of Hugging Face's model folders in which a model can be exported for other programs."""
+
+    model_type: str
+    """The value in config.json by which transformers chooses its classes."""
+    model_class: str
+    """The value of `architectures` in config.json."""
+    values: Callable[["ModelSpec"], dict[str, Any]]
+    """Return what config.json says beside the values that all forms have."""
+    required: Mapping[str, Any]
+    """Values that config.json must have for a folder to be of this form."""
+    default_head_dim: int | None = None
+    """Features of a head if config.json has no `head_dim`; None: hidden_size / num_attention_heads."""
+    zeros: Callable[["ModelSpec"], list[str]] = lambda spec: []
+    """Return the names of tensors `[hidden_size]` that only this form has, and that are 0."""
+    is_for_qwen2_tokenizer: bool = False
+    """True if transformers 5 cuts texts as Qwen2's tokenizer does for this model type, whatever tokenizer.json says."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of transformers."""
+
+    config_class: str
+    """Name of its configuration's class in transformers."""
+    model_class: str
+    """Name of its class in transformers."""
+    config_values: Callable[["ModelSpec"], dict[str, Any]]
+    """Return the arguments of the configuration beside those that all architectures have."""
+    layer_shapes: Callable[["ModelSpec"], dict[str, Shape]]
+    """Return the shape of every tensor of one layer, by its name in the layer. FLOPs and parameters are counted from
+    it: a matrix multiplies every token once."""
+    forms: tuple[ModelForm, ...]
+    """How it is exported: the first form that gives the ids of the tokenizer is taken."""
+    residual_projections: tuple[str, ...] = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    """Names in the layer of the matrices whose products are added to the residual stream."""
+    has_query_key_norm: bool = False
+    """True if attention normalizes each head of query and key before the rotary embedding."""
+
+    def form(self, model_type: str) -> ModelForm:
+        """Return the form with this value of `model_type` in config.json."""
+        return next(form for form in self.forms if form.model_type == model_type)
+
+
+def _qwen2_layer(spec: "ModelSpec") -> dict[str, Shape]:
+    """Qwen2's layer (Yang et al. 2024, arXiv:2407.10671): grouped queries, biases at query, key and value, SwiGLU."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    key_value = hidden // spec.num_attention_heads * spec.num_key_value_heads
+    shapes: dict[str, Shape] = {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    for name, width in (("q", hidden), ("k", key_value), ("v", key_value)):
+        shapes[f"self_attn.{name}_proj.weight"] = (width, hidden)
+        shapes[f"self_attn.{name}_proj.bias"] = (width,)
+    shapes["self_attn.o_proj.weight"] = (hidden, hidden)
+    shapes |= {f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+    return shapes | {"mlp.down_proj.weight": (hidden, inner)}
+
+
+def _qwen3_layer(spec: "ModelSpec") -> dict[str, Shape]:
+    """Qwen3's layer (Yang et al. 2025, arXiv:2505.09388): Qwen2's without biases, with RMSNorm of queries and keys."""
+    shapes = {name: shape for name, shape in _qwen2_layer(spec).items() if not name.endswith(".bias")}
+    head_size = spec.hidden_size // spec.num_attention_heads
+    return shapes | {f"self_attn.{name}_norm.weight": (head_size,) for name in ("q", "k")}
+
+
+def _qwen3_values(spec: "ModelSpec") -> dict[str, Any]:
+    # Without head_dim, transformers takes 128, whatever the width.
+    head_dim = spec.hidden_size // spec.num_attention_heads
+    return {"head_dim": head_dim, "attention_bias": False, "use_sliding_window": False}
+
+
+def _output_biases(spec: "ModelSpec") -> list[str]:
+    return [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(spec.num_hidden_layers)]
+
+
+ARCHITECTURES = {
+    "qwen2": Architecture(
+        config_class="Qwen2Config",
+        model_class="Qwen2ForCausalLM",
+        config_values=lambda spec: {},
+        layer_shapes=_qwen2_layer,
+        forms=(
+            ModelForm(
+                "qwen2",
+                "Qwen2ForCausalLM",
+                values=lambda spec: {"use_sliding_window": False},
+                required={"mlp_bias": False, "use_sliding_window": False},
+                is_for_qwen2_tokenizer=True,
+            ),
+            # The same function under another name: Llama with biases, of which those of the output projections are 0.
+            # For type llama, transformers 4 and 5 both do what tokenizer.json says.
+            ModelForm(
+                "llama",
+                "LlamaForCausalLM",
+                values=lambda spec: {
+                    "attention_bias": True,
+                    "mlp_bias": False,
+                    "head_dim": spec.hidden_size // spec.num_attention_heads,
+                },
+                required={"attention_bias": True, "mlp_bias": False, "use_sliding_window": False},
+                zeros=_output_biases,
+            ),
+        ),
+    ),
+    "qwen3": Architecture(
+        config_class="Qwen3Config",
+        model_class="Qwen3ForCausalLM",
+        config_values=_qwen3_values,
+        layer_shapes=_qwen3_layer,
+        # For type qwen3, transformers 4 and 5 both do what tokenizer.json says, if the tokenizer's class is the plain
+        # one. So one form serves all tokenizers.
+        forms=(
+            ModelForm(
+                "qwen3",
+                "Qwen3ForCausalLM",
+                values=_qwen3_values,
+                required={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+                default_head_dim=128,
+            ),
+        ),
+        has_query_key_norm=True,
+    ),
+}
+"""By the value of `model.architecture`."""
+
+
+def architecture_of(spec: "ModelSpec") -> Architecture:
+    """Return the entry of a shape's architecture.
 
     Raises:
-        RuntimeError: they are not those of the model: names or shapes differ.
+        UserError: the table has no such architecture.
     """
-    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise RuntimeError(f"the weights do not fit the model: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
+    return find_entry("model.architecture", spec.architecture, ARCHITECTURES)
 
 
-class LanguageModel(nn.Module):
-    """What DDP and DeepSpeed wrap: tokens and labels in, nats out, so that the loss is part of the one forward.
-
-    `causal_lm` is the Hugging Face model, for generate and save_pretrained.
-
-    Args:
-        causal_lm: from `build_model`.
-        loss_chunk_tokens: of `linear_cross_entropy`.
-        document_masking: a token sees those of its own document only (see `same_document`), by a mask, or without one
-            where the bounds of the documents are given.
-    """
-
-    def __init__(
-        self, causal_lm: Qwen2ForCausalLM, loss_chunk_tokens: int | None = None, document_masking: bool = False
-    ) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-        self.loss_chunk_tokens = loss_chunk_tokens
-        self.document_masking = document_masking
-        self._layer: Callable[..., Tensor]
-        self._grad_logits: GradLogits | None
-        if document_masking:
-            causal_lm.set_attn_implementation(PACKED)
-        self.interpret()
-
-    def compile(self, **options: Any) -> None:
-        """Has training steps run as compiled code: each layer of the decoder, and what is between the products of the
-        loss.
-
-        It is made when a step first meets a shape, and for that shape, once for all layers; so gradients come layer by
-        layer, and can travel while those of the next are computed. Evaluation and generation, whose shapes vary, go on
-        as before.
-
-        Args:
-            options: of ``torch.compile``.
-        """
-        self._layer = torch.compile(_layer, dynamic=False, fullgraph=True, **options)
-        self._grad_logits = torch.compile(grad_logits_, dynamic=False, fullgraph=True, **options)
-
-    def interpret(self) -> None:
-        """Undoes `compile`."""
-        self._layer, self._grad_logits = _layer, None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        reduction: Literal["sum", "none"] = "sum",
-        bounds: Tensor | None = None,
-    ) -> Tensor:
-        """The loss in nats.
-
-        Args:
-            input_ids: ``[batch, context_length]``.
-            labels: ``[batch, context_length]``; ``labels[b, t]`` is the token after ``input_ids[b, t]``; -100: ignored.
-            reduction: ``sum``, a differentiable scalar; ``none``, the nats of each label ``[batch, context_length]``,
-                0 where ignored, for evaluation.
-            bounds: of the documents, with `document_masking` (see `job.model.attention.document_bounds`).
-        """
-        hidden, head = self._hidden_states(input_ids, bounds), self.causal_lm.lm_head.weight
-        if reduction == "none":
-            return token_nats(hidden, head, labels, self.loss_chunk_tokens)
-        return linear_cross_entropy(hidden, head, labels, self.loss_chunk_tokens, compiled=self._grad_logits)
-
-    def _hidden_states(self, input_ids: Tensor, bounds: Tensor | None) -> Tensor:
-        """What the decoder makes of the tokens, ``[batch, context_length, hidden_size]``.
-
-        It is what the model's own forward does, short of looking for packed documents in the positions, for which the
-        host would wait for the device.
-        """
-        decoder, layer = self.causal_lm.model, self._layer if self.training else _layer
-        # Without a mask attention is causal by SDPA's flag, the fastest there is.
-        mask = None
-        if self.document_masking and bounds is None:
-            mask = same_document(input_ids, self.causal_lm.config.eos_token_id)  # type: ignore[arg-type]
-        hidden: Tensor = decoder.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        position_embeddings = decoder.rotary_emb(hidden, positions)
-        for one in decoder.layers:
-            hidden = layer(one, hidden, mask, bounds, position_embeddings)
-        return decoder.norm(hidden)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as every module does, but the rotary frequencies stay fp32: `bfloat16()` would turn them to
-        other angles than those that the saved model computes when it is loaded."""
-        super()._apply(fn, recurse)
-        rotary: Any = self.causal_lm.model.rotary_emb
-        frequencies, _ = rotary.compute_default_rope_parameters(self.causal_lm.config)
-        rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
-        return self
+def tensor_shapes(spec: "ModelSpec", vocab_size: int) -> dict[str, Shape]:
+    """Return the shape of every tensor of the model that `build_model` makes, by name."""
+    of_layer = architecture_of(spec).layer_shapes(spec)
+    shapes: dict[str, Shape] = {EMBEDDING: (vocab_size, spec.hidden_size), LAST_NORM: (spec.hidden_size,)}
+    for layer in range(spec.num_hidden_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    if not spec.tie_word_embeddings:
+        shapes[HEAD] = (vocab_size, spec.hidden_size)
+    return shapes
 
 
-def _layer(
-    layer: nn.Module,
-    hidden: Tensor,
-    mask: Tensor | None,
-    bounds: Tensor | None,
-    position_embeddings: tuple[Tensor, Tensor],
-) -> Tensor:
-    return layer(hidden, attention_mask=mask, bounds=bounds, position_embeddings=position_embeddings)
+def forms_of_type(model_type: str) -> list[tuple[str, ModelForm]]:
+    """Return the architectures' names and forms that config.json calls by this type."""
+    return [
+        (name, form) for name, entry in ARCHITECTURES.items() for form in entry.forms if form.model_type == model_type
+    ]

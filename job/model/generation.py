@@ -1,15 +1,30 @@
 """Continuing a text with a model, token by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from transformers import GenerationConfig, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from job.data.tokenizer import TextTokenizer
+from job.model import gpu
+from job.model.attention import varying_lengths
+
+
+class Tokenizer(Protocol):
+    """The methods of a tokenizer that generation needs; `job.data.tokenizer.TextTokenizer` implements them."""
+
+    @property
+    def eod_id(self) -> int:
+        """Id of the end-of-document token."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of these token ids."""
 
 
 @dataclass(frozen=True)
@@ -22,40 +37,51 @@ class Sampling:
     seed: int
 
     def for_prompt(self, index: int) -> "Sampling":
-        """The same, with a seed of its own for each of several prompts: a young model would continue them all alike."""
+        """Return the same with another seed for each prompt; else a young model continues all prompts alike."""
         return replace(self, seed=self.seed + index)
+
+    def reserved_tokens(self, context_length: int) -> int:
+        """Return how many tokens of the context a long prompt leaves free: at most half of them."""
+        return min(self.max_new_tokens, context_length // 2)
+
+    def most_new_tokens(self, prompt_tokens: int, context_length: int) -> int:
+        """Return how many tokens a continuation has at most after a prompt of so many, with the token before it."""
+        read = min(prompt_tokens, context_length - self.reserved_tokens(context_length))
+        return min(self.max_new_tokens, context_length - read)
 
 
 @torch.no_grad()
 def continue_text(
-    model: Qwen2ForCausalLM,
-    tokenizer: TextTokenizer,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     prompt: str,
     sampling: Sampling,
     context_length: int,
     on_text: Callable[[str], None] = lambda piece: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The continuation of `prompt`, up to the end of the document or the end of the context.
+    """Return the continuation of `prompt`, up to the end of the document or of the context.
 
-    The prompt is read as the beginning of a document. The global random state is left as it was.
+    The prompt is read as the beginning of a document. Of a prompt that leaves too little of the context free, only the
+    end is read. The global random state stays as it was.
 
     Args:
         model: in evaluation or training mode, on any device.
-        tokenizer: the model's.
-        prompt: any text, also none.
-        sampling: how to choose.
-        context_length: tokens that the model was trained to see at once.
+        tokenizer: the tokenizer of the model.
+        prompt: any text, also an empty one.
+        sampling: how tokens are chosen.
+        context_length: tokens of a sequence in the model's training.
         on_text: called with each piece of text as it is made.
-        should_stop: asked after each token; true ends the continuation there.
+        should_stop: called after each token; True ends the continuation.
     """
-    ids = [tokenizer.eod_id, *tokenizer.encode([prompt])[0]][-(context_length - 1) :]
+    ids = [tokenizer.eod_id, *tokenizer.encode([prompt])[0]]
+    ids = ids[-(context_length - sampling.reserved_tokens(context_length)) :]
     input_ids = torch.tensor([ids], device=model.device)
     choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=min(sampling.max_new_tokens, context_length - len(ids)),
+        max_new_tokens=sampling.most_new_tokens(len(ids), context_length),
         use_cache=True,
         eos_token_id=tokenizer.eod_id,
         pad_token_id=tokenizer.eod_id,
@@ -64,7 +90,7 @@ def continue_text(
     was_training = model.training
     model.eval()
     streamer = _TextStreamer(tokenizer, on_text)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with varying_lengths(), torch.random.fork_rng(devices=[model.device] if gpu.is_gpu(model.device) else []):
         torch.manual_seed(sampling.seed)
         cast(Any, model).generate(  # its self type is one that no model has
             input_ids,
@@ -80,9 +106,9 @@ def continue_text(
 
 
 class _TextStreamer(BaseStreamer):
-    """Hands text on as soon as its characters are whole: a token may end inside a character."""
+    """Passes text on as soon as its characters are complete: a token may end within a character."""
 
-    def __init__(self, tokenizer: TextTokenizer, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
         self.text = ""
         self._tokenizer, self._on_text = tokenizer, on_text
         self._ids: list[int] = []

@@ -1,7 +1,7 @@
-"""A model read from a Hugging Face folder: one in either form of `job.model.save_folder`, with nothing taken on trust.
+"""A model read from a Hugging Face folder, if it has one of the forms in `job.model.architecture`.
 
-A value, a file or a tensor that is missing, that nobody asked for, or that would change what the model computes is an
-error. No code and no pickle is ever loaded.
+A value, file or tensor that is missing or unknown, or that changes what the model computes, is an error. No code and no
+pickle is ever loaded.
 """
 
 import re
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from job.errors import UserError, one_line
 from job.json_record import parse_record
-from job.model.save_folder import ARCHITECTURES, CONFIG, WEIGHTS, output_biases
-from job.model.spec import EMBEDDING, HEAD, ModelSpec, tensor_shapes
+from job.model.architecture import ARCHITECTURES, EMBEDDING, HEAD, ModelForm, forms_of_type, tensor_shapes
+from job.model.save_folder import CONFIG, WEIGHTS
+from job.model.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
@@ -28,39 +29,39 @@ _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _WEIGHTS_PICKLE = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 _FLOATING = "F32 F16 BF16 F64"
 _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Tensors that older versions of transformers stored, and that follow from config.json."""
+"""Tensors that older versions of transformers stored, although they follow from config.json."""
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
 _NAMES_KERNEL = re.compile(r"kernel|_implementation$")
 _ROPE_THETA = 10_000.0
-"""What transformers takes where config.json has none."""
+"""Value of transformers if config.json has none."""
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class NotAModel(ValueError):
-    """What is wrong with a model folder, in one line."""
+    """A model folder cannot be used; the message says why in one line."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a model folder holds."""
+    """What was read from a model folder: shape, vocabulary size, context length and weights."""
 
     spec: ModelSpec
     vocab_size: int
     context_length: int
     weights: dict[str, Tensor]
-    """fp32, named as in `Qwen2ForCausalLM`; without the head where it is tied to the embedding."""
+    """fp32, named as in transformers; without the head where it is tied to the embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rope:
     rope_type: str = "default"
     type: str = "default"
-    """What `rope_type` was called before."""
+    """Earlier name of `rope_type`."""
     rope_theta: _Positive | None = None
     partial_rotary_factor: float = 1.0
     full_attention: Any = None
-    """Another base for each kind of layer."""
+    """Set if kinds of layers have different bases."""
 
     @property
     def is_plain(self) -> bool:
@@ -69,7 +70,7 @@ class _Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """The part of config.json that decides what the model computes; defaults are those of transformers."""
+    """The part of config.json that decides what the model computes, with the defaults of transformers."""
 
     model_type: str
     vocab_size: _Size
@@ -95,10 +96,10 @@ class _Config:
 
 
 def files_of_model(names: Collection[str]) -> list[str]:
-    """Those of the names of a folder's files that `read_model` reads, the weights beside an index not yet among them.
+    """Return the names of a folder's files that `read_model` reads; weight files named in an index are left out.
 
     Raises:
-        NotAModel: the weights are missing, are a pickle, or are there twice.
+        NotAModel: the weights are missing, are a pickle, or are there both in one file and in several.
     """
     if CONFIG not in names:
         raise NotAModel(f"{CONFIG} is missing")
@@ -119,10 +120,10 @@ def files_of_model(names: Collection[str]) -> list[str]:
 
 
 def files_of_index(content: bytes) -> list[str]:
-    """The files that model.safetensors.index.json names, all beside it.
+    """Return the files that model.safetensors.index.json names, which lie beside it.
 
     Raises:
-        NotAModel: it is damaged, or names a file elsewhere.
+        NotAModel: the index is damaged, or names a file in another folder.
     """
     return sorted(set(_weight_map(content).values()))
 
@@ -131,22 +132,22 @@ def read_model(folder: Path) -> StoredModel:
     """Read a model folder on this machine.
 
     Raises:
-        NotAModel: it is damaged, is not of this architecture, or asks for code from elsewhere.
+        NotAModel: it is damaged, has an unknown architecture, or asks for code from elsewhere.
     """
     with _readable():
         names = files_of_model([path.name for path in folder.iterdir() if path.is_file()])
         for name in names:
             if name.endswith("_config.json") or name == CONFIG:
                 _refuse_code(name, (folder / name).read_bytes())
-        spec, config = _architecture((folder / CONFIG).read_bytes())
+        spec, form, config = _architecture((folder / CONFIG).read_bytes())
         placed = _weight_map((folder / INDEX).read_bytes()) if INDEX in names else None
-        weights = _read_weights(_listed(folder, placed), spec, config)
+        weights = _read_weights(_listed(folder, placed), spec, form, config.vocab_size)
     return StoredModel(spec, config.vocab_size, config.max_position_embeddings, weights)
 
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Makes a NotAModel of what the disk says about a file."""
+    """Turn an OSError into a NotAModel."""
     try:
         yield
     except OSError as error:
@@ -154,7 +155,7 @@ def _readable() -> Iterator[None]:
 
 
 def _weight_map(content: bytes) -> dict[str, str]:
-    """The file of each tensor, as the index says."""
+    """Return the file of each tensor by the index."""
 
     @dataclass(frozen=True)
     class Index:
@@ -171,7 +172,7 @@ def _weight_map(content: bytes) -> dict[str, str]:
 
 
 def _refuse_code(name: str, content: bytes) -> None:
-    """Raise NotAModel if a description asks for code from elsewhere, at any depth."""
+    """Raise NotAModel if a JSON file asks for code from elsewhere, at any depth."""
     try:
         described = orjson.loads(content)
     except ValueError as error:
@@ -193,31 +194,40 @@ def _refuse_code(name: str, content: bytes) -> None:
             left += [("", one, is_kernel) for one in value]
 
 
-def _architecture(content: bytes) -> tuple[ModelSpec, _Config]:
-    """What config.json describes, if that is the architecture of this program in one of its two forms."""
+def _architecture(content: bytes) -> tuple[ModelSpec, ModelForm, _Config]:
+    """Return the shape, the form and the values that config.json describes, if this program has the architecture."""
     try:
         config = parse_record(content, _Config)
     except ValueError as error:
         raise NotAModel(f"{CONFIG} cannot be read: {error}") from None
     heads = config.num_attention_heads
-    is_llama = config.model_type == "llama"
-    for name, found, wanted in (
-        ("model_type", config.model_type, config.model_type if config.model_type in ARCHITECTURES else "qwen2"),
-        ("hidden_act", config.hidden_act, "silu"),
-        ("head_dim", config.head_dim or config.hidden_size // heads, config.hidden_size // heads),
-        ("attention_bias", config.attention_bias, True if is_llama else config.attention_bias),
-        ("mlp_bias", config.mlp_bias, False),
-        ("use_sliding_window", config.use_sliding_window, False),
-        ("layer_types", set(config.layer_types or ()) - {"full_attention"}, set()),
-        ("quantization_config", config.quantization_config, None),
-    ):
-        if found != wanted:
-            raise NotAModel(f"{CONFIG} says {name} {found!r}, this program computes {wanted!r} alone")
+    candidates = forms_of_type(config.model_type)
+    if not candidates:
+        types = sorted({form.model_type for entry in ARCHITECTURES.values() for form in entry.forms})
+        raise NotAModel(
+            f"{CONFIG} says model_type {config.model_type!r}, this program only computes {', '.join(types)}"
+        )
+    wanted: dict[str, Any] = {
+        "hidden_act": "silu",
+        "head_dim": config.hidden_size // heads,
+        "layer_types": set(),
+        "quantization_config": None,
+    }
+    values = vars(config) | {"layer_types": set(config.layer_types or ()) - {"full_attention"}}
+
+    def mistakes(form: ModelForm) -> list[tuple[str, Any, Any]]:
+        head_dim = config.head_dim or form.default_head_dim or config.hidden_size // heads
+        found = values | {"head_dim": head_dim}
+        return [(key, found[key], value) for key, value in {**wanted, **form.required}.items() if found[key] != value]
+
+    architecture, form = min(candidates, key=lambda candidate: len(mistakes(candidate[1])))
+    for key, value, computed in mistakes(form):
+        raise NotAModel(f"{CONFIG} says {key} {value!r}, this program only computes {computed!r}")
     theta = {one for one in (config.rope_theta, config.rope_parameters and config.rope_parameters.rope_theta) if one}
     if len(theta) > 1:
         raise NotAModel(f"{CONFIG} says two rope_theta that differ: {', '.join(map(str, sorted(theta)))}")
     if not all(rope is None or rope.is_plain for rope in (config.rope_parameters, config.rope_scaling)):
-        raise NotAModel(f"{CONFIG} describes scaled rotary embeddings, this program computes plain ones alone")
+        raise NotAModel(f"{CONFIG} describes scaled rotary embeddings, this program only computes plain ones")
     try:
         spec = ModelSpec(
             hidden_size=config.hidden_size,
@@ -229,17 +239,18 @@ def _architecture(content: bytes) -> tuple[ModelSpec, _Config]:
             rope_theta=float(theta.pop()) if theta else _ROPE_THETA,
             rms_norm_eps=config.rms_norm_eps,
             initializer_range=config.initializer_range,
+            architecture=architecture,
         )
     except UserError as error:
         raise NotAModel(
             f"{CONFIG} says {error.setting.removeprefix('model.')} {error.value}: {error.expected}"
         ) from None
-    return spec, config
+    return spec, form, config
 
 
 @dataclass
 class _Tensors:
-    """The tensors of a folder's files: shapes at once, numbers when they are asked for."""
+    """The tensors of a folder's files: their shapes, and where their numbers are."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
@@ -247,7 +258,7 @@ class _Tensors:
 
 
 def _listed(folder: Path, placed: Mapping[str, str] | None) -> _Tensors:
-    """All tensors that there are, each in the file that the index says, if there is one."""
+    """Return all tensors of the files; with an index, each has to be in the file that it names."""
     found, names = _Tensors(), [WEIGHTS] if placed is None else sorted(set(placed.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise NotAModel(f"{missing[0]} is missing, which {INDEX} names")
@@ -267,19 +278,19 @@ def _listed(folder: Path, placed: Mapping[str, str] | None) -> _Tensors:
     return found
 
 
-def _read_weights(found: _Tensors, spec: ModelSpec, config: _Config) -> dict[str, Tensor]:
-    """The tensors of the model, after every name, shape and number was looked at."""
-    # Asked before anything is made for each layer: a damaged description may have a billion of them.
+def _read_weights(found: _Tensors, spec: ModelSpec, form: ModelForm, vocab_size: int) -> dict[str, Tensor]:
+    """Return the weights after checking every name, shape and number."""
+    # Checked before anything is made for each layer: a damaged config.json may have a billion of them.
     if spec.num_hidden_layers > len(found.shapes):
         raise NotAModel(
             f"{CONFIG} describes {spec.num_hidden_layers:,} layers, the files hold {len(found.shapes)} tensors"
         )
-    zeros = output_biases(spec) if config.model_type == "llama" else []
-    expected = tensor_shapes(spec, config.vocab_size) | dict.fromkeys(zeros, (spec.hidden_size,))
+    zeros = form.zeros(spec)
+    expected = tensor_shapes(spec, vocab_size) | dict.fromkeys(zeros, (spec.hidden_size,))
     allowed = {HEAD: expected[EMBEDDING]} if spec.tie_word_embeddings else {}
     for name in sorted(found.shapes.keys() - expected.keys() - allowed.keys()):
         if not _COMPUTED.fullmatch(name):
-            raise NotAModel(f"the tensor {name} is no part of the model that {CONFIG} describes")
+            raise NotAModel(f"the tensor {name} is not part of the model that {CONFIG} describes")
     weights: dict[str, Tensor] = {}
     for name, shape in (expected | {name: shape for name, shape in allowed.items() if name in found.shapes}).items():
         if name not in found.shapes:
@@ -294,7 +305,7 @@ def _read_weights(found: _Tensors, spec: ModelSpec, config: _Config) -> dict[str
             raise NotAModel(f"the tensor {name} holds a number that is not finite")
     for name in zeros:
         if weights.pop(name).any():
-            raise NotAModel(f"the tensor {name} is not 0: a Llama of another architecture than this program's")
+            raise NotAModel(f"the tensor {name} is not 0: this program computes the architecture without it")
     if spec.tie_word_embeddings and not torch.equal(weights.pop(HEAD, weights[EMBEDDING]), weights[EMBEDDING]):
         raise NotAModel(f"the tensor {HEAD} is not {EMBEDDING}, though {CONFIG} says tie_word_embeddings")
     return weights

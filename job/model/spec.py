@@ -1,19 +1,21 @@
-"""The shape of the network: known, checked and counted without any of the libraries that build it."""
+"""The shape of the network, checked without the libraries that build it."""
 
 from dataclasses import dataclass
 
+from job.config_training import Initialisation
 from job.errors import UserError
+from job.model.architecture import architecture_of
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-"""Tensors of the model, named as in `Qwen2ForCausalLM`; the head is one only where it is not tied."""
+IGNORE_INDEX = -100
+"""Label of a position that predicts nothing (padding); it is PyTorch's default."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of the decoder; what depends on the data (vocabulary, context length) is not part of it.
+    """The shape of the network; what depends on the data (vocabulary, context length) is not part of it.
 
     Raises:
-        UserError: a size that no network can have, named as ``model.<field>``.
+        UserError: a size that no network can have, or an unknown architecture; it names ``model.<field>``.
     """
 
     hidden_size: int
@@ -25,8 +27,13 @@ class ModelSpec:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    architecture: str = "qwen2"
+    """An entry of `job.model.architecture.ARCHITECTURES`."""
+    init: Initialisation = "default"
+    """`zero_projections`: `Architecture.residual_projections` start at zero."""
 
     def __post_init__(self) -> None:
+        architecture_of(self)
         for field in (
             "hidden_size",
             "num_hidden_layers",
@@ -38,12 +45,13 @@ class ModelSpec:
                 raise UserError(f"model.{field}", getattr(self, field), "must be at least 1")
         heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads):
+            nearest = max(1, round(self.hidden_size / (2 * heads))) * 2 * heads
             raise UserError(
                 "model.hidden_size",
                 self.hidden_size,
-                f"must be a multiple of twice model.num_attention_heads ({heads}), "
-                "so that rotary embeddings find pairs in every head",
-                f"take {max(1, round(self.hidden_size / (2 * heads))) * 2 * heads}, or another number of heads",
+                f"must be a multiple of {2 * heads} (2 x model.num_attention_heads), "
+                "because rotary embeddings need an even number of features in each head",
+                f"set it to {nearest}, or change model.num_attention_heads",
             )
         if heads % key_value_heads:
             raise UserError(
@@ -52,22 +60,3 @@ class ModelSpec:
                 f"must divide model.num_attention_heads ({heads})",
                 f"take one of {[n for n in range(1, heads + 1) if heads % n == 0]}",
             )
-
-
-def tensor_shapes(spec: ModelSpec, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the model that `build_model` makes, by name."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    key_value = hidden // spec.num_attention_heads * spec.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab_size, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(spec.num_hidden_layers):
-        within = f"model.layers.{layer}."
-        shapes |= {f"{within}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-        for name, width in (("q", hidden), ("k", key_value), ("v", key_value)):
-            shapes[f"{within}self_attn.{name}_proj.weight"] = (width, hidden)
-            shapes[f"{within}self_attn.{name}_proj.bias"] = (width,)
-        shapes[f"{within}self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes |= {f"{within}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        shapes[f"{within}mlp.down_proj.weight"] = (hidden, inner)
-    if not spec.tie_word_embeddings:
-        shapes[HEAD] = (vocab_size, hidden)
-    return shapes

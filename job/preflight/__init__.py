@@ -1,1 +1,1 @@
-"""What can be known to be wrong before a GPU is paid for, and what a run will cost."""
+"""Checks before a run starts: what would go wrong, and how many hours and dollars the run takes."""

@@ -1,168 +1,184 @@
-"""Whether the run fits the nodes that it is to have: batch, memory, and the time that it is given."""
+"""Checks that a run fits its target: the global batch, the memory of GPUs and nodes, and the time limit."""
 
 from dataclasses import dataclass
 
-from job.config import Config
+from job.config import Checkpoint, Train
 from job.data.batching import BatchCut, cut_batch
 from job.errors import UserError
-from job.model.flops import ParameterCounts, peak_flops
-from job.model.memory import process_memory
+from job.model.flops import ParameterCounts
+from job.model.gpu_table import GPUS, find_gpu
+from job.model.optimizer_state import BYTES_PER_NUMBER
 from job.model.spec import ModelSpec
+from job.preflight.assumed_mfu import assumed_mfu
 from job.preflight.findings import Findings
-from job.preflight.settings import show_remarks
 from job.preflight.target import Target
-from job.preflight.workload import GPUS, TYPICAL_MFU, Workload
-from job.runs.time_limit import TimeBudget
-from job.training.rules import about_nodes
+from job.preflight.workload import Workload
+from job.runs.choices import largest_micro_batch, needed_bytes
+from job.runs.time_limit import TimeLimit
 
-_SLOWEST = min(GPUS, key=lambda gpu: peak_flops(gpu.cuda_name) or 0)
-_LEAVING_SECONDS = 20
-"""For the step that is under way when the request comes, and for the processes to end after the checkpoint."""
-_BYTES_OF_CHECKPOINT = 12
-"""A parameter's weight and both moments, in fp32."""
+_UNKNOWN_GPU = next(gpu for gpu in GPUS if gpu.name == "RTX 3090")
+"""The GPU with which the time of a step is estimated if the target's GPU is not known: one of the slower ones."""
+_EXIT_SECONDS = 20
+"""Time for the step in progress when the request to stop arrives, and for the exit after the last checkpoint."""
+_PROCESS_BYTES = 3 * 2**30
+"""Main memory of one training process without the model: an assumption."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the model comes to with the vocabulary of the data set."""
+class ModelSize:
+    """Size of the model with the vocabulary of the data set."""
 
     spec: ModelSpec
     vocab_size: int
     parameters: ParameterCounts
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of weights and moments."""
-        return _BYTES_OF_CHECKPOINT * self.parameters.total
+    checkpoint_bytes: int
+    """Size of a checkpoint: fp32 weights and the optimizer's state."""
 
 
 def check_target(
-    findings: Findings, config: Config, target: Target, shape: Shape | None, work: Workload | None, mfu: float | None
+    findings: Findings,
+    train: Train,
+    checkpoint: Checkpoint,
+    target: Target,
+    model: ModelSize | None,
+    work: Workload | None,
+    mfu: float | None,
 ) -> None:
-    """All rows of one target; those that need the model or the data are left out where there is none."""
-    cut = check_batch(findings, config, target)
-    if shape is not None and cut is not None:
-        check_gpu_memory(findings, config, target, shape, cut)
-    if shape is not None:
-        check_node_memory(findings, target, shape)
-    if shape is not None and work is not None:
-        check_time(findings, config, target, shape, work, mfu)
+    """Add all rows about a target; rows that need the model or the amount of work are left out if that is None."""
+    cut = check_batch(findings, train, target)
+    if model is not None and cut is not None:
+        check_gpu_memory(findings, train, target, model, cut)
+    if model is not None:
+        check_node_memory(findings, target, model)
+    if model is not None and work is not None:
+        check_time_limit(findings, train, checkpoint, target, model, work, mfu)
     if target.grace_seconds is not None:
-        check_grace(findings, config, target)
+        check_stop_deadline(findings, target.grace_seconds, checkpoint.stop_deadline.seconds)
 
 
-def check_batch(findings: Findings, config: Config, target: Target) -> BatchCut | None:
-    """The global batch has to be cut evenly, and every node group needs a rank of its own; None if it cannot be."""
-    train, world = config.train, target.world_size
-    on = f"{target.nodes} x {target.processes} processes"
+def check_batch(findings: Findings, train: Train, target: Target) -> BatchCut | None:
+    """Check that the global batch divides evenly over the processes; return how, or None if it does not."""
     try:
-        cut = cut_batch(train.global_batch_size, train.micro_batch_size, world)
+        cut = cut_batch(train.global_batch_size, int(train.micro_batch_size), target.world_size)
     except UserError as error:
-        findings.wrong("global batch", f"{train.global_batch_size} {error.expected}", error.remedy)
+        found = f"train.global_batch_size: {train.global_batch_size} {error.expected}"
+        findings.wrong("global batch", found, error.remedy)
         return None
     tokens = train.global_batch_size * train.context_length
-    found = f"{on} x {cut.gradient_accumulation_steps} accumulation x {cut.micro_batch_size}"
-    found += f" = {train.global_batch_size} windows, {tokens:,} tokens a step"
+    factors = (
+        _counted(target.nodes, "node"),
+        _counted(target.processes_per_node, "process", "es"),
+        _counted(cut.gradient_accumulation_steps, "accumulation step"),
+        _counted(cut.micro_batch_size, "sequence"),
+    )
+    found = f"{' x '.join(factors)} = {train.global_batch_size} sequences, {tokens:,} tokens per step"
     findings.right("global batch", f"{found}; {cut.reason}" if cut.reason else found)
-    show_remarks(findings, about_nodes(config, target.nodes))
     return cut
 
 
-def check_gpu_memory(findings: Findings, config: Config, target: Target, shape: Shape, cut: BatchCut) -> None:
-    """Estimate against the card."""
-    if not target.gpus:
+def check_gpu_memory(findings: Findings, train: Train, target: Target, model: ModelSize, cut: BatchCut) -> None:
+    """Compare the estimated memory of a training process with the memory of the GPU."""
+    if not target.gpus_per_node:
         return
-    train = config.train
-
-    def needed(micro_batch_size: int) -> int:
-        return needed_bytes(config, shape, target.world_size, micro_batch_size)
-
-    total, card = needed(cut.micro_batch_size), target.gpu_memory_bytes
-    found = f"about {total / 2**30:.1f} GiB with {cut.micro_batch_size} sequences at a time"
-    if card is None:
+    needed = gpu_memory_bytes(train, model, target.world_size, cut.micro_batch_size, target.gpu_memory_bytes)
+    found = f"about {needed / 2**30:.1f} GiB needed with {cut.micro_batch_size} sequences per micro-batch"
+    if target.gpu_memory_bytes is None:
         findings.right("GPU memory", found)
         return
-    found += f", of {card / 2**30:.0f} GiB"
-    if total <= card:
+    found += f", the GPU has {target.gpu_memory_bytes / 2**30:.0f} GiB"
+    if needed <= target.gpu_memory_bytes:
         findings.right("GPU memory", found)
         return
-    share = train.global_batch_size // target.world_size
-    fitting = [size for size in range(1, cut.micro_batch_size) if share % size == 0 and needed(size) <= card]
-    remedy = f"set train.micro_batch_size to {fitting[-1]}" if fitting else "take a smaller model or a larger GPU"
+    largest = largest_micro_batch(
+        train, model.spec, model.vocab_size, target.world_size, target.hardware, train.strategy, train.precision
+    )
+    remedy = f"set train.micro_batch_size to {largest}" if largest else "use a smaller model or a GPU with more memory"
     findings.wrong("GPU memory", found, remedy)
 
 
-def needed_bytes(config: Config, shape: Shape, world_size: int, micro_batch_size: int) -> int:
-    """What a process takes of its GPU's memory, estimated."""
-    return process_memory(
-        shape.spec,
-        shape.vocab_size,
-        strategy=config.train.strategy,
-        precision=config.train.precision,
-        micro_batch_size=micro_batch_size,
-        context_length=config.train.context_length,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        world_size=world_size,
-    ).total
+def gpu_memory_bytes(
+    train: Train, model: ModelSize, world_size: int, micro_batch_size: int, gpu_bytes: int | None
+) -> int:
+    """Return the estimated GPU memory of one training process, on a GPU with `gpu_bytes` of memory."""
+    strategy, precision = train.strategy, train.precision
+    return needed_bytes(
+        train, model.spec, model.vocab_size, world_size, gpu_bytes, strategy, precision, micro_batch_size
+    )
 
 
-def check_node_memory(findings: Findings, target: Target, shape: Shape) -> None:
-    """The first process keeps a copy of the whole state, from which a checkpoint is uploaded."""
+def check_node_memory(findings: Findings, target: Target, model: ModelSize) -> None:
+    """Compare the main memory that the processes of a node need with what the node has."""
     if target.memory_bytes is None:
         return
-    needed = shape.checkpoint_bytes + target.processes * 3 * 2**30
-    if not target.gpus:
-        needed += target.processes * 16 * shape.parameters.total
-    found = f"about {needed / 2**30:.1f} GiB of {target.memory_bytes / 2**30:.1f} GiB"
+    # Rank 0 keeps a copy of the whole state while it uploads a checkpoint.
+    needed = model.checkpoint_bytes + target.processes_per_node * _PROCESS_BYTES
+    if not target.gpus_per_node:
+        # On the CPU each process also has weights and optimizer state as in a checkpoint, and the gradients.
+        needed += target.processes_per_node * (model.checkpoint_bytes + BYTES_PER_NUMBER * model.parameters.total)
+    found = f"about {needed / 2**30:.1f} GiB needed, {target.memory_bytes / 2**30:.1f} GiB available"
     if needed > target.memory_bytes:
-        findings.unsure("memory of a node", found, "give it more, or run fewer processes on it")
+        findings.unsure("node memory", found, "give the node more memory, or lower train.processes")
     else:
-        findings.right("memory of a node", found)
+        findings.right("node memory", found)
 
 
-def check_time(
-    findings: Findings, config: Config, target: Target, shape: Shape, work: Workload, mfu: float | None
+def check_time_limit(
+    findings: Findings,
+    train: Train,
+    checkpoint: Checkpoint,
+    target: Target,
+    model: ModelSize,
+    work: Workload,
+    mfu: float | None,
 ) -> None:
-    """Whether a start comes to a checkpoint before its time is over."""
-    limits = [(target.seconds, target.name)] if target.seconds is not None else []
-    if config.train.max_time is not None:
-        limits.append((config.train.max_time.seconds, "train.max_time"))
+    """Check that an attempt can write a checkpoint before its time limit ends."""
+    limits = [(target.time_limit_seconds, target.name)] if target.time_limit_seconds is not None else []
+    if train.max_time is not None:
+        limits.append((train.max_time.seconds, "train.max_time"))
     if not limits:
         findings.right("time limit", "none")
         return
-    seconds, source = min(limits)
-    gpus = target.world_size
-    step_seconds = work.seconds_per_step(peak_flops(_SLOWEST.cuda_name) or 0, mfu or TYPICAL_MFU, gpus)
-    budget = TimeBudget(0, shape.checkpoint_bytes)
+    limit_seconds, source = min(limits)
+    gpu = find_gpu(target.gpu_name) or _UNKNOWN_GPU
+    _, peak = gpu.used_precision(train.precision)
+    share = mfu or assumed_mfu(work.flops_per_token, gpu, peak)
+    step_seconds = work.seconds_per_step(peak, share, target.world_size)
+    budget = TimeLimit(0, model.checkpoint_bytes)
     budget.step_took(step_seconds)
-    needed = budget.needed_seconds(None)
-    interval = config.checkpoint.every * step_seconds
-    if config.checkpoint.every_minutes is not None:
-        interval = min(interval, 60 * config.checkpoint.every_minutes)
-    found = f"{_duration(seconds)} ({source})"
-    if needed >= seconds:
-        remedy = "give it more time: train.max_time, or the limit of the place"
-        findings.wrong("time limit", f"{found}, but {_duration(needed)} are for the last checkpoint alone", remedy)
-    elif interval >= seconds:
-        remedy = f"set checkpoint.every_minutes to {max(1, round(seconds / 60 / 4))} or so"
-        found += f"; a checkpoint every {_duration(interval)} on {_SLOWEST.name}s: a crash loses all of a start"
+    last_checkpoint_seconds = budget.needed_seconds(None)
+    interval_seconds = checkpoint.every * step_seconds
+    if checkpoint.every_minutes is not None:
+        interval_seconds = min(interval_seconds, 60 * checkpoint.every_minutes)
+    found = f"{_duration(limit_seconds)} ({source})"
+    if last_checkpoint_seconds >= limit_seconds:
+        found += f", but the last checkpoint alone needs {_duration(last_checkpoint_seconds)}"
+        findings.wrong("time limit", found, "raise train.max_time, or the time limit of the place")
+    elif interval_seconds >= limit_seconds:
+        found += (
+            f"; on a {gpu.name} checkpoints are {_duration(interval_seconds)} apart, "
+            "so a crash loses all work of the attempt"
+        )
+        remedy = f"set checkpoint.every_minutes to about {max(1, round(limit_seconds / 60 / 4))}"
         findings.unsure("time limit", found, remedy)
     else:
-        findings.right("time limit", f"{found}, of which {_duration(needed)} are for the last checkpoint")
+        findings.right("time limit", f"{found}, including {_duration(last_checkpoint_seconds)} for the last checkpoint")
 
 
-def check_grace(findings: Findings, config: Config, target: Target) -> None:
-    """The place's patience after its request to stop, against that for the last checkpoint."""
-    assert target.grace_seconds is not None
-    deadline = config.checkpoint.stop_deadline.seconds
+def check_stop_deadline(findings: Findings, grace_seconds: float, deadline_seconds: float) -> None:
+    """Check that the last checkpoint may take `checkpoint.stop_deadline` before the place kills the processes."""
     found = (
-        f"{_duration(target.grace_seconds)} between warning and end, checkpoint.stop_deadline is {_duration(deadline)}"
+        f"{_duration(grace_seconds)} between the warning and SIGKILL; "
+        f"checkpoint.stop_deadline is {_duration(deadline_seconds)}"
     )
     remedy = (
-        f"give {round(deadline + _LEAVING_SECONDS)} s or more, "
-        f"or set checkpoint.stop_deadline below {_duration(max(1, target.grace_seconds - _LEAVING_SECONDS))}"
+        f"give {round(deadline_seconds + _EXIT_SECONDS)} s or more, "
+        f"or set checkpoint.stop_deadline below {_duration(max(1, grace_seconds - _EXIT_SECONDS))}"
     )
-    findings.judge("time to stop", target.grace_seconds >= deadline + _LEAVING_SECONDS, found, remedy)
+    findings.judge("time to stop", grace_seconds >= deadline_seconds + _EXIT_SECONDS, found, remedy)
+
+
+def _counted(number: int, noun: str, plural_ending: str = "s") -> str:
+    return f"{number} {noun}{plural_ending if number != 1 else ''}"
 
 
 def _duration(seconds: float) -> str:

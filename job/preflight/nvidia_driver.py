@@ -1,9 +1,9 @@
-"""NVIDIA's driver against the CUDA that torch is built with: new enough, made compatible by cuda-compat, or neither.
+"""Check that NVIDIA's driver is new enough for the CUDA version with which torch is built.
 
-A CUDA application needs a driver of its own major version or later. On data-centre cards NVIDIA also supports some
-older driver branches, if the libraries of the package cuda-compat stand in for the driver's own, which is called
-forward compatibility. The numbers are those of docs.nvidia.com/deploy/cuda-compatibility, and the branches those of
-NVIDIA_REQUIRE_CUDA in its images.
+A CUDA application needs a driver of its own major CUDA version or later. On data-centre cards NVIDIA also supports some
+older driver branches if the package cuda-compat replaces some of the driver's libraries; NVIDIA calls this forward
+compatibility. The versions are from docs.nvidia.com/deploy/cuda-compatibility, the branches from NVIDIA_REQUIRE_CUDA in
+NVIDIA's images.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from job.preflight.findings import Findings
 
 
 class Cuda(NamedTuple):
-    """A version of CUDA."""
+    """A CUDA version."""
 
     major: int
     minor: int
@@ -27,12 +27,14 @@ class Cuda(NamedTuple):
 
 
 _LEAST_DRIVERS = {12: 525, 13: 580}
-"""By CUDA's major version."""
+"""Oldest driver branch, by the major version of CUDA."""
 _FORWARD_BRANCHES = {12: (470,), 13: (535, 550, 565, 570, 575)}
-"""Older driver branches, by CUDA's major version, with which NVIDIA supports its cuda-compat."""
+"""Older driver branches that NVIDIA supports with cuda-compat, by the major version of CUDA."""
 _LEAST_CAPABILITIES = {Cuda(13, 0): 7.5, Cuda(12, 8): 7.5, Cuda(12, 0): 5.0}
-"""The least compute capability that torch's wheels (2.11 and later) have code for, from this CUDA on. CUDA 13 itself
-has none for Maxwell, Pascal and Volta (V100: 7.0)."""
+"""Least compute capability for which torch's wheels (2.11 and later) have code, from this CUDA version on.
+
+CUDA 13 itself does not support Maxwell, Pascal and Volta (V100: 7.0).
+"""
 _DATA_CENTER = re.compile(
     r"\b(Tesla|GRID|A2|A10G?|A16|A30|A40|A100|A800|L2|L4|L20|L40S?|T4G?|H20|H100|H200|H800|GH200|B200|B300|GB200|GB300)\b"
 )
@@ -40,83 +42,90 @@ _CONSUMER = re.compile(r"\b(GeForce|TITAN)\b", re.IGNORECASE)
 _GUIDE = "docs/image.md"
 
 
-def check_driver(findings: Findings, driver: str, cards: Mapping[str, float | None]) -> None:
-    """Judge the driver of this machine.
+def check_driver(findings: Findings, driver: str, capabilities: Mapping[str, float | None]) -> None:
+    """Check the driver of this machine.
 
     Args:
         findings: takes the rows.
-        driver: its version, as nvidia-smi has it: that of the kernel's module.
-        cards: names of the cards and their compute capabilities, where they are known.
+        driver: version of the driver as nvidia-smi prints it, which is that of the kernel module.
+        capabilities: compute capability of each GPU by its name; None if not known.
     """
     cuda = torch_cuda()
     if cuda is None:
-        findings.wrong("driver", f"{driver}, but this torch is built without CUDA", "install torch's CUDA build")
+        found = f"version {driver}, but the installed torch is built without CUDA"
+        findings.wrong("driver", found, "install torch's CUDA build")
         return
-    judge_driver(findings, driver, cards, cuda, driver_cuda(), compat_folder(_LEAST_DRIVERS.get(cuda.major, 0)))
+    compat = compat_folder(_LEAST_DRIVERS.get(cuda.major, 0))
+    judge_driver(findings, driver, capabilities, cuda, driver_cuda(), compat)
 
 
 def judge_driver(
     findings: Findings,
     driver: str,
-    cards: Mapping[str, float | None],
+    capabilities: Mapping[str, float | None],
     cuda: Cuda,
     loaded: Cuda | None,
     compat: Path | None,
 ) -> None:
-    """Judge a driver by what is known of its machine.
+    """Add the rows for a driver, without asking this machine anything.
 
     Args:
         findings: takes the rows.
         driver: as in `check_driver`.
-        cards: as in `check_driver`.
-        cuda: that of torch.
-        loaded: that of the libcuda which a process loads; None if it loads none.
-        compat: the folder of a cuda-compat that is new enough; None if none is installed.
+        capabilities: as in `check_driver`.
+        cuda: CUDA version with which torch is built.
+        loaded: CUDA version of the libcuda that a process loads; None if it loads none.
+        compat: folder of an installed cuda-compat that is new enough; None if there is none.
     """
-    _judge_cards(findings, cards, cuda)
+    _judge_capabilities(findings, capabilities, cuda)
     least, branch = _LEAST_DRIVERS.get(cuda.major), driver.partition(".")[0]
-    version = f"{driver}, torch has CUDA {cuda}"
+    versions = f"version {driver}, torch is built with CUDA {cuda}"
     if least is None or not branch.isdecimal():
-        findings.unsure("driver", version, "see NVIDIA's table of CUDA compatibility")
+        findings.unsure("driver", versions, "compare them in NVIDIA's table of CUDA compatibility")
         return
     if int(branch) >= least:
-        findings.right("driver", version)
+        findings.right("driver", versions)
         return
     branches = _FORWARD_BRANCHES[cuda.major]
-    needed = f"{version}, which needs {least}"
-    update = f"update the driver to {least} or later, or take a torch for an older CUDA: {_GUIDE}"
-    named = ", ".join(map(str, branches))
-    if consumer := [name for name in cards if _CONSUMER.search(name)]:
-        findings.wrong("driver", f"{needed}; forward compatibility is not for {consumer[0]}", update)
+    branch_names = ", ".join(map(str, branches))
+    needed = f"{versions}, which needs driver {least} or later"
+    update = f"update the driver to {least} or later, or install a torch for an older CUDA: {_GUIDE}"
+    if consumer := [name for name in capabilities if _CONSUMER.search(name)]:
+        findings.wrong("driver", f"{needed}; NVIDIA's forward compatibility is not for {consumer[0]}", update)
     elif loaded is not None and loaded.major >= cuda.major:
-        found = f"{version}; it is made compatible by the libraries of cuda-compat (CUDA {loaded})"
-        if int(branch) in branches and all(_DATA_CENTER.search(name) for name in cards):
+        found = f"{versions}; the libraries of cuda-compat (CUDA {loaded}) make them compatible"
+        if int(branch) in branches and all(_DATA_CENTER.search(name) for name in capabilities):
             findings.right("driver", found)
         else:
-            remedy = f"NVIDIA supports that on data-centre cards with drivers {named}: if it does not start, {update}"
+            remedy = f"NVIDIA supports this on data-centre cards with drivers {branch_names}: if it fails, {update}"
             findings.unsure("driver", found, remedy)
     elif int(branch) not in branches:
-        findings.wrong("driver", f"{needed}; forward compatibility is for drivers {named}", update)
+        findings.wrong("driver", f"{needed}; NVIDIA's forward compatibility is for drivers {branch_names}", update)
     elif compat is not None:
-        remedy = f"export LD_LIBRARY_PATH={compat}:$LD_LIBRARY_PATH (data-centre cards), or {update}"
-        findings.wrong("driver", f"{needed}; {compat} would make it compatible, but is not in use", remedy)
+        found = f"{needed}; {compat} would make it compatible, but is not in use"
+        remedy = f"export LD_LIBRARY_PATH={compat}:$LD_LIBRARY_PATH (on a data-centre card), or {update}"
+        findings.wrong("driver", found, remedy)
     else:
         package = f"cuda-compat-{cuda.major}-{cuda.minor}"
-        findings.wrong("driver", needed, f"on a data-centre card install {package}, which the image has; else {update}")
+        remedy = f"on a data-centre card install {package}, which the image has; on other cards {update}"
+        findings.wrong("driver", needed, remedy)
 
 
-def _judge_cards(findings: Findings, cards: Mapping[str, float | None], cuda: Cuda) -> None:
-    """Cards for which this torch has no code, whatever the driver is."""
-    least = next((_LEAST_CAPABILITIES[known] for known in _LEAST_CAPABILITIES if cuda >= known), 0)
-    for name, capability in cards.items():
+def _judge_capabilities(findings: Findings, capabilities: Mapping[str, float | None], cuda: Cuda) -> None:
+    """Add a row for each GPU that this torch has no code for, whatever the driver is."""
+    least = next((_LEAST_CAPABILITIES[version] for version in _LEAST_CAPABILITIES if cuda >= version), 0)
+    for name, capability in capabilities.items():
         if capability is not None and capability < least:
-            found = f"{name} has {capability}; a torch for CUDA {cuda} has code from {least} on"
-            remedy = f"take a newer card, as a T4 or A100, or a torch for CUDA 12.6: {_GUIDE}"
+            found = f"{name} has {capability}, but a torch for CUDA {cuda} needs {least} or later"
+            remedy = f"use a newer GPU, such as a T4 or A100, or install a torch for CUDA 12.6: {_GUIDE}"
             findings.wrong("compute capability", found, remedy)
 
 
 def torch_cuda() -> Cuda | None:
-    """The CUDA that torch is built with, from its version file: importing it takes seconds. None if it has none."""
+    """Return the CUDA version with which torch is built; None for torch without CUDA.
+
+    It is read from torch's version file, because importing torch takes seconds.
+    """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return None
@@ -126,9 +135,9 @@ def torch_cuda() -> Cuda | None:
 
 
 def driver_cuda(library: str = "libcuda.so.1") -> Cuda | None:
-    """The CUDA of the driver's library that a process here loads, which cuda-compat replaces; None if there is none.
+    """Return the CUDA version of the driver library that a process here loads; None if it loads none.
 
-    Asking for it initializes no GPU.
+    cuda-compat replaces this library. The call initializes no GPU.
     """
     version = ctypes.c_int(0)
     try:
@@ -140,7 +149,7 @@ def driver_cuda(library: str = "libcuda.so.1") -> Cuda | None:
 
 
 def compat_folder(least: int, root: Path = Path("/usr/local")) -> Path | None:
-    """The folder of a cuda-compat that was made from driver `least` or a later one, if it is installed."""
+    """Return the folder of an installed cuda-compat made from driver branch `least` or later; None if there is none."""
     for library in sorted(root.glob("cuda*/compat/libcuda.so.1")):
         match = re.fullmatch(r"libcuda\.so\.(\d+)\..*", library.resolve().name)
         if match is not None and int(match[1]) >= least:

@@ -1,22 +1,23 @@
-"""The starts of a run, one record each: who writes the run now, where each went on from, and how it ended.
+"""Records of a run's attempts: which attempt owns the run, where each one started, and how it ended.
 
     attempts/00000007.json
 
-A record is made by conditional creation, under the next free number: the fencing token. The highest number has the
-run. Nobody waits for a lease to run out: a start takes the run over, and the attempt that had it finds a higher number
-before it publishes anything more.
+An attempt is one start of a run. Its record is created with a conditional write under the next free number. The number
+is a fencing token: the attempt with the highest number owns the run. There is no lease that has to expire. A new
+attempt takes over at once, and the older attempt finds the higher number before it publishes anything more.
 
     attempts/gave-up-after-00000007.json
 
-Left by a start that gave up after attempt 7, because too many attempts had made no progress. It judged that before it
-claimed anything, so it has not taken the run from another attempt. Attempts up to that number are not counted again.
+Written by a start that refused to go on after attempt 7, because too many attempts had made no progress. That start
+checks the progress before it claims a number, so it does not take the run over from another attempt. Attempts up to
+the number in the file name are not counted again.
 """
 
 import math
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,74 +27,80 @@ from job import storage
 from job.errors import NoProgress, UserError
 from job.json_record import record_bytes
 from job.redaction import redacted
+from job.runs.run_status import RunStatus
 from job.runs.setting_changes import Change
 
 _NAME = re.compile(r"(\d{8,})\.json")
 _GIVE_UP_NAME = re.compile(r"gave-up-after-(\d{8,})\.json")
-_LAST_WORDS_SECONDS = 15
-_LONGEST_ERROR = 2000
+_RECORD_FAILURE_SECONDS = 15
+_MAX_ERROR_CHARACTERS = 2000
 _STARTED_TOGETHER_SECONDS = 30
-"""An attempt whose successor began so soon may just have lost the run to it: several starts at the same time."""
-
-DONE, STOPPED, FAILED, SUPERSEDED = "done", "stopped", "failed", "superseded"
-GAVE_UP = "gave up"
-"""End of an attempt of an earlier version, which claimed the run before it judged its progress."""
+"""If the next attempt began within this time, several starts probably raced: losing the race is not a failure."""
 
 
 class Superseded(UserError):
-    """A newer attempt has the run: this one must not write any more."""
+    """A newer attempt owns the run, so this one must stop writing."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run."""
+    """The record of one start of a run."""
 
     number: int
     run_id: str
     start: str
-    """The name that its entrypoint gave it."""
+    """Name of this start, chosen by its entrypoint."""
     job_id: str | None
-    """Of the scheduler; the same when the job is started again."""
+    """The scheduler's id of the job, which stays the same when the job is requeued; None without a scheduler."""
     host: str
     pid: int
     began: str
+    """Time at which the run was claimed, in ISO 8601."""
     resume: str
-    """`train.resume`, as it was set; in a record without secrets."""
+    """The value of `train.resume`; secrets are removed when the record is written."""
     from_step: int | None = None
-    """The step that it went on from; None: it did not get so far."""
+    """The step that training started from; None if the attempt ended before that was decided."""
     ended: str | None = None
-    """``done``, ``stopped``, ``failed``, ``superseded`` or ``gave up``; None: it runs, or could not record its end."""
+    """``done``, ``stopped``, ``failed``, ``superseded`` or ``gave up``; None while it is running or if unrecorded."""
     error: str | None = None
-    """Why it failed, or stopped without having done anything."""
+    """Why the attempt failed, or why it stopped without a single step."""
+    ended_at: str | None = None
+    """Time at which `ended` was recorded, in ISO 8601; None in a record of an earlier version."""
+    stop_reason: str | None = None
+    """Why the attempt was asked to stop, as far as rank 0 knows it."""
+    environment: dict[str, str] | None = None
+    """Hardware and versions (`run_environment`); None in a record of an earlier version."""
     config: dict[str, Any] | None = None
-    """Its settings; None in a record of an earlier version."""
+    """All settings; None in a record of an earlier version."""
     changed: dict[str, list[Any]] | None = None
-    """Settings that are not those of the attempt before, by name: what they were, and what they are."""
+    """Settings that differ from the attempt before: dotted name to ``[old value, new value]``."""
     micro_batch_size: int | None = None
-    """Sequences of a micro-batch, `train.micro_batch_size` at most; None in a record of an earlier version."""
+    """Sequences per micro-batch; None in a record of an earlier version."""
+    choices: dict[str, str] | None = None
+    """Values of the settings that may be ``auto`` (`Choices.record`); None in a record of an earlier version."""
 
     @property
-    def who(self) -> str:
-        """It, to a person."""
+    def label(self) -> str:
+        """A description for messages: number, process, host, job and start time."""
         job = f", job {self.job_id}" if self.job_id else ""
         return f"attempt {self.number} (process {self.pid} on {self.host}{job}, since {self.began})"
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The record of a start that gave up."""
+    """The record of a start that gave up because of too little progress."""
 
     after: int
-    """Number of the newest attempt then."""
+    """Number of the newest attempt at that time."""
     at: str
     error: str
 
 
 class Attempts:
-    """The starts of the run at `output`, in the order of their numbers.
+    """The attempts of the run at `output`, in the order of their numbers.
 
     Args:
-        output: the run's prefix.
+        output: folder or URL of the run.
     """
 
     def __init__(self, output: str) -> None:
@@ -102,11 +109,11 @@ class Attempts:
         self._known: dict[int, Attempt] = {}
 
     def numbers(self) -> list[int]:
-        """Numbers of all attempts, the lowest first."""
-        return _numbered(self._names(), _NAME)
+        """Return the numbers of all attempts in ascending order."""
+        return _numbers_in(self._names(), _NAME)
 
     def read(self, number: int) -> Attempt | None:
-        """A record; None if it is damaged."""
+        """Return the record with this number, or None if it is damaged."""
         if number not in self._known:
             try:
                 self._known[number] = storage.read_record(self._url(number), Attempt)
@@ -115,7 +122,7 @@ class Attempts:
         return self._known[number]
 
     def newest(self) -> Attempt | None:
-        """The last one, as it is in the store now."""
+        """Read the newest record again from the store; None if there is none or it is damaged."""
         numbers = self.numbers()
         if not numbers:
             return None
@@ -131,17 +138,21 @@ class Attempts:
         config: dict[str, Any] | None = None,
         changed: Sequence[Change] = (),
         micro_batch_size: int | None = None,
+        choices: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> Attempt:
-        """Takes the run over: from now on nobody else writes it.
+        """Create the record of a new attempt, which owns the run from then on.
 
         Args:
-            run_id: of the run.
+            run_id: id of the run.
             start: name of this start.
-            job_id: of the scheduler.
-            resume: `train.resume`.
+            job_id: the scheduler's id of the job.
+            resume: the value of `train.resume`.
             config: all settings, without secrets.
-            changed: those that differ from the attempt before.
-            micro_batch_size: sequences of a micro-batch.
+            changed: settings that differ from the attempt before.
+            micro_batch_size: sequences per micro-batch.
+            choices: values of the settings that may be ``auto``.
+            environment: hardware and versions.
         """
         attempt = Attempt(
             number=(self.numbers() or [0])[-1] + 1,
@@ -153,90 +164,107 @@ class Attempts:
             began=_now(),
             resume=resume,
             config=config,
-            changed={one.name: [one.before, one.now] for one in changed} or None,
+            changed={change.name: [change.before, change.now] for change in changed} or None,
             micro_batch_size=micro_batch_size,
+            choices=choices,
+            environment=environment,
         )
         while not storage.create_bytes(self._url(attempt.number), record_bytes(attempt)):
             attempt = replace(attempt, number=attempt.number + 1)
         return attempt
 
     def update(self, attempt: Attempt) -> Attempt:
-        """Writes one's own record anew."""
+        """Write the record of this process's own attempt again, with its current values."""
         storage.write_bytes(self._url(attempt.number), record_bytes(attempt))
         return attempt
 
-    def check_is_ours(self, attempt: Attempt) -> None:
-        """Raise `Superseded`, which names the newer attempt, if `attempt` does not have the run any more.
+    def end(
+        self, attempt: Attempt, status: RunStatus, error: str | None = None, stop_reason: str | None = None
+    ) -> None:
+        """Record how this process's own attempt ended, or that of a process that is gone.
 
-        The attempt then records that it was superseded: it is no attempt without progress.
+        Args:
+            attempt: the record so far.
+            status: how it ended.
+            error: why it failed, or why it stopped without a single step.
+            stop_reason: why it was asked to stop.
+        """
+        self.update(replace(attempt, ended=status, error=error, ended_at=_now(), stop_reason=stop_reason))
+
+    def raise_if_superseded(self, attempt: Attempt) -> None:
+        """Raise `Superseded`, naming the newer attempt, if `attempt` does not own the run any more.
+
+        The record of `attempt` then says that it was superseded, so that it does not count as one without progress.
         """
         if (numbers := self.numbers()) and numbers[-1] > attempt.number:
             with suppress(OSError, UserError):
-                self.update(replace(attempt, ended=SUPERSEDED))
+                self.end(attempt, RunStatus.SUPERSEDED)
             newer = self.read(numbers[-1])
-            who = newer.who if newer is not None else f"attempt {numbers[-1]}"
-            expected = f"{who} has taken this run over from attempt {attempt.number}"
-            raise Superseded("run.output", self._output, expected, "let it, or give each its own run.output")
+            label = newer.label if newer is not None else f"attempt {numbers[-1]}"
+            expected = f"{label} has taken over this run from attempt {attempt.number}"
+            remedy = "let the newer attempt continue, or give each start its own run.output"
+            raise Superseded("run.output", self._output, expected, remedy)
 
-    def limit(self, number: int) -> Callable[[int], bool]:
-        """Which steps of the attempt `number` belong to the run: those up to where a later attempt went on.
+    def last_lineage_step(self, number: int) -> float:
+        """Return the last step up to which the checkpoints of attempt `number` belong to the run as it is now.
 
-        A later attempt may have gone back, or have begun while this one still wrote. Where a later one began another
-        run in the same place (``train.resume never``), none does.
+        A later attempt may have gone back to an earlier step, or may have begun while this one was still writing: then
+        only the steps up to the start of the later attempt count. The result is infinite if no later attempt limits
+        it, and -infinity if a later attempt began another run in the same place (``train.resume never``).
         """
         numbers = self.numbers()
-        own = self.read(number) if number in numbers else None
-        later = [found for one in numbers if one > number and (found := self.read(one)) is not None]
-        if own is not None and any(one.run_id != own.run_id for one in later):
-            return lambda step: False
-        steps = [one.from_step for one in later if one.from_step is not None]
-        return lambda step: not steps or step <= min(steps)
+        attempt = self.read(number) if number in numbers else None
+        later = [record for other in numbers if other > number and (record := self.read(other)) is not None]
+        if attempt is not None and any(record.run_id != attempt.run_id for record in later):
+            return -math.inf
+        return min((record.from_step for record in later if record.from_step is not None), default=math.inf)
 
     def check_progress(self, run_id: str, from_step: int, limit: int) -> None:
-        """Raise NoProgress if `limit` attempts or more went on from `from_step` and left the run there.
+        """Raise NoProgress if at least `limit` attempts started from `from_step` and saved no later checkpoint.
 
-        To be called before `claim`. An attempt counts if it recorded a failure, or if it recorded nothing and its
-        successor (the start that asks, for the newest) began more than `_STARTED_TOGETHER_SECONDS` later. The count
-        ends at an attempt from another step or of another run, and where an earlier start has given up.
+        Call this before `claim`. An attempt counts if it recorded a failure. It also counts if it recorded no end and
+        the next attempt (for the newest one: this start) began more than `_STARTED_TOGETHER_SECONDS` after it. The
+        count goes back to the first attempt that started from another step, belongs to another run or is done, and no
+        further than the last start that gave up.
 
         Args:
-            run_id: of the run that is to go on.
-            from_step: of the checkpoint from which it would go on; 0 without one.
-            limit: `train.max_attempts_without_progress`.
+            run_id: id of the run that is about to continue.
+            from_step: step of the checkpoint that it would continue from; 0 without a checkpoint.
+            limit: the value of `train.max_attempts_without_progress`.
         """
-        fruitless, error = 0, "none of them recorded why it ended (killed? out of memory?)"
-        successor_began = _now()
+        without_progress, last = 0, "the last one recorded no error (killed? out of memory?)"
+        next_began = _now()
         names = self._names()
-        given_up = max(_numbered(names, _GIVE_UP_NAME), default=0)
-        for number in reversed([one for one in _numbered(names, _NAME) if one > given_up]):
-            before = self.read(number)
-            if before is None or before.run_id != run_id or before.ended in (DONE, GAVE_UP):
+        given_up_after = max(_numbers_in(names, _GIVE_UP_NAME), default=0)
+        for number in reversed([number for number in _numbers_in(names, _NAME) if number > given_up_after]):
+            attempt = self.read(number)
+            if attempt is None or attempt.run_id != run_id or attempt.ended in (RunStatus.DONE, RunStatus.GAVE_UP):
                 break
-            if before.from_step not in (None, from_step):
+            if attempt.from_step not in (None, from_step):
                 break
-            was_alone = _seconds_between(before.began, successor_began) > _STARTED_TOGETHER_SECONDS
-            if before.error is not None or before.ended == FAILED or (before.ended is None and was_alone):
-                if before.error is not None and fruitless == 0:
-                    error = f"the last one: {before.error}"
-                fruitless += 1
-            successor_began = before.began
-        if fruitless >= limit:
+            was_alone = _seconds_between(attempt.began, next_began) > _STARTED_TOGETHER_SECONDS
+            if attempt.error is not None or attempt.ended == RunStatus.FAILED or (attempt.ended is None and was_alone):
+                if attempt.error is not None and without_progress == 0:
+                    last = f"the last one: {attempt.error}"
+                without_progress += 1
+            next_began = attempt.began
+        if without_progress >= limit:
             raise NoProgress(
-                f"{self._output}: {fruitless} attempts from step {from_step} without one new checkpoint "
-                f"(train.max_attempts_without_progress is {limit}); {error}"
+                f"{self._output}: {without_progress} attempts from step {from_step} without a new checkpoint "
+                f"(train.max_attempts_without_progress is {limit}); {last}; "
+                "correct the cause before you start the run again"
             )
 
     def give_up(self, error: str) -> None:
-        """Record that a start has given up, so that the next one, which a person starts, is not refused as well."""
-        note = GiveUp((self.numbers() or [0])[-1], _now(), redacted(error)[-_LONGEST_ERROR:])
-        storage.create_bytes(storage.join(self._folder, f"gave-up-after-{note.after:08d}.json"), record_bytes(note))
+        """Record that this start gave up, so that the next one is not refused because of the same attempts."""
+        record = GiveUp((self.numbers() or [0])[-1], _now(), redacted(error)[-_MAX_ERROR_CHARACTERS:])
+        storage.create_bytes(self._give_up_url(record.after), record_bytes(record))
 
     def last_give_up(self) -> GiveUp | None:
-        """The record of the start that gave up after the newest attempt; None if none did."""
+        """Return the record of a start that gave up after the newest attempt; None if there is none."""
         numbers = self.numbers()
         try:
-            name = f"gave-up-after-{numbers[-1] if numbers else 0:08d}.json"
-            return storage.read_record(storage.join(self._folder, name), GiveUp)
+            return storage.read_record(self._give_up_url(numbers[-1] if numbers else 0), GiveUp)
         except (FileNotFoundError, ValueError):
             return None
 
@@ -246,22 +274,28 @@ class Attempts:
     def _url(self, number: int) -> str:
         return storage.join(self._folder, f"{number:08d}.json")
 
+    def _give_up_url(self, after: int) -> str:
+        return storage.join(self._folder, f"gave-up-after-{after:08d}.json")
+
 
 def note_failure(output: str, start: str, error: str) -> None:
-    """Adds to the record of the start named so what it failed of, for those who come later; without it they do too."""
+    """Record why the newest attempt failed, if it belongs to the start named `start` and has recorded no end.
+
+    The record helps later starts and readers, but is not required: an error of the store is ignored.
+    """
     attempts = Attempts(output)
     try:
-        with storage.limits(deadline_seconds=_LAST_WORDS_SECONDS):
+        with storage.limits(deadline_seconds=_RECORD_FAILURE_SECONDS):
             attempt = attempts.newest()
             if attempt is not None and attempt.start == start and attempt.ended is None:
-                attempts.update(replace(attempt, ended=FAILED, error=redacted(error)[-_LONGEST_ERROR:]))
+                attempts.end(attempt, RunStatus.FAILED, redacted(error)[-_MAX_ERROR_CHARACTERS:])
     except (OSError, UserError):
         return
 
 
-def _numbered(names: list[str], pattern: re.Pattern[str]) -> list[int]:
-    """Return the numbers in the names that match, the lowest first."""
-    return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+def _numbers_in(names: list[str], pattern: re.Pattern[str]) -> list[int]:
+    """Return the numbers in the names that match `pattern`, in ascending order."""
+    return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
 
 
 def _now() -> str:
@@ -269,7 +303,7 @@ def _now() -> str:
 
 
 def _seconds_between(earlier: str, later: str) -> float:
-    """Seconds between two times in ISO 8601; infinite if one of them is not readable."""
+    """Return the seconds between two times in ISO 8601; infinite if one of them cannot be parsed."""
     try:
         return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
     except (ValueError, TypeError):

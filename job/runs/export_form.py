@@ -1,9 +1,9 @@
-"""Which form a model is written in, so that other people's tools cut a text into the tokens that it was trained on.
+"""Choosing the classes of an exported model, so that other programs tokenize text exactly as in training.
 
-`AutoTokenizer` chooses a class by the model's type and the tokenizer's, and some classes put rules of their own in the
-place of those in tokenizer.json. So every form is tried, on texts made to be hard and on text of the data set, and one
-is taken only if it gives the same ids. This is done when a run starts, since a run must not learn at its last step that
-nobody can use what it made, and once more with the files that it wrote.
+`AutoTokenizer` chooses a tokenizer class by the types of model and tokenizer, and some classes replace rules of
+tokenizer.json with their own. So each form is tried on texts that are hard to tokenize and on text of the data set, and
+is used only if it gives the same token ids. This check runs when training starts, because a model that nobody can use
+must not be discovered after the last step. It runs again on the exported files.
 """
 
 import tempfile
@@ -18,7 +18,9 @@ from job.data.manifest import Manifest
 from job.data.tokenizer import TextTokenizer, refuse_surrounding_tokens
 from job.data.tokenizer_files import PLAIN_CLASS, QWEN2_CLASS, write_description
 from job.errors import UserError, one_line
-from job.model.save_folder import CONFIG, ModelType
+from job.model.architecture import architecture_of
+from job.model.save_folder import CONFIG
+from job.model.spec import ModelSpec
 
 HARD_TEXTS = (
     "",
@@ -31,98 +33,104 @@ HARD_TEXTS = (
     "The cat's out, they'VE, we'll, I'D, ſ's…——！？《》 \x00\x07\ufeff",
     "ﬁ 﨎﨑 Å Ω 𠀀𪚥 \U0010ffff",
 )
+"""Texts on which tokenizers are likely to differ: digits, combining marks, emoji, code, white space, contractions."""
 _SAMPLE_TOKENS = 16_384
+"""Tokens of the data set that are decoded for the comparison."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a model and its tokenizer are written."""
+    """The classes under which a model and its tokenizer are exported."""
 
-    model_type: ModelType
+    model_type: str
+    """The `model_type` in config.json."""
     tokenizer_class: str
+    """The `tokenizer_class` in tokenizer_config.json."""
     texts: tuple[str, ...] = ()
-    """Documents of the data set, for which it gives the same ids."""
+    """Documents of the data set on which this form was checked."""
 
 
-_QWEN2, _PLAIN = Form("qwen2", QWEN2_CLASS), Form("llama", PLAIN_CLASS)
-
-
-def choose_form(shards_url: str, manifest: Manifest, tokenizer: TextTokenizer) -> Form:
-    """The first form in which `AutoTokenizer` gives the ids of a data set's tokenizer.
+def choose_form(shards_url: str, manifest: Manifest, tokenizer: TextTokenizer, spec: ModelSpec) -> Form:
+    """Return the first form in which `AutoTokenizer` gives the same token ids as the data set's tokenizer.
 
     Args:
-        shards_url: of the data set, whose first documents are tried.
-        manifest: the data set.
-        tokenizer: the one that made it.
+        shards_url: folder or URL of the data set.
+        manifest: the manifest of the data set.
+        tokenizer: the tokenizer that made the data set.
+        spec: the model, whose architecture has the forms.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such form.
     """
     refuse_surrounding_tokens(tokenizer, "data.shards", shards_url)
-    texts, why_not = _sample_texts(shards_url, manifest, tokenizer), ""
-    for form in (_QWEN2, _PLAIN) if tokenizer.is_qwen2 else (_PLAIN,):
+    texts, mismatch = _sample_texts(shards_url, manifest, tokenizer), ""
+    for written in architecture_of(spec).forms:
+        if written.is_for_qwen2_tokenizer and not tokenizer.is_qwen2:
+            continue
+        form = Form(written.model_type, QWEN2_CLASS if written.is_for_qwen2_tokenizer else PLAIN_CLASS)
         with tempfile.TemporaryDirectory(prefix="wikillm-") as scratch:
             folder = Path(scratch)
             (folder / CONFIG).write_text(f'{{"model_type": "{form.model_type}"}}', encoding="utf-8")
             write_tokenizer(folder, form, tokenizer)
-            why_not = other_ids(folder, tokenizer, texts)
-        if not why_not:
+            mismatch = tokenizer_mismatch(folder, tokenizer, texts)
+        if not mismatch:
             return replace(form, texts=tuple(texts))
-    expected = f"AutoTokenizer does not give the ids of its tokenizer: {why_not}"
-    raise UserError("data.shards", shards_url, expected, "prepare again with another tokenizer")
+    expected = f"AutoTokenizer does not give the same token ids as the data set's tokenizer: {mismatch}"
+    raise UserError("data.shards", shards_url, expected, "prepare the data again with another tokenizer")
 
 
 def write_tokenizer(folder: Path, form: Form, tokenizer: TextTokenizer, context_length: int | None = None) -> None:
-    """Write the tokenizer's files for `AutoTokenizer` into a local folder that has the model's config.json."""
+    """Write tokenizer.json and tokenizer_config.json into a local folder that already has the model's config.json."""
     (folder / "tokenizer.json").write_bytes((tokenizer.folder / "tokenizer.json").read_bytes())
     write_description(folder, form.tokenizer_class, tokenizer.eos_token, context_length)
 
 
-def other_ids(folder: Path, tokenizer: TextTokenizer, texts: Sequence[str]) -> str:
-    """What `AutoTokenizer` on a local folder does otherwise than `tokenizer`; empty if nothing.
+def tokenizer_mismatch(folder: Path, tokenizer: TextTokenizer, texts: Sequence[str]) -> str:
+    """Describe how `AutoTokenizer` on a local folder differs from `tokenizer`; empty if it does not differ.
 
-    Texts with the name of an added token are left out: to `tokenizer` that is text, to others the token.
+    Texts that contain the name of an added token are not compared: `tokenizer` encodes the name as text, other
+    programs as the token.
     """
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever makes transformers fail, it fails for everybody
+    except Exception as error:  # any error of transformers here would also be raised for the users of the model
         return one_line(f"{type(error).__name__}: {error}")[:200]
     if loaded.get_vocab() != tokenizer.vocabulary:
-        other = loaded.get_vocab().items() ^ tokenizer.vocabulary.items()
-        return f"another vocabulary, such as {min(other)!r}"
+        different = loaded.get_vocab().items() ^ tokenizer.vocabulary.items()
+        return f"the vocabularies differ, for example in {min(different)!r}"
     if loaded.eos_token_id != tokenizer.eod_id:
-        return f"the end of a document is {loaded.eos_token_id} instead of {tokenizer.eod_id}"
-    plain = [text for text in [*HARD_TEXTS, *texts] if not any(token in text for token in tokenizer.added_tokens)]
-    found: list[list[int]] = loaded(plain, verbose=False)["input_ids"]
-    for text, ids, other_ids in zip(plain, tokenizer.encode(plain), found, strict=True):
+        return f"the end-of-document id is {loaded.eos_token_id} instead of {tokenizer.eod_id}"
+    compared = [text for text in [*HARD_TEXTS, *texts] if not any(token in text for token in tokenizer.added_tokens)]
+    loaded_ids: list[list[int]] = loaded(compared, verbose=False)["input_ids"]
+    for text, ids, other_ids in zip(compared, tokenizer.encode(compared), loaded_ids, strict=True):
         if ids != other_ids:
             at = next((i for i, pair in enumerate(zip(ids, other_ids, strict=False)) if pair[0] != pair[1]), 0)
             before = tokenizer.decode(ids[:at])
-            near = text[max(0, len(before) - 10) :][:30]
-            return f"{other_ids[at : at + 5]} instead of {ids[at : at + 5]} at {near!r}"
+            context = text[max(0, len(before) - 10) :][:30]
+            return f"{other_ids[at : at + 5]} instead of {ids[at : at + 5]} at {context!r}"
         if loaded.decode(ids) != tokenizer.decode(ids):
-            return f"another text for the tokens of {text[:30]!r}"
+            return f"the tokens of {text[:30]!r} are decoded to another text"
     return ""
 
 
 def _sample_texts(shards_url: str, manifest: Manifest, tokenizer: TextTokenizer) -> list[str]:
-    """The first documents of the validation shards, of the training shards if nothing is held out.
+    """Return the first documents of the first validation shard, or of the first training shard if there is none.
 
-    Empty if the shard cannot be opened: its reader in training says why.
+    The list is empty if the shard cannot be opened: training opens it again and reports why.
     """
     shards = [shard for shard in [*manifest.validation, *manifest.train] if shard.tokens > 1]
     if not shards:
         return []
-    stored = np.dtype(manifest.dtype).newbyteorder("<")
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
     try:
         with storage.open_read(storage.join(shards_url, shards[0].name)) as file:
-            content = file.read(min(shards[0].tokens, _SAMPLE_TOKENS) * stored.itemsize)
+            content = file.read(min(shards[0].tokens, _SAMPLE_TOKENS) * dtype.itemsize)
     except storage.StoreError:
         raise
     except OSError:
         return []
-    tokens = np.frombuffer(content[: len(content) // stored.itemsize * stored.itemsize], stored)
+    tokens = np.frombuffer(content[: len(content) // dtype.itemsize * dtype.itemsize], dtype)
     documents = np.split(tokens, np.flatnonzero(tokens == manifest.eod_id))
     return [tokenizer.decode(ids[ids != manifest.eod_id].tolist()) for ids in documents if len(ids) > 1]

@@ -1,25 +1,25 @@
-"""What a run is told by whoever started it this time."""
+"""What the launcher tells a worker about this start of the run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of a run, in one of its processes."""
+class LaunchContext:
+    """What one worker knows about this start of the run: its name, time limit, device and how to stop it."""
 
     name: str
-    """Which no other start has; empty where nobody looks after it."""
+    """Unique name of this start; empty if no supervisor watches it."""
     began_at: float
-    """When the entrypoint was started, in seconds since 1970: from then on `train.max_time` counts."""
+    """Time at which the entrypoint started, in seconds since 1970; `train.max_time` counts from here."""
     ends_at: float | None
-    """When whoever started it ends it, in seconds since 1970; None if that is not known."""
+    """Time at which the scheduler will end the job, in seconds since 1970; None if unknown."""
     job_id: str | None
-    """The scheduler's name for the job, which it keeps when it starts the job again; None without a scheduler."""
+    """The scheduler's id of the job, which stays the same when the job is requeued; None without a scheduler."""
     stop_requested: Callable[[], bool]
-    """Whether this process was asked to stop; what one of them knows, all agree on."""
+    """Returns True if this process was asked to stop. One rank that was asked is enough to stop all ranks."""
     on_hang: Callable[[str], None]
-    """Called, from a thread, with a line that says which process does not come; it does not return."""
+    """Called from a thread with a line that names the missing rank; does not return."""
     device: str
     """Device of all processes of this node: ``cuda`` or ``cpu``."""
     device_reason: str

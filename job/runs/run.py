@@ -1,6 +1,7 @@
-"""run.json: the record of a run, created before its first step; its id stays the same through every restart."""
+"""run.json: the record of a run, created before its first step; its id stays the same through all attempts."""
 
 import secrets
+import string
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 from job import storage
 from job.errors import UserError
 from job.json_record import record_bytes
-from job.tracking.swanlab import new_run_id
 from job.version import code_version
 
-_NAME = "run.json"
+RUN_RECORD = "run.json"
+FINAL_MODEL = "final"
+"""Folder of the exported model inside `run.output`."""
+_ID_LENGTH = 21
+"""Older SwanLab servers accept only ids of this length, newer ones any length from 1 to 64."""
 
 
 @dataclass(frozen=True)
@@ -19,47 +23,49 @@ class RunRecord:
     """The content of run.json."""
 
     id: str
-    """Also the id of the run in SwanLab, through all restarts."""
+    """Id of the run, also in SwanLab."""
     name: str
     created: str
+    """Time of creation, in ISO 8601."""
     code_version: str
     config: dict[str, Any]
+    """All settings of the first attempt, for a reader; the program does not use them."""
 
 
 def read_run(output: str) -> RunRecord | None:
-    """The run at `output`; None if there is none.
+    """Return the record of the run at `output`; None if there is no run.
 
     Raises:
-        UserError: run.json is not a run's record.
+        UserError: run.json is damaged, or is the file of another program.
     """
     try:
-        return storage.read_record(storage.join(output, _NAME), RunRecord)
+        return storage.read_record(storage.join(output, RUN_RECORD), RunRecord)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        expected = f"its {_NAME} is not the record of a run: {error}"
-        raise UserError("run.output", output, expected, "choose another place") from None
+        expected = f"its {RUN_RECORD} is not a valid run record: {error}"
+        raise UserError("run.output", output, expected, "restore the file, or choose another run.output") from None
 
 
 def begin_run(output: str, name: str | None, config: dict[str, Any]) -> RunRecord:
-    """Create the record of a new run; return the one that is there if another start was quicker.
+    """Create the record of a new run; return the existing record if another start created one first.
 
     Args:
-        output: the run's prefix.
-        name: what to call it; None: the last part of `output`.
-        config: all settings, recorded for a reader.
+        output: folder or URL of the run.
+        name: display name; None: the last part of `output`.
+        config: all settings.
     """
-    fresh = new_record(output, name, config)
-    if storage.create_bytes(storage.join(output, _NAME), record_bytes(fresh)):
-        return fresh
-    found = read_run(output)
-    if found is None:
-        raise UserError("run.output", output, f"its {_NAME} was deleted while the run began", "start it again")
-    return found
+    record = new_record(output, name, config)
+    if storage.create_bytes(storage.join(output, RUN_RECORD), record_bytes(record)):
+        return record
+    existing = read_run(output)
+    if existing is None:
+        raise UserError("run.output", output, f"its {RUN_RECORD} was deleted while the run started", "start it again")
+    return existing
 
 
 def new_record(output: str, name: str | None, config: dict[str, Any]) -> RunRecord:
-    """A record with an id of its own; arguments as `begin_run`."""
+    """Return a record with a new id, without writing it; the arguments are those of `begin_run`."""
     return RunRecord(
         id=new_run_id(),
         name=name or output.rstrip("/").rpartition("/")[2] or f"run-{secrets.token_hex(3)}",
@@ -70,5 +76,10 @@ def new_record(output: str, name: str | None, config: dict[str, Any]) -> RunReco
 
 
 def replace_run(output: str, record: RunRecord) -> None:
-    """Put a record in the place of the one that is there; for the attempt that has the run."""
-    storage.write_bytes(storage.join(output, _NAME), record_bytes(record))
+    """Overwrite run.json; only the attempt that owns the run may do this."""
+    storage.write_bytes(storage.join(output, RUN_RECORD), record_bytes(record))
+
+
+def new_run_id() -> str:
+    """Return a random id of lower-case letters and digits, in the form that SwanLab accepts."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(_ID_LENGTH))

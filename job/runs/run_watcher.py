@@ -1,4 +1,4 @@
-"""What only the first process looks after, in a thread, while training goes on: the stop file, and who has the run."""
+"""A thread of rank 0 that watches for the stop file and for a newer attempt while training continues."""
 
 import logging
 import threading
@@ -7,67 +7,67 @@ from job import storage
 from job.errors import UserError
 from job.runs.attempts import Attempt, Attempts, Superseded
 
-_LOOK_SECONDS = 10.0
-"""Between two looks; each costs a request or two."""
+_POLL_SECONDS = 10.0
+"""Time between two polls; each poll costs one or two requests to the store."""
 
 logger = logging.getLogger(__name__)
 
 
-class Watch:
-    """Looks for the stop file and for a newer attempt, from now on until `close`.
+class RunWatcher:
+    """Polls for the stop file and for a newer attempt, from its creation until `close`.
 
     Args:
-        output: the run's prefix.
-        attempt: the start that has the run.
-        stop_file: path or URL; None: there is none.
-        look_seconds: between two looks.
+        output: folder or URL of the run.
+        attempt: the attempt of this process.
+        stop_file: path or URL of the stop file; None: there is none.
+        poll_seconds: time between two polls.
     """
 
     def __init__(
-        self, output: str, attempt: Attempt, stop_file: str | None, look_seconds: float = _LOOK_SECONDS
+        self, output: str, attempt: Attempt, stop_file: str | None, poll_seconds: float = _POLL_SECONDS
     ) -> None:
         self._attempts, self._attempt, self._stop_file = Attempts(output), attempt, stop_file
-        self._look_seconds = look_seconds
+        self._poll_seconds = poll_seconds
         self._closed = threading.Event()
         self._stop_file_seen = False
-        self._refusal: UserError | None = None
-        self._thread = threading.Thread(target=self._look_again_and_again, name="watch", daemon=True)
+        self._superseded: Superseded | None = None
+        self._thread = threading.Thread(target=self._poll_until_closed, name="watch", daemon=True)
         self._thread.start()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the stop file was there."""
+        """Return True if the stop file existed at any poll."""
         return self._stop_file_seen
 
-    def raise_if_lost(self) -> None:
-        """Raises a UserError if a newer attempt has the run."""
-        if self._refusal is not None:
-            raise self._refusal
+    def raise_if_superseded(self) -> None:
+        """Raise `Superseded` if a poll found a newer attempt."""
+        if self._superseded is not None:
+            raise self._superseded
 
     def close(self) -> None:
-        """Ends it."""
+        """End the thread, without waiting for it."""
         self._closed.set()
 
-    def _look_again_and_again(self) -> None:
-        said = False
+    def _poll_until_closed(self) -> None:
+        has_warned = False
         while not self._closed.is_set():
             try:
-                with storage.limits(deadline_seconds=self._look_seconds, cancelled=self._closed):
-                    self._look()
+                with storage.limits(deadline_seconds=self._poll_seconds, cancelled=self._closed):
+                    self._poll()
             except Superseded as error:
-                self._refusal = error
+                self._superseded = error
                 return
             except (storage.StoreError, storage.Cancelled):
-                pass  # an outage: it has not been seen, and will be looked for again
-            except (OSError, UserError) as error:  # such as credentials that have expired: looked for again as well
-                if not said:
-                    logger.warning("the store cannot be asked for the stop file or a newer attempt: %s", error)
-                said = True
+                pass  # An outage of the store says nothing about the run. The next poll looks again.
+            except (OSError, UserError) as error:  # such as expired credentials, which may be renewed
+                if not has_warned:
+                    logger.warning("cannot look for the stop file or a newer attempt, trying again: %s", error)
+                has_warned = True
             else:
-                said = False
-            self._closed.wait(self._look_seconds)
+                has_warned = False
+            self._closed.wait(self._poll_seconds)
 
-    def _look(self) -> None:
-        self._attempts.check_is_ours(self._attempt)
+    def _poll(self) -> None:
+        self._attempts.raise_if_superseded(self._attempt)
         if self._stop_file is not None and storage.exists(self._stop_file):
             self._stop_file_seen = True

@@ -1,9 +1,10 @@
-"""Every byte that is not on this machine: read in ranges, written whole or not at all, tried again until a deadline.
+"""Reads and writes files on this machine, in S3 stores and on web servers, with the same functions.
 
-A place is a path, ``file://…``, ``s3://bucket/key`` or, to read only, ``https://…``; the same functions serve them all.
-Credentials come from the environment alone, as botocore finds them there: no setting holds a secret.
+A URL is a path, ``file://…``, ``s3://bucket/key`` or, for reading only, ``https://…``. Files are read in ranges; a
+write happens completely or not at all; failed requests are retried until a deadline. Credentials come only from
+environment variables, where botocore finds them, so no setting holds a secret.
 
-The parts, each of which imports only those before it: deadline, connection, retry, s3 and local, creation.
+Each of these modules imports only those before it: deadline, connection, retry, s3 and local, creation.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from job.storage import connection, creation, local, s3
 from job.storage.connection import StoreOptions, addressing, is_remote, is_web, url_path
 from job.storage.deadline import Cancelled, IntegrityError, StoreError, current, limits
 from job.storage.local import path_of
-from job.storage.retry import NoRanges, run, sent_whole
+from job.storage.retry import NoRanges, no_ranges_error, run_with_retries
 from job.storage.s3 import PART_BYTES
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
     "addressing",
     "configure",
     "create_bytes",
-    "creation_way",
+    "creation_method",
     "delete",
     "delete_tree",
     "download_file",
@@ -72,21 +73,23 @@ _BUFFER_BYTES = 2**20
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """A file that was listed: its URL, which every function here takes, and its size in bytes."""
+    """A file in a listing."""
 
     url: str
+    """URL or local path of the file, which every function of this module accepts."""
     size: int
+    """Size in bytes."""
 
 
 def configure(options: StoreOptions) -> None:
-    """Set how this process reaches the store; call it again to take up changed credentials."""
+    """Set how this process reaches the store. Call it again after the credentials have changed."""
     learn_environment()
     connection.configure(options)
     creation.forget()
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` with `parts` below it."""
+    """Return the URL of `parts` below `url`."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
@@ -94,11 +97,11 @@ def join(url: str, *parts: str) -> str:
 
 
 def open_read(url: str) -> BinaryIO:
-    """Opens a file to be read on and from any position, in bounded memory whatever its size.
+    """Open a file for reading from any position. Memory does not grow with the size of the file.
 
     Raises:
-        FileNotFoundError: there is none.
-        IntegrityError: (by a read) it was replaced meanwhile.
+        FileNotFoundError: the file does not exist.
+        IntegrityError: the file was replaced since it was opened (raised by a read).
     """
     if not is_remote(url):
         return local.path_of(url).open("rb")
@@ -108,24 +111,23 @@ def open_read(url: str) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Ranges:
-    """A file of which parts are read in any order, by several threads at the same time."""
+    """A file whose parts can be read in any order, by several threads at the same time."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     version: str
-    """Another one once the file was replaced: ETag, Last-Modified, or a local file's size and modification time.
-
-    Empty where a server tells neither. Equal content may have several: machines and uploads differ."""
+    """Version of the file, which changes when it is replaced: ETag, Last-Modified, or size and modification time of a
+    local file. Empty if a web server sends neither. Two copies of the same content may have different versions."""
     read: Callable[[int, int], bytes]
-    """The bytes from a start to an end. Raises IntegrityError if the file was replaced, `NoRanges` from a server that
-    sends files only as a whole."""
+    """Function that returns the bytes from a start to an end. It raises IntegrityError if the file was replaced, and
+    `NoRanges` if the server sends files only as a whole."""
 
 
 def open_ranges(url: str) -> Ranges:
-    """Open a file for reads of single parts; nothing more than that is fetched.
+    """Open a file for reading single parts. Only these parts are fetched.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
     """
     if not is_remote(url):
         status = local.path_of(url).stat()
@@ -136,48 +138,46 @@ def open_ranges(url: str) -> Ranges:
 
         return Ranges(status.st_size, f"{status.st_size} bytes of {status.st_mtime_ns}", read_local)
     if connection.protocol(url) == "s3":
-        found = s3.head(url)
-        version = found["ETag"]
-        return Ranges(found["ContentLength"], version, lambda start, end: s3.get(url, version, start, end))
+        head = s3.head(url)
+        version = head["ETag"]
+        return Ranges(head["ContentLength"], version, lambda start, end: s3.get(url, version, start, end))
     filesystem = connection.filesystem(url)
-    described = run("find", url, filesystem._info, url)
-    total = described["size"]
+    info = run_with_retries("find", url, filesystem._info, url)
+    total = info["size"]
     if total is None:
-        raise sent_whole(url)
+        raise no_ranges_error(url)
     remote = filesystem.open(url, size=total)
 
     async def fetch_range(start: int, end: int) -> bytes:
-        return s3.whole(await remote.async_fetch_range(start, end), end - start)
+        return s3.checked_length(await remote.async_fetch_range(start, end), end - start)
 
     return Ranges(
         total,
-        described.get("ETag") or described.get("Last-Modified") or "",
-        lambda start, end: run("read", url, fetch_range, start, end),
+        info.get("ETag") or info.get("Last-Modified") or "",
+        lambda start, end: run_with_retries("read", url, fetch_range, start, end),
     )
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole content, in one request: for what is small.
+    """Return the whole content of a small file, which is fetched in one request.
 
     Raises:
-        FileNotFoundError: there is none.
-        IntegrityError: it is damaged in the store.
+        FileNotFoundError: the file does not exist.
+        IntegrityError: the file is damaged in the store.
     """
     if not is_remote(url):
         return local.path_of(url).read_bytes()
     if connection.protocol(url) == "s3":
         return s3.get(url)
-    return cast(bytes, run("read", url, connection.filesystem(url)._cat_file, url))
+    return cast(bytes, run_with_retries("read", url, connection.filesystem(url)._cat_file, url))
 
 
 def read_record(url: str, kind: type[Record]) -> Record:
-    """Read a JSON file as an instance of the dataclass `kind`, with every field's type checked.
-
-    Keys that `kind` does not have are ignored: a newer version of the program may have written them.
+    """Read a JSON file as an instance of the dataclass `kind`, as `parse_record` does.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, nested too deeply, or a field is missing or of another type; one line says where.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged. The message is one line that says where.
     """
     try:
         return parse_record(read_bytes(url), kind)
@@ -186,17 +186,23 @@ def read_record(url: str, kind: type[Record]) -> Record:
 
 
 def download_file(url: str, path: Path | str, size: int | None = None, sha256: str | None = None) -> None:
-    """Copies `url` to the local `path`, which appears only when it is whole and verified.
+    """Copy `url` to the local `path`, which appears only when the copy is complete and verified.
+
+    Args:
+        url: the file to copy.
+        path: the local copy.
+        size: expected size in bytes; None: any.
+        sha256: expected checksum in hexadecimal digits; None: any.
 
     Raises:
-        FileNotFoundError: there is none.
-        IntegrityError: its size in bytes or its hexadecimal checksum is not the one expected, however often it is
-            fetched: what was damaged on the way is whole the next time.
+        FileNotFoundError: the file does not exist.
+        IntegrityError: size or checksum are wrong in each of several downloads. One wrong download may have been
+            damaged on the way.
     """
 
     def download() -> None:
         digest, count = hashlib.sha256(), 0
-        with open_read(url) as source, local.published(Path(path), os.replace) as target:
+        with open_read(url) as source, local.atomic_file(Path(path), os.replace) as target:
             while chunk := source.read(_BUFFER_BYTES):
                 current.get().check("download", url)
                 target.write(chunk)
@@ -214,7 +220,7 @@ def download_file(url: str, path: Path | str, size: int | None = None, sha256: s
 
 
 def size(url: str) -> int:
-    """Size in bytes. Raises FileNotFoundError."""
+    """Return the size of a file in bytes. Raises FileNotFoundError."""
     if not is_remote(url):
         return local.path_of(url).stat().st_size
     if connection.protocol(url) == "s3":
@@ -224,7 +230,7 @@ def size(url: str) -> int:
 
 
 def exists(url: str) -> bool:
-    """Whether the file is there now."""
+    """Return True if the file exists."""
     try:
         size(url)
     except FileNotFoundError:
@@ -233,7 +239,7 @@ def exists(url: str) -> bool:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hexadecimal SHA-256 of a local file."""
+    """Return the SHA-256 checksum of a local file in hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -242,50 +248,50 @@ def sha256_file(path: Path | str) -> str:
 
 
 def write_bytes(url: str, data: bytes | bytearray) -> None:
-    """Writes or replaces a file: a reader sees the old content or the new, never a part."""
+    """Write or replace a file. A reader sees either the old or the new content, never a part."""
     write_from(url, len(data), lambda start, end: memoryview(data)[start:end])
 
 
 def write_from(url: str, size: int, read: Callable[[int, int], bytes | memoryview]) -> None:
-    """Writes or replaces a file as `write_bytes` does, with what need not be in one piece, nor all in memory at a time.
+    """Write or replace a file as `write_bytes` does, with content that need not be in memory at once.
 
     Args:
-        url: where to.
-        size: bytes in all.
-        read: gives the bytes from a start to an end, one part of the file; several threads call it, in any order.
-            What they are sending is copied, and nothing else.
+        url: the file.
+        size: size of the file in bytes.
+        read: `read(start, end)` returns the bytes from offset `start` up to `end`. Several threads call it, in any
+            order. Only the parts that are being sent are in memory.
     """
     if is_remote(url):
         s3.upload(url, size, read)
     else:
-        local.write(url, size, lambda start, end: s3.exactly(url, read, start, end))
+        local.write(url, size, lambda start, end: s3.read_exactly(url, read, start, end))
 
 
 def write_json(url: str, value: Any) -> None:
-    """Writes JSON in one form, without secrets: equal values give equal bytes."""
+    """Write a value as JSON, without secrets. Equal values give equal bytes."""
     text = json.dumps(redacted_tree(value), sort_keys=True, indent=1, ensure_ascii=False)
     write_bytes(url, f"{text}\n".encode())
 
 
 def create_bytes(url: str, data: bytes) -> bool:
-    """Write a file unless it is there: of all who try, exactly one is told True.
+    """Write a file if it does not exist. Of all processes that try, exactly one gets True.
 
-    The first creation in a place proves on throw-away files how the store is asked not to overwrite.
+    The first creation in a bucket or folder tests on temporary files which method of conditional writes works.
 
     Raises:
-        UserError: there is no proven way, and `store.single_writer` does not say that nobody else writes there.
+        UserError: no method works, and `store.single_writer` is not set.
     """
     return creation.create(url, data)
 
 
-def creation_way(url: str) -> str | None:
-    """Return the name of the way in which `create_bytes` creates files beside `url`; None if none is proven."""
-    way = creation.proven_way(url)
-    return None if way is None else way.name
+def creation_method(url: str) -> str | None:
+    """Return the name of the method by which `create_bytes` creates files beside `url`; None if no method works."""
+    method = creation.proven_method(url)
+    return None if method is None else method.name
 
 
 def upload_file(path: Path | str, url: str) -> None:
-    """Copies a local file to `url`, where it appears whole or not at all."""
+    """Copy a local file to `url`. A reader never sees a part of it."""
     with Path(path).open("rb") as source:
         descriptor = source.fileno()
         write_from(url, os.fstat(descriptor).st_size, lambda start, end: os.pread(descriptor, end - start, start))
@@ -295,39 +301,42 @@ def upload_file(path: Path | str, url: str) -> None:
 
 
 def list_files(url_prefix: str) -> list[Entry]:
-    """List all files below a folder, at any depth, sorted by URL; none where there is no such folder."""
+    """Return all files below a folder, at any depth, sorted by URL. The list is empty if the folder does not exist."""
     return [entry for entry in _files_below(url_prefix) if not entry.url.endswith(local.PARTIAL)]
 
 
 def _files_below(url_prefix: str) -> list[Entry]:
     if is_remote(url_prefix):
-        return sorted(Entry(*found) for found in s3.objects(f"{url_prefix.removesuffix('/')}/"))
-    found: list[Entry] = []
+        return sorted(Entry(url, size) for url, size in s3.objects(f"{url_prefix.removesuffix('/')}/"))
+    entries: list[Entry] = []
     for folder, _, names in os.walk(local.path_of(url_prefix)):
         for path in (Path(folder, name) for name in names):
-            with suppress(FileNotFoundError):  # removed since the folder was read
-                found.append(Entry(str(path), path.stat().st_size))
-    return sorted(found)
+            with suppress(FileNotFoundError):  # The file was removed after the folder was read.
+                entries.append(Entry(str(path), path.stat().st_size))
+    return sorted(entries)
 
 
 def glob(pattern: str) -> list[Entry]:
-    """List the files that match ``*``, ``**``, ``?`` and ``[…]``, by URL; a plain or ``https://`` name is itself."""
+    """Return the files that match a pattern of ``*``, ``**``, ``?`` and ``[…]``, sorted by URL.
+
+    A name without these characters, or a web address, matches only itself.
+    """
     is_plain = not any(character in pattern for character in "*?[")
     if is_remote(pattern) and (connection.protocol(pattern) != "s3" or is_plain):
         return [Entry(pattern, size(pattern))] if exists(pattern) else []
     if is_remote(pattern):
-        files = [Entry(*found) for found in s3.matching(pattern)]
+        files = [Entry(url, size) for url, size in s3.matching(pattern)]
     else:
         files = []
         for path in map(Path, fsspec.filesystem("file").glob(str(local.path_of(pattern)))):
-            with suppress(FileNotFoundError):  # removed since the folder was read
+            with suppress(FileNotFoundError):  # The file was removed after the folder was read.
                 if path.is_file():
                     files.append(Entry(str(path), path.stat().st_size))
     return sorted(entry for entry in files if not entry.url.endswith(local.PARTIAL))
 
 
 def delete(urls: Iterable[str]) -> None:
-    """Remove files; one that is not there is no error."""
+    """Remove files. A missing file is not an error."""
 
     def remove(url: str) -> None:
         if is_remote(url):
@@ -335,12 +344,12 @@ def delete(urls: Iterable[str]) -> None:
         else:
             local.path_of(url).unlink(missing_ok=True)
 
-    with s3.threads() as pool:
+    with s3.thread_pool() as pool:
         list(pool.map(remove, urls))
 
 
 def delete_tree(prefix: str) -> None:
-    """Remove a folder and all in it, also what uploads that were killed have left in the store."""
+    """Remove a folder with everything in it, and the parts that unfinished uploads have left in the store."""
     if not is_remote(prefix):
         shutil.rmtree(local.path_of(prefix), ignore_errors=True)
         return
@@ -349,25 +358,25 @@ def delete_tree(prefix: str) -> None:
 
 
 def abort_uploads(prefix: str, is_abandoned: Callable[[str], bool] = lambda url: True) -> None:
-    """Remove what uploads to a folder that were killed have left in the store: no list of files shows it.
+    """Remove the parts of unfinished uploads to a folder. Killed uploads leave such parts, which no listing shows.
 
-    A key that may not list uploads leaves them to the store's own rules.
+    If the credentials do not permit listing uploads, nothing is removed.
 
     Args:
         prefix: the folder.
-        is_abandoned: whether nobody uploads to this URL any more.
+        is_abandoned: function that returns True if no process uploads to this URL any more.
     """
     if not is_remote(prefix):
         return
     with suppress(NotImplementedError, UserError):
         for url, upload_id in s3.uploads(prefix):
             if is_abandoned(url):
-                with suppress(FileNotFoundError):  # completed or aborted since
+                with suppress(FileNotFoundError):  # The upload was completed or aborted after the listing.
                     s3.abort(url, upload_id)
 
 
 class _RangeFile(AbstractBufferedFile):
-    """fsspec's seekable file with read-ahead, over ranges that are tried again one by one."""
+    """A seekable file with read-ahead, whose ranges are fetched and retried one by one."""
 
     def __init__(self, url: str, fetch: Callable[[int, int], bytes], size: int) -> None:
         self._fetch = fetch

@@ -1,4 +1,4 @@
-"""The connection of this process to a store: settings, address, style of addressing, and clients."""
+"""How this process reaches a store: options, endpoint, style of addressing, and clients."""
 
 import os
 from dataclasses import dataclass, field
@@ -17,15 +17,15 @@ _VIRTUAL_HOSTED = (
     *(".myhuaweicloud.com", ".myhuaweicloud.cn", ".myhuaweicloud.eu"),  # Huawei OBS
     *(".volces.com", ".ivolces.com", ".bytepluses.com", ".ibytepluses.com"),  # Volcengine TOS
 )
-"""Domains of the services that refuse path-style addressing (docs/object-stores.md has their pages)."""
+"""Domains of services that refuse path-style addressing (docs/object-stores.md links to their documentation)."""
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How the object store is reached; holds no secret.
+    """The settings of section `store`, without any secret.
 
-    `deadline_seconds` bounds an operation with all its retries; in a large transfer it bounds every part, so that a
-    slow link is no error and a stalled one is.
+    `deadline_seconds` limits one operation with all its retries. In a large transfer it limits each part, so a slow
+    link is not an error, but a stalled one is.
     """
 
     endpoint_url: str | None = None
@@ -39,114 +39,120 @@ class StoreOptions:
 
 
 @dataclass
-class _Process:
+class _State:
+    """What this process knows about the store."""
+
     options: StoreOptions = StoreOptions()
     filesystems: dict[tuple[int, str, str], Any] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
-    """The services that have answered anything."""
+    """Services that have answered at least once."""
     missed: set[str] = field(default_factory=set)
-    """The services whose absence was reported."""
+    """Services that were already reported as unreachable."""
     buckets: set[str] = field(default_factory=set)
-    """The buckets that are known to exist."""
+    """Buckets that are known to exist."""
     path_is_refused: bool = False
-    """Whether the service has refused path-style addressing."""
+    """True if the service has refused path-style addressing."""
 
 
-process = _Process()
+state = _State()
 
 
 def configure(options: StoreOptions) -> None:
-    """Set how this process reaches the store; call it again to take up changed credentials."""
-    process.options = options
-    process.filesystems.clear()
-    process.answered.clear()
-    process.missed.clear()
-    process.buckets.clear()
-    process.path_is_refused = False
+    """Set how this process reaches the store. Call it again after the credentials have changed."""
+    state.options = options
+    state.filesystems.clear()
+    state.answered.clear()
+    state.missed.clear()
+    state.buckets.clear()
+    state.path_is_refused = False
 
 
 def is_remote(url: str) -> bool:
-    """Return whether `url` has a protocol other than ``file``."""
+    """Return True if `url` has a protocol other than ``file``."""
     return "://" in url and not url.startswith("file://")
 
 
 def is_web(url: str) -> bool:
-    """Return whether `url` is an address of the web, which can be read and not listed."""
+    """Return True if `url` is an HTTP or HTTPS address, which can be read but not listed."""
     return url.startswith(("http://", "https://"))
 
 
 def url_path(url: str) -> str:
-    """Return the part of a path or URL that names the file: the query of a web address may hold a signature."""
+    """Return a path or URL without its query: the query of a web address may be a signature."""
     return urlsplit(url).path if is_web(url) else url
 
 
 def protocol(url: str) -> str:
-    """Return the protocol of a remote URL; refuse the ones that nothing here speaks."""
-    found = url.partition("://")[0]
-    if found not in ("s3", "http", "https"):
+    """Return the protocol of a remote URL. Raises UserError for an unsupported protocol."""
+    name = url.partition("://")[0]
+    if name not in ("s3", "http", "https"):
         remedy = "give a path, file://, s3:// or, to read only, https:// or http://"
-        raise UserError(url, None, f"{found}:// is not supported", remedy)
-    return found
+        raise UserError(url, None, f"{name}:// is not supported", remedy)
+    return name
 
 
 def service(url: str) -> str:
-    """Return who answers for `url`: the one S3 service, or a host."""
+    """Return the name of the service that answers for `url`: ``s3``, or the host of a web address."""
     return "s3" if protocol(url) == "s3" else url.split("/")[2]
 
 
-def place(url: str) -> dict[str, Any]:
-    """Return the bucket and the key that an s3:// URL names, as parameters of a request."""
+def bucket_and_key(url: str) -> dict[str, Any]:
+    """Return bucket and key of an s3:// URL, as parameters of a request.
+
+    Raises:
+        UserError: `url` is not an s3:// URL, or the endpoint contains the name of the bucket.
+    """
     if protocol(url) != "s3":
         raise UserError(url, None, "can be read, but neither written nor listed", "give a path or an s3:// URL")
     bucket, _, key = url.removeprefix("s3://").partition("/")
     setting, address = endpoint()
     if bucket and (urlsplit(address or "").hostname or "").startswith(f"{bucket}."):
-        expected = f"holds the name of the bucket {bucket}, which s3://{bucket}/... names already"
+        expected = f"contains the bucket {bucket}, which s3://{bucket}/... names already"
         raise UserError(setting, address, expected, "give the address of the region, without the bucket")
     return {"Bucket": bucket, "Key": key}
 
 
 def endpoint() -> tuple[str, str | None]:
-    """Return the setting that holds the address of the S3 service, and the address."""
-    if process.options.endpoint_url:
-        return "store.endpoint_url", process.options.endpoint_url
+    """Return the setting or variable with the address of the S3 service, and the address; None: no address is set."""
+    if state.options.endpoint_url:
+        return "store.endpoint_url", state.options.endpoint_url
     name = "AWS_ENDPOINT_URL_S3" if "AWS_ENDPOINT_URL_S3" in os.environ else "AWS_ENDPOINT_URL"
     return name, os.environ.get(name)
 
 
 def wrong_endpoint(url: str, fault: str) -> UserError:
-    """Return the error for an address at which there is no such service."""
+    """Return the error for an address at which no service, or no S3 service, answers."""
     if protocol(url) != "s3":
         return UserError(url, None, fault, "correct the URL")
-    remedy = "give the URL of an S3 service"
+    remedy = "set it to the URL of an S3 service"
     if addressing() == "virtual":
-        remedy += ", or set store.addressing: path if it does not know buckets as host names"
+        remedy += "; if the service does not accept bucket names in host names, set store.addressing: path"
     return UserError(*endpoint(), fault, remedy)
 
 
 def addressing() -> Literal["auto", "virtual", "path"]:
     """Return how requests name a bucket: ``virtual`` as bucket.host/key, ``path`` as host/bucket/key.
 
-    ``auto`` is left where the address is the cloud's own: then botocore chooses by the name of the bucket.
+    The result is ``auto`` for Amazon S3, where botocore chooses by the name of the bucket.
     """
-    if process.options.addressing != "auto":
-        return process.options.addressing
+    if state.options.addressing != "auto":
+        return state.options.addressing
     host = urlsplit(endpoint()[1] or "").hostname
-    if process.path_is_refused or (host and host.endswith(_VIRTUAL_HOSTED)):
+    if state.path_is_refused or (host and host.endswith(_VIRTUAL_HOSTED)):
         return "virtual"
     return "path" if host else "auto"
 
 
 def filesystem(url: str) -> Any:
-    """Return this process's client for `url`. A client that was made before a fork would fail in the child."""
+    """Return this process's client for `url`. A forked process makes its own: a client of its parent would fail."""
     key = (os.getpid(), protocol(url), addressing())
-    if key not in process.filesystems:
-        process.filesystems[key] = _connect(key[1])
-    return process.filesystems[key]
+    if key not in state.filesystems:
+        state.filesystems[key] = _connect(key[1])
+    return state.filesystems[key]
 
 
 def _connect(name: str) -> Any:
-    options = process.options
+    options = state.options
     fresh = {"skip_instance_cache": True, "use_listings_cache": False}
     if name != "s3":
         limits = aiohttp.ClientTimeout(
@@ -154,7 +160,8 @@ def _connect(name: str) -> Any:
         )
         return fsspec.filesystem(name, client_kwargs={"timeout": limits, "trust_env": True}, **fresh)
     if "@" in (endpoint()[1] or ""):
-        raise wrong_endpoint("s3://", "holds a user name or password: those are given as AWS_ACCESS_KEY_ID and so on")
+        fault = "contains a user name or password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        raise wrong_endpoint("s3://", fault)
     made = S3FileSystem(
         anon=options.anonymous,
         endpoint_url=options.endpoint_url,
@@ -162,11 +169,11 @@ def _connect(name: str) -> Any:
         config_kwargs={
             "connect_timeout": options.connect_timeout_seconds,
             "read_timeout": options.read_timeout_seconds,
-            "retries": {"total_max_attempts": 1},  # only `retry.run` tries again
+            "retries": {"total_max_attempts": 1},  # All retries are made by `retry.run_with_retries`.
             "max_pool_connections": 32,
             "s3": {"addressing_style": addressing()},
-            # The newer checksums come with the encoding aws-chunked, which Alibaba OSS, Huawei OBS and older servers
-            # refuse. Content-MD5, which every store knows, protects what is sent.
+            # The newer checksums need the encoding aws-chunked, which Alibaba OSS, Huawei OBS and older servers refuse.
+            # Content-MD5, which every store supports, protects uploads instead.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         },

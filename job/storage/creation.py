@@ -1,7 +1,8 @@
-"""Conditional creation: a file is written only if it is absent, by the first way that the store is proven to honour.
+"""Conditional creation: writes a file only if it does not exist yet.
 
-The fences of a data set (plan.json) and of a run (run.json, attempts/N.json) rest on it. Stores differ in how they are
-asked for it, and some ignore what they are asked, so the first creation in a place tries the ways on throw-away files.
+This keeps two `prepare` commands (plan.json) and two attempts of a run (run.json, attempts/N.json) apart. Stores have
+different methods for it, and some silently ignore them. The first creation in a bucket or folder therefore tests the
+methods on temporary files, and the first one that works is used.
 """
 
 import logging
@@ -13,7 +14,7 @@ from functools import partial
 
 from job.errors import UserError
 from job.storage import local, s3
-from job.storage.connection import endpoint, is_remote, place, process
+from job.storage.connection import bucket_and_key, endpoint, is_remote, state
 from job.storage.deadline import IntegrityError, StoreError
 from job.storage.retry import Refused
 
@@ -21,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to create a file only if it is absent."""
+class Method:
+    """A method to create a file only if it does not exist."""
 
     name: str
     create: Callable[[str, bytes], bool]
-    """Returns whether it created the file; raises NotImplementedError or `Refused` where it does not exist."""
+    """Function that returns True if it created the file; it raises NotImplementedError or `Refused` if the store does
+    not support the method."""
 
 
 _HEADERS = (
@@ -36,86 +38,89 @@ _HEADERS = (
     ("x-obs-forbid-overwrite", "true"),  # Huawei OBS
     ("x-tos-forbid-overwrite", "true"),  # Volcengine TOS
 )
-_REMOTE = tuple(Way(f"{header[0]}: {header[1]}", partial(s3.create, header)) for header in _HEADERS)
+_REMOTE = tuple(Method(f"{header[0]}: {header[1]}", partial(s3.create, header)) for header in _HEADERS)
 _LOCAL = (
-    Way("hard link", partial(local.create, local.link)),
-    Way("exclusive rename", partial(local.create, local.rename_if_free)),
+    Method("hard link", partial(local.create, local.link)),
+    Method("exclusive rename", partial(local.create, local.rename_if_free)),
 )
 
-_ways: dict[str, Way | None] = {}
-"""The proven way of every bucket and folder that this process has created files in."""
+_methods: dict[str, Method | None] = {}
+"""Method that works in each bucket and folder in which this process has created files; None: no method works."""
 
 
 def forget() -> None:
-    """Prove the ways anew: the store or the credentials may have changed."""
-    _ways.clear()
+    """Forget which methods work, because the store or the credentials may have changed."""
+    _methods.clear()
 
 
 def create(url: str, data: bytes) -> bool:
-    """Write a file unless it is there; of all who try, exactly one is told True.
+    """Write a file if it does not exist. Of all processes that try, exactly one gets True.
 
     Raises:
-        UserError: the store has no proven way, and `store.single_writer` does not say that nobody else writes there.
+        UserError: no method works in this store, and `store.single_writer` is not set.
     """
-    way = proven_way(url)
-    if way is not None:
-        return way.create(url, data)
-    if not process.options.single_writer:
-        raise _no_way(url)
+    method = proven_method(url)
+    if method is not None:
+        return method.create(url, data)
+    if not state.options.single_writer:
+        raise _no_method_error(url)
     if _exists(url):
         return False
     _write(url, data)
     return True
 
 
-def proven_way(url: str) -> Way | None:
-    """Return the first way that holds where `url` is, or None; the answer is kept for the process.
+def proven_method(url: str) -> Method | None:
+    """Return the first method that works in the bucket or folder of `url`; None if no method does.
+
+    The result is kept until `forget` is called.
 
     Raises:
         UserError, StoreError: nothing can be written there at all, or the store does not answer.
     """
-    where = _where(url)
-    if where not in _ways:
-        ways = _REMOTE if is_remote(url) else _LOCAL
-        way = next((way for way in ways if _holds(way, url)), None)
-        if way is None:
-            _write_throw_away(url)  # raises what stands against any write, which would be the true reason
-            if process.options.single_writer:
-                logger.warning("%s: nothing there forbids to overwrite; store.single_writer is trusted", where)
-        _ways[where] = way
-    return _ways[where]
+    container = _container(url)
+    if container not in _methods:
+        methods = _REMOTE if is_remote(url) else _LOCAL
+        method = next((method for method in methods if _works(method, url)), None)
+        if method is None:
+            _write_probe(url)  # If every write fails, this raises the true reason.
+            if state.options.single_writer:
+                message = "%s: conditional writes do not work there; relying on store.single_writer"
+                logger.warning(message, container)
+        _methods[container] = method
+    return _methods[container]
 
 
-def _holds(way: Way, url: str) -> bool:
-    """Try a way on a throw-away file: it holds if a second creation is refused and the first content is intact."""
-    probe = _throw_away(url)
+def _works(method: Method, url: str) -> bool:
+    """Return True if, on a temporary file, a second creation is refused and the first content stays."""
+    probe = _probe(url)
     try:
-        holds = way.create(probe, b"first") and not way.create(probe, b"second") and _read(probe) == b"first"
+        works = method.create(probe, b"first") and not method.create(probe, b"second") and _read(probe) == b"first"
     except (NotImplementedError, FileNotFoundError, IntegrityError, Refused):
-        holds = False
+        works = False
     except BaseException:
         _remove_at_once(probe)
         raise
-    with suppress(UserError, StoreError):  # a key that may not delete is no reason against the way
+    with suppress(UserError, StoreError):  # A key without the right to delete can still use the method.
         _remove(probe)
-    return holds
+    return works
 
 
-def _write_throw_away(url: str) -> None:
-    probe = _throw_away(url)
+def _write_probe(url: str) -> None:
+    probe = _probe(url)
     _write(probe, b"probe")
     with suppress(UserError, StoreError):
         _remove(probe)
 
 
-def _no_way(url: str) -> UserError:
-    ways = _REMOTE if is_remote(url) else _LOCAL
-    tried = ", ".join(way.name for way in ways)
-    where = f"{_where(url)} at {endpoint()[1] or 'Amazon S3'}" if is_remote(url) else _where(url)
-    found = f"{where} has no proven way to create a file only if it is absent (tried: {tried})"
-    expected = f"{found}, so that two commands which start together would mix their files"
+def _no_method_error(url: str) -> UserError:
+    methods = _REMOTE if is_remote(url) else _LOCAL
+    tried = ", ".join(method.name for method in methods)
+    where = f"{_container(url)} at {endpoint()[1] or 'Amazon S3'}" if is_remote(url) else _container(url)
+    fault = f"{where} does not support conditional writes, which create a file only if it is absent (tried: {tried})"
+    expected = f"{fault}; two commands that start at the same time would mix their files"
     better = (
-        "a store that has one"
+        "a store with conditional writes"
         if is_remote(url)
         else "another folder, or the bucket as s3://... if one is mounted there"
     )
@@ -123,13 +128,13 @@ def _no_way(url: str) -> UserError:
     return UserError("store.single_writer", None, expected, remedy)
 
 
-def _where(url: str) -> str:
-    """Return the bucket or the folder in which `url` is."""
-    return f"s3://{place(url)['Bucket']}" if is_remote(url) else str(local.path_of(url).parent)
+def _container(url: str) -> str:
+    """Return the bucket or the folder of `url`."""
+    return f"s3://{bucket_and_key(url)['Bucket']}" if is_remote(url) else str(local.path_of(url).parent)
 
 
-def _throw_away(url: str) -> str:
-    """Return the URL of a file beside `url` that no list shows."""
+def _probe(url: str) -> str:
+    """Return the URL of a temporary file beside `url` that no listing shows."""
     folder, _, name = url.rpartition("/")
     probe = f".{name}.{secrets.token_hex(8)}{local.PARTIAL}"
     return f"{folder}/{probe}" if folder else probe
@@ -164,8 +169,8 @@ def _remove(url: str) -> None:
 
 
 def _remove_at_once(url: str) -> None:
-    """Remove a throw-away file after a failure, without another wait."""
+    """Remove a temporary file after a failure, without waiting for the store."""
     if is_remote(url):
-        s3.ask_once(url, "delete_object", **place(url))
+        s3.send_once(url, "delete_object", **bucket_and_key(url))
     else:
         local.path_of(url).unlink(missing_ok=True)

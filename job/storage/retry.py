@@ -1,4 +1,4 @@
-"""The retry loop: what may pass is tried again until the deadline, what a person has to mend is one line at once."""
+"""The retry loop: repeats a request that may succeed later until the deadline, and raises all other errors at once."""
 
 import asyncio
 import errno
@@ -18,13 +18,23 @@ from botocore.parsers import ResponseParserError
 
 from job.errors import UserError
 from job.storage import deadline
-from job.storage.connection import addressing, endpoint, filesystem, place, process, protocol, service, wrong_endpoint
+from job.storage.connection import (
+    addressing,
+    bucket_and_key,
+    endpoint,
+    filesystem,
+    protocol,
+    service,
+    state,
+    wrong_endpoint,
+)
 from job.storage.deadline import IntegrityError
 
 UNREACHABLE_SECONDS = 4.0
-"""How long an endpoint that has never answered is tried before a person is told: the address may be wrong."""
+"""How long to try an endpoint that has never answered before reporting it: its address is probably wrong."""
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 15
 PROBE = "look into"
-"""The operation that finds out why another one was refused."""
+"""Name of the operation that finds out why another one was refused."""
 
 _CREDENTIALS_MISSING = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
 _CREDENTIALS_REFUSED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
@@ -36,7 +46,8 @@ _MAY_PASS = (OSError, boto.BotoCoreError, ResponseParserError, aiohttp.ClientErr
 _CODES_THAT_MAY_PASS = {
     *("BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "OperationAborted"),
     *("RequestTimeout", "ServiceUnavailable", "SlowDown", "XAmzContentSHA256Mismatch"),
-    *("InvalidPart", "InvalidPartOrder", "MalformedXML"),  # our XML is right when it is sent
+    # The XML we send is correct, so these errors mean that it was damaged on the way.
+    *("InvalidPart", "InvalidPartOrder", "MalformedXML"),
 }
 _OTHER_REGION = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 _PATH_STYLE_REFUSED = {
@@ -53,132 +64,143 @@ logger = logging.getLogger(__name__)
 
 
 class AccessDenied(UserError):
-    """The credentials are valid, and do not permit the operation."""
+    """The credentials are valid, but do not permit the operation."""
 
 
 class Refused(UserError):
-    """The store does not do what was asked, for a reason that only its own words tell."""
+    """The store refused a request for a reason that is not known here; the error shows the store's own message."""
 
 
 class NoRanges(UserError):
-    """A server does not send parts of a file, or does not tell its size."""
+    """A web server does not send parts of a file, or does not tell its size."""
 
 
 class PathStyleRefused(Exception):
-    """The store takes only requests that name the bucket as a part of the host."""
+    """The store accepts only virtual-hosted addressing, which names the bucket as a part of the host."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An error that the store answered."""
+    """An error answer of the store."""
 
     status: int
+    """HTTP status."""
     code: str
+    """Error code of S3, such as ``NoSuchKey``; the HTTP status as text if the answer has no error code."""
     message: str
 
     @property
     def is_bare(self) -> bool:
-        """Whether it has no reason in it: an answer to HEAD, or one of a service that is not S3."""
+        """True if the answer has no error code, as an answer to HEAD or one of a service other than S3."""
         return self.code.isdigit()
 
 
 class Unexplained(Exception):
-    """The store refused without a reason, or answered for an object that may be absent as for a forbidden one."""
+    """The store refused without a reason, or its answer may mean either that the object is absent or forbidden."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
         self.answer = answer
 
 
-def run(
+def run_with_retries(
     operation: str, url: str, function: Callable[..., Coroutine[Any, Any, Result]], *args: Any, **kw: Any
 ) -> Result:
-    """Await ``function(*args, **kw)`` again and again until it succeeds, cannot succeed, or the deadline has passed.
+    """Await ``function(*args, **kw)`` repeatedly until it succeeds, cannot succeed, or the deadline has passed.
 
-    Every try gets twice the time of the one before: a stalled one is soon replaced, and a slow one gets through.
+    Each try may take twice as long as the one before: a stalled try is soon repeated, and a slow one succeeds in the
+    end.
+
+    Args:
+        operation: verb for messages, such as ``read``.
+        url: what the operation is about.
+        function: coroutine function that makes one try.
 
     Raises:
         FileNotFoundError, FileExistsError, NotImplementedError: the store says so.
         Unexplained: the store gave no reason.
-        UserError: a person has to mend it.
+        UserError: the user has to correct something.
         StoreError: the deadline has passed.
-        Cancelled: see `deadline.limits`.
+        Cancelled: the operation was cancelled, see `deadline.limits`.
     """
     started, tries = time.monotonic(), 0
-    options = process.options
+    options = state.options
     with deadline.limits(options.deadline_seconds):
-        ours = deadline.current.get()
+        limits = deadline.current.get()
         while True:
-            ours.check(operation, url)
+            limits.check(operation, url)
             style = addressing()
             result = _try(url, options.read_timeout_seconds * 2**tries, function, *args, **kw)
             if not isinstance(result, Exception):
-                process.answered.add(service(url))
+                state.answered.add(service(url))
                 return result
             tries += 1
             tried_seconds = time.monotonic() - started
-            pause = random.uniform(0.5, 1) * min(0.1 * 2**tries, 15)
+            pause = random.uniform(0.5, 1) * min(_SHORTEST_PAUSE_SECONDS * 2**tries, _LONGEST_PAUSE_SECONDS)
             try:
                 _raise_if_permanent(result, operation, url, tried_seconds + pause)
             except PathStyleRefused as refusal:
                 _turn_virtual(style, refusal, url)
                 continue
             reason = f"{type(result).__name__} {result}; gave up after {tries} tries in {tried_seconds:.0f} s"
-            ours.check(operation, url, pause, reason)
-            ours.wait(pause, Future())
+            limits.check(operation, url, pause, reason)
+            limits.wait(pause, Future())
 
 
 def _try(
     url: str, seconds: float, function: Callable[..., Coroutine[Any, Any, Result]], *args: Any, **kw: Any
 ) -> Result | Exception:
-    """Return what ``function(*args, **kw)`` gives or raises within `seconds` and the limits.
+    """Return the result of ``function(*args, **kw)``, or the exception that it raises.
 
-    If it takes longer it is cancelled, which closes its connection: its answer cannot meet the next request.
+    A try that takes longer than `seconds` or the limits allow is cancelled, and the result is a TimeoutError.
+    Cancelling closes the connection, so that a late answer cannot be taken for the answer to the next request.
     """
 
     async def outcome() -> Result | Exception:
         try:
             return await function(*args, **kw)
-        except Exception as error:  # returned, because asyncio reports what is raised when nobody waits any more
+        except Exception as error:  # Returned, because asyncio logs exceptions of tasks that nobody waits for.
             return error
 
-    ours = deadline.current.get()
-    seconds = max(0, min(seconds, ours.seconds_left))
+    limits = deadline.current.get()
+    seconds = max(0, min(seconds, limits.seconds_left))
     loop = filesystem(url).loop
     task = asyncio.run_coroutine_threadsafe(outcome(), loop)
     try:
-        ours.wait(seconds, task)
+        limits.wait(seconds, task)
         return task.result() if task.done() else TimeoutError(f"no answer in {seconds:.1f} s")
     finally:
         task.cancel()
 
 
 def _turn_virtual(style: str, refusal: PathStyleRefused, url: str) -> None:
-    """Use virtual-hosted addressing from now on; raise UserError where the settings or the address forbid it."""
-    if process.options.addressing == "path":
+    """Use virtual-hosted addressing from now on. Raises UserError if a setting forbids it, or if it was in use."""
+    if state.options.addressing == "path":
         raise UserError("store.addressing", "path", str(refusal), "set store.addressing: virtual, or auto") from None
     if style == "virtual":
-        fault = f"{refusal}, and the bucket in the host name did not help"
-        raise UserError(*endpoint(), fault, "give the address of the bucket's region") from None
-    process.path_is_refused = True
-    logger.info("s3://%s is addressed as a host name: %s", place(url)["Bucket"], refusal)
+        fault = f"{refusal}, but the bucket was in the host name already"
+        raise UserError(
+            *endpoint(), fault, "the bucket may be in another region: set the address of its region"
+        ) from None
+    state.path_is_refused = True
+    logger.info("s3://%s: using virtual-hosted addressing: %s", bucket_and_key(url)["Bucket"], refusal)
 
 
 def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_seconds: float) -> None:
-    """Raise what the caller or a person must know now; return where another try may help.
+    """Raise the error to report if another try cannot help; return if it may help.
 
     Args:
-        error: what the try raised.
-        operation: what was tried.
-        url: on what.
-        next_try_seconds: when the next try would be, since the first.
+        error: exception that the try raised.
+        operation: verb for messages.
+        url: what the operation is about.
+        next_try_seconds: time of the next try, in seconds since the first one.
     """
     if (cause := _cause(error, _UNREACHABLE)) is not None:
         _raise_if_wrong_address(cause, url, next_try_seconds)
     elif (cause := _cause(error, boto.ClientError)) is not None:
-        found = cause.response.get("Error", {})
+        details = cause.response.get("Error", {})
         status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        _raise_if_refused(Answer(status, str(found.get("Code", status)), found.get("Message", "")), operation, url)
+        _raise_if_refused(Answer(status, str(details.get("Code", status)), details.get("Message", "")), operation, url)
     elif (cause := _cause(error, aiohttp.ClientResponseError)) is not None:
         _raise_if_refused(Answer(cause.status, str(cause.status), cause.message), operation, url)
     elif isinstance(error, FileNotFoundError) and error.__cause__ is None:
@@ -190,36 +212,38 @@ def _raise_if_permanent(error: Exception, operation: str, url: str, next_try_sec
     elif isinstance(error, boto.ParamValidationError):
         raise UserError(url, None, "names no object", "expected s3://bucket/key") from None
     elif isinstance(error, ValueError):
-        raise (wrong_endpoint(url, "is no URL of a service") if protocol(url) == "s3" else sent_whole(url)) from None
+        is_s3 = protocol(url) == "s3"
+        raise (wrong_endpoint(url, "is not the URL of a service") if is_s3 else no_ranges_error(url)) from None
     elif isinstance(error, IntegrityError) or not isinstance(error, _MAY_PASS):
         raise error
 
 
 def _raise_if_wrong_address(cause: Exception, url: str, next_try_seconds: float) -> None:
-    """Raise UserError if nobody seems to be at the address; report once if the service may only be away."""
-    patience_seconds = min(UNREACHABLE_SECONDS, process.options.deadline_seconds)
-    if next_try_seconds <= patience_seconds or service(url) in process.answered:
+    """Raise UserError if the address seems to be wrong; log a warning once if the service may only be down."""
+    patience_seconds = min(UNREACHABLE_SECONDS, state.options.deadline_seconds)
+    if next_try_seconds <= patience_seconds or service(url) in state.answered:
         return
     reason = getattr(cause, "kwargs", {}).get("error", cause)
     wrong = wrong_endpoint(url, f"cannot be reached: {reason}")
     if not _may_come_up(cause, reason):
         raise wrong from None
-    if service(url) not in process.missed:
-        process.missed.add(service(url))
-        logger.warning("%s; trying for %.0f s", wrong, process.options.deadline_seconds)
+    if service(url) not in state.missed:
+        state.missed.add(service(url))
+        logger.warning("%s; trying for %.0f s", wrong, state.options.deadline_seconds)
 
 
 def _may_come_up(cause: Exception, reason: object) -> bool:
-    """Return whether the address may be right and the service away for now, as in an outage."""
-    found = getattr(reason, "os_error", None)
-    is_refused = found is not None and not isinstance(found, socket.gaierror | ssl.SSLError | ssl.CertificateError)
+    """Return True if the address may be right and the service only down for now."""
+    os_error = getattr(reason, "os_error", None)
+    wrong_address = socket.gaierror | ssl.SSLError | ssl.CertificateError
+    is_refused = os_error is not None and not isinstance(os_error, wrong_address)
     return is_refused or isinstance(cause, boto.ConnectTimeoutError)
 
 
 def _raise_if_refused(answer: Answer, operation: str, url: str) -> None:
-    """Raise what an error of the store means; return if it may pass."""
+    """Raise the exception that an error answer stands for; return if another try may succeed."""
     if not answer.is_bare:
-        process.answered.add(service(url))
+        state.answered.add(service(url))
     if answer.code in _CODES_THAT_MAY_PASS or answer.status in (408, 425, 429):
         return
     if answer.status >= 500 and answer.status != 501:
@@ -227,29 +251,29 @@ def _raise_if_refused(answer: Answer, operation: str, url: str) -> None:
     is_ambiguous = answer.code == "AccessDenied" and operation in ("read", "find")
     if protocol(url) == "s3" and operation != PROBE and (answer.is_bare or is_ambiguous):
         raise Unexplained(answer)
-    refuse(answer, operation, url)
+    raise_refusal(answer, operation, url)
 
 
-def refuse(answer: Answer, operation: str, url: str, may_be_absent: bool = False) -> NoReturn:
-    """Raise what an answer that no other try changes means.
+def raise_refusal(answer: Answer, operation: str, url: str, may_be_absent: bool = False) -> NoReturn:
+    """Raise the exception that a final error answer stands for.
 
     Args:
-        answer: the store's.
-        operation: what was asked.
-        url: of what.
-        may_be_absent: whether a 403 can also mean that there is no such object.
+        answer: the answer of the store.
+        operation: verb for messages.
+        url: what the operation is about.
+        may_be_absent: True if a 403 can also mean that the object does not exist.
     """
     status = answer.status
     reason = f"the store refused to {operation} {url}: {answer.code}"
     if protocol(url) == "s3":
-        # Huawei OBS answers NoSuchKey to an upload that has the bucket in its path.
+        # Huawei OBS answers NoSuchKey to an upload with path-style addressing.
         is_upload_without_key = answer.code == "NoSuchKey" and operation in ("write", "create")
         if answer.code in _PATH_STYLE_REFUSED or is_upload_without_key:
             raise PathStyleRefused(f"{reason}: it wants the bucket in the host name")
         _raise_if_mistaken(answer, operation, url, reason, may_be_absent)
     if status == 404:
         raise FileNotFoundError(errno.ENOENT, "there is no such file", url) from None
-    # 412 answers If-None-Match, 409 the headers by which others forbid to overwrite.
+    # 412 is the answer to If-None-Match, 409 the answer to the forbid-overwrite headers of other vendors.
     if status == 412 or (status == 409 and operation == "create"):
         raise FileExistsError(errno.EEXIST, "there is such a file", url) from None
     if status == 416:
@@ -260,8 +284,8 @@ def refuse(answer: Answer, operation: str, url: str, may_be_absent: bool = False
 
 
 def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str, may_be_absent: bool) -> None:
-    """Raise UserError if the bucket, the clock, the credentials, the region or the service is not the right one."""
-    bucket = f"s3://{place(url)['Bucket']}"
+    """Raise UserError if the bucket, the clock, the credentials, the region or the service is wrong."""
+    bucket = f"s3://{bucket_and_key(url)['Bucket']}"
     if answer.code == "NoSuchBucket":
         raise UserError(bucket, None, "there is no such bucket", "create it, or correct the URL") from None
     if answer.code == "RequestTimeTooSkewed":
@@ -269,26 +293,26 @@ def _raise_if_mistaken(answer: Answer, operation: str, url: str, reason: str, ma
         raise UserError(bucket, None, wrong, "set the clock") from None
     if answer.status in (401, 403) or answer.code in _CREDENTIALS_REFUSED:
         kind = AccessDenied if answer.code in ("AccessDenied", "403") else UserError
-        if process.options.anonymous:
-            remedy = "unset store.anonymous and give credentials: only what is public can be read without"
+        if state.options.anonymous:
+            remedy = "unset store.anonymous and give credentials: without them only public buckets can be read"
             raise kind("store.anonymous", True, reason, remedy) from None
-        remedy = f"{_GIVE_CREDENTIALS}, of one who may use {bucket}"
+        remedy = f"{_GIVE_CREDENTIALS}, with the right to use {bucket}"
         if may_be_absent:
-            remedy += ", and may list: without that right an absent object is answered like a forbidden one"
+            remedy += " and to list it: without that right the store answers as if a missing object were forbidden"
         raise kind("AWS_ACCESS_KEY_ID", None, reason, remedy) from None
     if answer.code in _OTHER_REGION:
-        raise UserError("store.region", process.options.region, reason, f"name the region of {bucket}") from None
+        raise UserError("store.region", state.options.region, reason, f"name the region of {bucket}") from None
     if operation == PROBE and answer.is_bare:
-        raise wrong_endpoint(url, f"is no S3 service: {answer.message}") from None
+        raise wrong_endpoint(url, f"is not an S3 service: {answer.message}") from None
 
 
 def _cause(error: BaseException | None, kinds: Any) -> Any:
-    """Return the first of `error` and its causes that is one of `kinds`: s3fs wraps what botocore raised."""
+    """Return the first of `error` and its causes that is one of `kinds`, because s3fs wraps errors of botocore."""
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__
     return error
 
 
-def sent_whole(url: str) -> NoRanges:
-    """Return the error for a server that does not honour ranges."""
-    return NoRanges(url, None, "its server sends files only as a whole", "download it and give its path")
+def no_ranges_error(url: str) -> NoRanges:
+    """Return the error for a web server that does not send parts of files."""
+    return NoRanges(url, None, "its server sends files only as a whole", "download the file and give its path")

@@ -1,7 +1,9 @@
-"""The held-out shards as the processes of a run evaluate them together, during training and by `job evaluate`."""
+"""The validation shards, evaluated by all ranks together: during training and by `job evaluate`."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,40 +15,57 @@ from job.data.order import EvaluationOrder
 from job.data.tokenizer import TextTokenizer
 from job.errors import UserError
 from job.local_dirs import cache_folder
-from job.model.architecture import LanguageModel
+from job.model.language_model import LanguageModel
 from job.report import Report
-from job.runs.launch_context import Start
-from job.runs.load_model import load_trained
+from job.runs.choices import precision_without_run
+from job.runs.evaluation_result import Evaluation
+from job.runs.launch_context import LaunchContext
+from job.runs.load_model import load_model
+from job.runs.run_status import RunStatus
+from job.runs.run_tokenizer import check_tokenizer
 from job.runs.world import World
-from job.training.distributed import Lockstep
-from job.training.engine import Strategy, start_accelerator
-from job.training.evaluation import Evaluation, evaluate
-from job.training.hang_detector import Watchdog
-from job.training.process_group import join
-
-DONE, STOPPED = "done", "stopped"
+from job.training.accelerator import Strategy, autocast, start_accelerator
+from job.training.distributed import StepSync, join, weakest_hardware
+from job.training.evaluation import evaluate
+from job.training.hang_detector import HangDetector
 
 
-class HeldOut:
-    """The held-out windows of a data set, cut for one context length.
+class ValidationSet:
+    """The validation sequences of a data set, cut for one context length.
 
     Args:
-        config: where the shards are, and how large a batch is.
-        manifest: the data set.
-        tokenizer: the one that made it.
-        context_length: of the model.
-        world: this process among the others; all call `evaluate` together.
+        shards_url: the data set.
+        manifest: its manifest.
+        tokenizer: the tokenizer that made it.
+        context_length: tokens of a sequence.
+        world: this process among the others, which all call `evaluate` together.
+        seed: chooses the sequences when not all are evaluated.
+        batch_size: sequences of a batch on one rank.
+        cache_dir: local folder for shards.
+        cache_bytes: most bytes of shards in that folder.
     """
 
     def __init__(
-        self, config: Config, manifest: Manifest, tokenizer: TextTokenizer, context_length: int, world: World
+        self,
+        shards_url: str,
+        manifest: Manifest,
+        tokenizer: TextTokenizer,
+        context_length: int,
+        world: World,
+        *,
+        seed: int,
+        batch_size: int,
+        cache_dir: Path,
+        cache_bytes: int,
     ) -> None:
-        self._config, self._manifest, self._tokenizer = config, manifest, tokenizer
+        self._shards_url, self._manifest, self._tokenizer = shards_url, manifest, tokenizer
         self._context_length, self._world = context_length, world
+        self._seed, self._batch_size = seed, batch_size
+        self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is held out."""
+        """True if the data set has no validation text."""
         return not any(shard.tokens > 1 for shard in self._manifest.validation)
 
     def evaluate(
@@ -54,37 +73,40 @@ class HeldOut:
         model: LanguageModel,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
-        lockstep: Lockstep,
-        max_windows: int | None = None,
+        sync: StepSync,
+        max_sequences: int | None = None,
     ) -> Evaluation | None:
-        """The loss over `max_windows` windows spread over the shards, or over all; None if the run is to stop."""
+        """Return the loss on `max_sequences` sequences spread over the shards, or on all.
+
+        Returns:
+            None if the set is empty, or if all ranks stop before the end.
+        """
+        if self.is_empty:
+            return None
         order = EvaluationOrder(
-            [shard.tokens for shard in self._manifest.validation],
-            self._context_length,
-            self._config.data.seed,
-            max_windows,
+            [shard.tokens for shard in self._manifest.validation], self._context_length, self._seed, max_sequences
         )
         with EvaluationLoader(
-            self._config.data.shards,
+            self._shards_url,
             self._manifest,
             order,
-            batch_size=self._config.evaluate.batch_size,
+            batch_size=self._batch_size,
             rank=self._world.rank,
             world_size=self._world.world_size,
-            cache_dir=cache_folder(self._config.data.cache_dir),
-            cache_bytes=int(self._config.data.cache_bytes),
+            cache_dir=self._cache_dir,
+            cache_bytes=self._cache_bytes,
             say=Report(self._world.rank).say,
         ) as loader:
             batches = ((batch.input_ids, batch.labels) for batch in loader)
             sizes = self._tokenizer.token_sizes
-            return evaluate(model, batches, sizes, device, autocast, lambda: lockstep.go_on(loader.poll))
+            return evaluate(model, batches, sizes, device, autocast, lambda: sync.go_on(loader.poll))
 
 
-def evaluate_trained(config: Config, world: World, start: Start) -> str:
-    """`job evaluate`: a trained model on all held-out windows, over all processes.
+def evaluate_model(config: Config, world: World, context: LaunchContext) -> RunStatus:
+    """Evaluate a trained model on all validation sequences, over all processes, and print the result.
 
     Returns:
-        ``done``, or ``stopped``: it has found out nothing.
+        ``done``; or ``stopped``, without a result.
 
     Raises:
         UserError: there is no model, no data set, or the two have different tokenizers.
@@ -93,29 +115,46 @@ def evaluate_trained(config: Config, world: World, start: Start) -> str:
         (config.evaluate.model, "evaluate.model") if config.evaluate.model else (config.run.output, "run.output")
     )
     manifest = load_manifest(config.data.shards)
-    trained = load_trained(source, setting, cache_folder(config.data.cache_dir))
-    if trained.tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        expected = f"was made with another tokenizer than the model in {trained.source}"
-        raise UserError("data.shards", config.data.shards, expected, "prepare the corpus with the model's tokenizer")
-    join(world, start.device)
-    accelerator = start_accelerator(Strategy("ddp", config.train.precision, world.world_size, 1, 1, 0.0))
+    trained = load_model(source, setting, cache_folder(config.data.cache_dir))
+    check_tokenizer(
+        trained.tokenizer,
+        manifest.tokenizer_fingerprint,
+        found_in=trained.source,
+        product="the data set",
+        setting="data.shards",
+        value=config.data.shards,
+        remedy="prepare the corpus with the model's tokenizer",
+    )
+    join(world, context.device)
+    precision = precision_without_run(config.train, weakest_hardware(world, context.device))
+    accelerator = start_accelerator(Strategy("ddp", precision, world.world_size, 1, 1, 0.0))
     model = LanguageModel(trained.model, config.train.loss_chunk_tokens, config.train.document_masking).to(
         accelerator.device
     )
-    held_out = HeldOut(config, manifest, trained.tokenizer, trained.context_length, world)
-    if held_out.is_empty:
-        expected = "the data set holds nothing out"
+    validation = ValidationSet(
+        config.data.shards,
+        manifest,
+        trained.tokenizer,
+        trained.context_length,
+        world,
+        seed=config.data.seed,
+        batch_size=config.evaluate.batch_size,
+        cache_dir=cache_folder(config.data.cache_dir),
+        cache_bytes=int(config.data.cache_bytes),
+    )
+    if validation.is_empty:
+        expected = "the data set has no validation text"
         raise UserError("data.shards", config.data.shards, expected, "prepare it with data.validation_fraction above 0")
-    watchdog = Watchdog(world, config.train.hang_timeout.seconds, start.on_hang)
-    lockstep = Lockstep(world, start.stop_requested, watchdog.beat)
-    found = held_out.evaluate(model, accelerator.device, accelerator.autocast, lockstep)
-    watchdog.close()
+    hang_detector = HangDetector(world, config.train.hang_timeout.seconds, context.on_hang)
+    sync = StepSync(world, context.stop_requested, hang_detector.beat)
+    found = validation.evaluate(model, accelerator.device, partial(autocast, accelerator, precision), sync)
+    hang_detector.close()
     if found is None:
-        return STOPPED
+        return RunStatus.STOPPED
     Report(world.rank).table(
         trained.source,
         [
-            ("held-out tokens", f"{found.targets:,}"),
+            ("validation tokens", f"{found.targets:,}"),
             ("UTF-8 bytes", f"{found.utf8_bytes:,}"),
             ("characters", f"{found.characters:,}"),
             ("nats per token", f"{found.nats_per_token:.6f}"),
@@ -123,4 +162,4 @@ def evaluate_trained(config: Config, world: World, start: Start) -> str:
             ("bits per character", f"{found.bits_per_character:.6f}"),
         ],
     )
-    return DONE
+    return RunStatus.DONE

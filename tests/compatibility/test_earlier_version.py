@@ -1,11 +1,11 @@
-"""Data sets and a run that commits 99a7a34 and da01a33 wrote are still read, continued and resumed.
+"""Compatibility with the files of earlier versions (commits 99a7a34 and da01a33): data sets are read, a run is resumed.
 
-`written_by_99a7a34/` is what that version left in s3://earlier: a corpus of 30 articles, their shards, the plan and two
-of the four parts of a half-made data set, and a run of 20 steps with the default strategy and precision.
-`steps-20-to-30.jsonl` has the metrics that the same version wrote when it went on to step 30.
+`written_by_99a7a34/` has the files that this version wrote to s3://earlier: a corpus of 30 articles, its shards, an
+unfinished data set with its plan and two of four parts, and a run of 20 steps with the default strategy and precision.
+`steps-20-to-30.jsonl` has the metrics that the same version wrote for the next 10 steps.
 
-`written_by_da01a33/` is a corpus of three small files, their shards, and the plan and two of the three parts of a
-half-made data set: that version cut each file by itself, later ones have the three share one slice.
+`written_by_da01a33/` has a corpus of three small files, its shards, and an unfinished data set with its plan and two of
+three parts. This version made a slice of each file; later versions put the three files into one slice.
 """
 
 import json
@@ -28,7 +28,7 @@ BUCKET = "s3://earlier"
 
 @pytest.fixture(scope="module")
 def earlier(s3_server: S3Server) -> str:
-    """The bucket as that version left it."""
+    """URL of a bucket with the files of version 99a7a34."""
     s3_server.create_bucket(BUCKET.removeprefix("s3://"))
     for path in WRITTEN.rglob("*"):
         if path.is_file():
@@ -37,7 +37,7 @@ def earlier(s3_server: S3Server) -> str:
 
 
 def job(command: str, folder: Path, **changes: dict[str, object]) -> int:
-    """Run a command with that version's settings; its files on this machine go into `folder`."""
+    """Run a command with the settings of that version. Its local files are in `folder`."""
     settings = yaml.safe_load((WRITTEN / "settings.yaml").read_text(encoding="utf-8"))
     changes["data"] = {"cache_dir": str(folder / "cache")} | changes.get("data", {})
     for section, values in changes.items():
@@ -47,7 +47,7 @@ def job(command: str, folder: Path, **changes: dict[str, object]) -> int:
     return main([command, "--config", str(path)])
 
 
-def test_finished_data_set_is_taken_as_it_is(
+def test_finished_data_set_is_kept_unchanged(
     earlier: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {entry.url: storage.read_bytes(entry.url) for entry in storage.list_files(f"{earlier}/shards")}
@@ -58,7 +58,7 @@ def test_finished_data_set_is_taken_as_it_is(
     assert "holds a finished data set that differs: data.seed" in capsys.readouterr().err
 
 
-def test_data_set_of_unshared_slices_is_taken_as_it_is(
+def test_data_set_of_unshared_slices_is_kept_unchanged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(UNSHARED, tmp_path / "made")
@@ -72,18 +72,18 @@ def test_data_set_of_unshared_slices_is_taken_as_it_is(
     data["shards"] = str(tmp_path / "made/half-made")
     assert job("prepare", tmp_path, data=data, tokenizer=tokenizer) == EXIT_REFUSED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"data.shards: '{data['shards']}': holds a half-made data set of an earlier version")
+    assert line.startswith(f"data.shards: '{data['shards']}': holds an unfinished data set of an earlier version")
     assert job("prepare", tmp_path, data=data | {"seed": 1}, tokenizer=tokenizer) == EXIT_REFUSED
-    assert "holds a data set in the making that differs: data.seed is 2333 there and 1 here" in capsys.readouterr().err
+    assert "holds an unfinished data set that differs: data.seed is 2333 there and 1 here" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "made").rglob("*") if path.is_file()} == before
 
 
-def test_half_made_data_set_is_refused_in_one_line(
+def test_unfinished_data_set_is_refused_in_one_line(
     earlier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert job("prepare", tmp_path, data={"shards": f"{earlier}/half-made"}) == EXIT_REFUSED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"data.shards: '{earlier}/half-made': holds a half-made data set of an earlier version")
+    assert line.startswith(f"data.shards: '{earlier}/half-made': holds an unfinished data set of an earlier version")
 
 
 def test_same_corpus_gives_the_same_tokens(earlier: str, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_same_corpus_gives_the_same_tokens(earlier: str, tmp_path: Path) -> None
     assert [one.sha256 for one in new.train + new.validation] == [one.sha256 for one in old.train + old.validation]
 
 
-def test_run_is_resumed_with_the_losses_that_the_earlier_version_had(earlier: str, tmp_path: Path) -> None:
-    """To the precision of another processor's bf16; another order of the data would be ten times as far away."""
+def test_resumed_run_has_the_losses_of_the_earlier_version(earlier: str, tmp_path: Path) -> None:
+    """The tolerance allows for bf16 on another processor; another order of the data would differ ten times as much."""
     assert job("train", tmp_path) == EXIT_DONE
     rows = [json.loads(line) for line in storage.read_bytes(f"{earlier}/run/logs/metrics.jsonl").splitlines()]
     expected = [json.loads(line) for line in (WRITTEN / "steps-20-to-30.jsonl").read_bytes().splitlines()]

@@ -1,10 +1,14 @@
-"""A small hub over HTTP with the requests that `datasets` makes of Hugging Face's to stream files, faults included."""
+"""A local HTTP server that answers like Hugging Face's hub, and can be told to fail.
+
+It knows the requests that `huggingface_hub` makes to download a data set and that `datasets` makes to stream its files:
+resolve a revision, list the tree of a commit, describe paths, and send the metadata and the bytes of a file.
+"""
 
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,19 +23,24 @@ class DatasetHub:
     """Data sets, each with its revisions ``main`` and `COMMIT`."""
 
     data_sets: dict[str, dict[str, bytes]]
-    """Files by path; a data set without any is given to nobody."""
+    """Files by path, for each data set. A data set without files is gated: every request is refused."""
+    gated: Collection[str] = ()
+    """Data sets whose files are listed, but refused when they are requested."""
     cut_off: int = 0
-    """So many answers with a CSV file's bytes break off in the middle."""
+    """Number of answers with a CSV file that still break off in the middle."""
     url: str = ""
     requests: list[str] = field(default_factory=list)
+    """Method and path of each request."""
 
 
 def entry(files: dict[str, bytes], path: str) -> dict[str, Any]:
+    """Return the hub's description of a file."""
     data = files[path]
     return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
 
 def tree(files: dict[str, bytes], folder: str, is_recursive: bool) -> list[dict[str, Any]]:
+    """Return the hub's descriptions of the files and folders below a folder."""
     prefix = f"{folder}/" if folder else ""
     below = sorted(path for path in files if path.startswith(prefix))
     folders = {
@@ -42,7 +51,7 @@ def tree(files: dict[str, bytes], folder: str, is_recursive: bool) -> list[dict[
     }
     listed = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
     listed += [entry(files, path) for path in below]
-    return [one for one in listed if is_recursive or "/" not in one["path"].removeprefix(prefix)]
+    return [item for item in listed if is_recursive or "/" not in item["path"].removeprefix(prefix)]
 
 
 def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
@@ -94,6 +103,8 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
             elif (resolved := re.fullmatch(f"/datasets/{name}/resolve/([^/]+)/(.*)", path)) is not None:
                 if resolved[1] not in ("main", COMMIT):
                     self.answer(404, b"", X_Error_Code="RevisionNotFound")
+                elif named and named[1] in hub.gated:
+                    self.answer(403, b"", X_Error_Code="GatedRepo")
                 elif resolved[2] in files:
                     self.send_file(resolved[2], files[resolved[2]])
                 else:
@@ -122,7 +133,8 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.answer(404, b"", X_Error_Code="EntryNotFound")
 
-        def do_CONNECT(self) -> None:  # as a proxy, it hears of every other host that is asked
+        def do_CONNECT(self) -> None:
+            # The tests set this server as the proxy, so requests to any other host are recorded here.
             hub.requests.append(f"CONNECT {self.path}")
             self.answer(502)
 
@@ -132,9 +144,9 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def dataset_hub(data_sets: dict[str, dict[str, bytes]]) -> Iterator[DatasetHub]:
-    """A running hub with these data sets."""
-    hub = DatasetHub(data_sets)
+def dataset_hub(data_sets: dict[str, dict[str, bytes]], gated: Collection[str] = ()) -> Iterator[DatasetHub]:
+    """Run a hub with these data sets."""
+    hub = DatasetHub(data_sets, gated)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,12 +1,9 @@
-"""The global batch, cut over processes: always exactly, with the largest micro-batch that fits."""
+"""The division of the global batch among processes: always exact, with the largest micro-batch that fits."""
 
 import pytest
 
-from job.config import Train
 from job.data.batching import cut_batch
 from job.errors import UserError
-from job.runs.attempts import Attempt
-from job.runs.resume import cut_as_before
 
 
 @pytest.mark.parametrize(
@@ -23,7 +20,7 @@ from job.runs.resume import cut_as_before
         (7, 32, 7, 1, 1),
     ],
 )
-def test_micro_batch_is_the_largest_that_divides_the_share_of_a_process(
+def test_micro_batch_is_the_largest_that_divides_a_process_share(
     batch: int, micro: int, processes: int, steps: int, cut: int
 ) -> None:
     found = cut_batch(batch, micro, processes)
@@ -34,7 +31,7 @@ def test_micro_batch_is_the_largest_that_divides_the_share_of_a_process(
 
 def test_reason_names_the_setting_and_the_share() -> None:
     assert str(cut_batch(256, 32, 16)) == (
-        "1 x 16 sequences (train.micro_batch_size is 32, which does not divide the 16 of a process)"
+        "1 x 16 sequences (train.micro_batch_size is 32, which does not divide the 16 sequences of a process)"
     )
 
 
@@ -47,7 +44,7 @@ def test_reason_names_the_setting_and_the_share() -> None:
         (7, 2, "1 and 7", "6 or 8"),
     ],
 )
-def test_processes_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do(
+def test_world_size_that_does_not_divide_the_batch_is_refused(
     batch: int, processes: int, nearest: str, batches: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -56,26 +53,4 @@ def test_processes_that_do_not_divide_the_batch_are_refused_with_the_nearest_tha
     assert caught.value.expected == (
         f"cannot be divided by the {processes} processes; the nearest numbers of processes that divide it are {nearest}"
     )
-    assert caught.value.remedy == f"start so many, or set train.global_batch_size to {batches}"
-
-
-def attempt_before(micro_batch_size: int | None, asked: int = 32) -> Attempt:
-    return Attempt(
-        3, "run", "start", None, "host", 1, "2026-01-01T00:00:00+00:00", "auto",
-        config={"train": {"micro_batch_size": asked}}, micro_batch_size=micro_batch_size,
-    )  # fmt: skip
-
-
-def test_resumed_run_takes_the_micro_batch_of_the_attempt_before() -> None:
-    train = Train(global_batch_size=256, micro_batch_size=32)
-    assert cut_as_before(train, 8, None).micro_batch_size == 32
-    found = cut_as_before(train, 8, attempt_before(16))
-    assert (found.gradient_accumulation_steps, found.micro_batch_size) == (2, 16)
-    assert found.reason == "as in attempt 3; train.micro_batch_size is 32"
-
-
-def test_it_does_not_where_it_no_longer_fits_or_the_setting_has_changed_or_nothing_is_recorded() -> None:
-    train = Train(global_batch_size=256, micro_batch_size=32)
-    assert cut_as_before(train, 32, attempt_before(16)).micro_batch_size == 8
-    assert cut_as_before(train, 8, attempt_before(16, asked=16)).micro_batch_size == 32
-    assert cut_as_before(train, 8, attempt_before(None)).micro_batch_size == 32
+    assert caught.value.remedy == f"change the number of processes, or set train.global_batch_size to {batches}"

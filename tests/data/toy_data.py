@@ -1,4 +1,4 @@
-"""A toy data set whose tokens are all different, so that every one of them can be followed to where it is used."""
+"""A toy data set whose tokens are all different, so that a test can follow each token to the batch that uses it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ import torch
 from job import storage
 from job.data.loader import Batch, BatchLoader
 from job.data.manifest import MANIFEST_NAME, Manifest, Shard, ShardBuilder, TokenType, load_manifest, manifest_bytes
-from job.data.order import WindowOrder
+from job.data.order import SequenceOrder
 
 LENGTH = 5
-"""The context length of all these tests."""
+"""The context length of the tests that use this file."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DataSet:
 def write_data_set(
     url: str, train: Sequence[int], validation: Sequence[int] = (), dtype: TokenType = "uint32"
 ) -> DataSet:
-    """Writes shards of so many tokens, numbered from 1 on, to `url`."""
+    """Write a data set to `url`; `train` and `validation` are the tokens of each shard. Tokens count up from 1."""
     numbers = iter(range(1, 10**9))
     splits: dict[str, list[list[int]]] = {
         split: [[next(numbers) for _ in range(count)] for count in counts]
@@ -73,13 +73,13 @@ def write_data_set(
     return DataSet(url, load_manifest(url), splits["train"], splits["validation"])
 
 
-def order_of(data: DataSet, **changes: Any) -> WindowOrder:
+def order_of(data: DataSet, **changes: Any) -> SequenceOrder:
     shards = data.manifest.train
     arguments: dict[str, Any] = {"context_length": LENGTH, "seed": 11, "buffer_bytes": 300} | changes
-    return WindowOrder([shard.tokens for shard in shards], [shard.size for shard in shards], **arguments)
+    return SequenceOrder([shard.tokens for shard in shards], [shard.size for shard in shards], **arguments)
 
 
-def loader_of(data: DataSet, cache_dir: Path | str, order: WindowOrder | None = None, **changes: Any) -> BatchLoader:
+def loader_of(data: DataSet, cache_dir: Path | str, order: SequenceOrder | None = None, **changes: Any) -> BatchLoader:
     order = order or order_of(data)
     arguments: dict[str, Any] = {
         "global_batch_size": 4,
@@ -97,7 +97,7 @@ def loader_of(data: DataSet, cache_dir: Path | str, order: WindowOrder | None = 
 
 
 def rows(batches: list[Batch]) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """Input ids and labels of each batch, its micro-batches put together."""
+    """Return the input ids and labels of each batch, with its micro-batches concatenated."""
     return [
         tuple(torch.cat([pair[side] for pair in batch.micro_batches]).tolist() for side in (0, 1))  # type: ignore[misc]
         for batch in batches

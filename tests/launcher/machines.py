@@ -1,7 +1,7 @@
-"""Machines on this one, each with a network, a host name and an ``/etc/hosts`` of its own, joined by a cable.
+"""Two virtual machines for tests: namespaces of this machine with their own network, host name and ``/etc/hosts``.
 
-A process holds each of them together, and ends with the test, whatever happens to that: the kernel then takes the
-network, the cable and the file back.
+A process holds each machine's namespaces. It exits when the test ends, even if the test fails, and the kernel then
+removes the network, the cable and the mounted file.
 """
 
 import os
@@ -17,43 +17,57 @@ from small_run import REPOSITORY
 MISSING = [name for name in ("ip", "iptables", "unshare", "nsenter") if shutil.which(name) is None]
 WHY_NOT = "needs root" if os.geteuid() else f"needs {', '.join(MISSING)} (apt-get install iproute2 iptables)"
 CANNOT = bool(os.geteuid() or MISSING)
-"""Whether there can be no such machines here; `WHY_NOT` says why."""
+"""True if such machines cannot be created here; `WHY_NOT` is the reason."""
 _READY = "ready"
 
 
 class Machine:
-    """A machine with a network interface, ``cable``."""
+    """A virtual machine whose only network interface, except for loopback, is ``cable``."""
 
     def __init__(self, name: str, pid: int) -> None:
         self.name, self._pid = name, pid
 
     @property
     def under(self) -> list[str]:
-        """What a command is to be started under to run on it."""
+        """Return the prefix of a command line that runs the command on this machine."""
         return ["nsenter", f"--target={self._pid}", "--net", "--uts", "--mount", f"--wd={REPOSITORY}"]
 
     def run(self, *command: str) -> None:
+        """Run a command on this machine.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
         subprocess.run([*self.under, *command], check=True)
 
     def block_all_ports_but(self, port: int, verdict: str, spared: int = 0) -> None:
-        """As a firewall that lets connections to one port in, and answers the others with ``DROP`` or ``REJECT``.
+        """Add a firewall rule that blocks new connections to all ports except one.
 
-        The first `spared` connections to other ports come through.
+        Args:
+            port: port to which connections are allowed.
+            verdict: ``DROP`` or ``REJECT``, for all other connections.
+            spared: number of connections to other ports that are allowed before the rule blocks them.
         """
-        new = ("--append", "INPUT", "--in-interface", "cable", "--protocol", "tcp", "--syn", "!", "--dport", str(port))
+        rule = ("--append", "INPUT", "--in-interface", "cable", "--protocol", "tcp", "--syn", "!", "--dport", str(port))
         if spared:
-            few = ("--match", "limit", "--limit", "1/day", "--limit-burst", str(spared))
-            self.run("iptables", *new, *few, "--jump", "ACCEPT")
-        self.run("iptables", *new, "--jump", verdict)
+            first_few = ("--match", "limit", "--limit", "1/day", "--limit-burst", str(spared))
+            self.run("iptables", *rule, *first_few, "--jump", "ACCEPT")
+        self.run("iptables", *rule, "--jump", verdict)
 
     def cut(self) -> None:
-        """As pulling the cable."""
+        """Take the network interface down, as if the cable was pulled out."""
         self.run("ip", "link", "set", "cable", "down")
 
 
 @contextmanager
 def joined(folder: Path, hosts: Sequence[str], addresses: Sequence[str]) -> Iterator[list[Machine]]:
-    """Two machines, with these hosts files and addresses (``10.0.0.1/24``)."""
+    """Start two machines that are connected with each other.
+
+    Args:
+        folder: temporary folder for their hosts files.
+        hosts: content of each hosts file; ``{name}`` becomes the machine's host name.
+        addresses: address and prefix length of each machine, such as ``10.0.0.1/24``.
+    """
     with ExitStack() as stack:
         machines = []
         for number, text in enumerate(hosts):
@@ -61,7 +75,7 @@ def joined(folder: Path, hosts: Sequence[str], addresses: Sequence[str]) -> Iter
             (folder / f"hosts-{number}").write_text(text.format(name=name))
             machines.append(stack.enter_context(_held(name, folder / f"hosts-{number}")))
         first, second = machines
-        ends = [("netns", str(one._pid)) for one in machines]
+        ends = [("netns", str(machine._pid)) for machine in machines]
         cable = ["ip", "link", "add", "cable", *ends[0], "type", "veth", "peer", "name", "cable", *ends[1]]
         subprocess.run(cable, check=True)
         for machine, address in zip((first, second), addresses, strict=True):
@@ -73,7 +87,7 @@ def joined(folder: Path, hosts: Sequence[str], addresses: Sequence[str]) -> Iter
 
 @contextmanager
 def _held(name: str, hosts: Path) -> Iterator[Machine]:
-    """A machine without a cable."""
+    """Start a machine without a cable."""
     script = f'hostname {name} && mount --bind "$0" /etc/hosts && echo {_READY} && exec cat'
     command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script, str(hosts)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -1,4 +1,4 @@
-"""Where a process is, by the variables that launchers really set (Slurm's are from a 22.05 with two nodes)."""
+"""Tests of environment detection, with variables that launchers really set (Slurm's: version 22.05, two nodes)."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import UserError
-from job.launcher.environment import Place, Rendezvous, find_place, first_host, part_of_array, port_of
+from job.launcher.environment import Environment, Rendezvous, detect_environment, first_host, part_of_array, port_of
 from job.runs.world import World
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HOME": "/home/someone"}
@@ -57,8 +57,8 @@ TORCHRUN = {
 }
 
 
-def at(**environment: str) -> Place:
-    return find_place(NO_GPU | environment)
+def at(**environment: str) -> Environment:
+    return detect_environment(NO_GPU | environment)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,23 @@ def at(**environment: str) -> Place:
         (SKYPILOT | SLURM_JOB, "SkyPilot", (1, 2), ("10.1.0.4", SKYPILOT_PORT)),
         (SKYPILOT | BY_HAND, "several nodes", (1, 2), ("10.0.0.5", 29500)),
         ({"SWANLAB_RUNTIME": "task"}, "SwanLab", (0, 1), None),
+        ({"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "Kaggle", (0, 1), None),
+        ({"COLAB_RELEASE_TAG": "release-colab_20260601"}, "Colab", (0, 1), None),
         (INDEXED_JOB | BY_HAND, "several nodes", (1, 2), ("10.0.0.5", 29500)),
     ],
 )
-def test_a_place_is_known_by_its_variables(
+def test_environment_is_detected_from_its_variables(
     environment: dict[str, str], kind: str, nodes: tuple[int, int], rendezvous: tuple[str, int] | None
 ) -> None:
-    place = at(**environment)
-    assert (place.kind, (place.node_rank, place.nodes)) == (kind, nodes)
-    assert place.rendezvous == (Rendezvous(*rendezvous) if rendezvous else None)
-    assert place.world is None
+    found = at(**environment)
+    assert (found.kind, (found.node_rank, found.nodes)) == (kind, nodes)
+    assert found.rendezvous == (Rendezvous(*rendezvous) if rendezvous else None)
+    assert found.world is None
 
 
-def test_a_process_that_torchrun_has_started_is_a_worker() -> None:
-    place = at(**TORCHRUN)
-    assert (place.kind, place.world) == ("torchrun", World(5, 1, 8, 4))
+def test_process_started_by_torchrun_is_a_worker() -> None:
+    found = at(**TORCHRUN)
+    assert (found.kind, found.world) == ("torchrun", World(5, 1, 8, 4))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +150,13 @@ def test_a_process_that_torchrun_has_started_is_a_worker() -> None:
         (TRAINER | {"PET_NPROC_PER_NODE": "eight"}, "PET_NPROC_PER_NODE"),
     ],
 )
-def test_what_should_be_many_is_never_taken_for_one(environment: dict[str, str], named: str) -> None:
+def test_missing_or_contradictory_variable_is_refused_and_named(environment: dict[str, str], named: str) -> None:
     with pytest.raises(UserError) as error:
         at(**environment)
     assert error.value.setting == named
 
 
-def test_an_ipv6_rendezvous_is_written_so_that_its_port_can_be_told() -> None:
+def test_ipv6_rendezvous_is_written_with_brackets() -> None:
     assert str(Rendezvous("fd00::1", 29500)) == "[fd00::1]:29500"
     assert str(Rendezvous("10.0.0.5", 29500)) == "10.0.0.5:29500"
 
@@ -171,28 +173,28 @@ def test_an_ipv6_rendezvous_is_written_so_that_its_port_can_be_told() -> None:
         ("", ""),
     ],
 )
-def test_the_first_host_of_a_list_as_slurm_writes_it(nodelist: str, host: str) -> None:
+def test_first_host_of_slurm_node_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
-def test_the_port_of_a_job_is_below_those_of_outgoing_connections_and_seldom_that_of_another_job() -> None:
+def test_job_ports_avoid_the_ephemeral_range_and_rarely_collide() -> None:
     ports = [port_of(f"{job}.0") for job in range(1000)]
     assert all(20000 <= port < 30000 for port in ports)
     assert len(set(ports)) > 900
 
 
-def test_a_gpu_has_a_process_and_a_machine_without_one_has_one_as_well() -> None:
-    found = [at(CUDA_VISIBLE_DEVICES=visible) for visible in ("", "3", "0,1,2,3", "-1")]
-    assert [one.gpus.number for one in found] == [0, 1, 4, 0]
-    facts = [{fact.what: fact.value for fact in one.facts} for one in found]
-    assert [one["processes of a node"] for one in facts] == ["1", "1", "4", "1"]
+def test_one_process_per_gpu_and_one_without_gpus() -> None:
+    environments = [at(CUDA_VISIBLE_DEVICES=visible) for visible in ("", "3", "0,1,2,3", "-1")]
+    assert [found.gpus.number for found in environments] == [0, 1, 4, 0]
+    facts = [{fact.what: fact.value for fact in found.facts} for found in environments]
+    assert [values["processes of a node"] for values in facts] == ["1", "1", "4", "1"]
     assert at(**SKYPILOT).processes == 1
-    for gpus in ("0,1", "0,1,2,3"):  # a task may have some of a machine's GPUs
+    for gpus in ("0,1", "0,1,2,3"):  # A task may have only a part of a machine's GPUs.
         assert at(**SKYPILOT | {"SKYPILOT_NUM_GPUS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": gpus}).processes == 2
 
 
 @pytest.mark.parametrize(
-    ("told", "gpus", "processes", "value", "source"),
+    ("requested", "gpus", "processes", "value", "source"),
     [
         ("8", "", 8, "8", "PET_NPROC_PER_NODE"),
         ("auto", "0,1", None, "2", "PET_NPROC_PER_NODE=auto: one for each GPU"),
@@ -201,15 +203,15 @@ def test_a_gpu_has_a_process_and_a_machine_without_one_has_one_as_well() -> None
         ("", "0,1", None, "2", "one for each GPU"),
     ],
 )
-def test_the_processes_that_the_trainer_asks_for_are_taken_or_explained(
-    told: str, gpus: str, processes: int | None, value: str, source: str
+def test_processes_requested_by_kubeflow_trainer_are_used(
+    requested: str, gpus: str, processes: int | None, value: str, source: str
 ) -> None:
-    place = at(**TRAINER | {"PET_NPROC_PER_NODE": told, "CUDA_VISIBLE_DEVICES": gpus})
-    assert place.processes == processes
-    assert ("processes of a node", value, source) in place.facts
+    found = at(**TRAINER | {"PET_NPROC_PER_NODE": requested, "CUDA_VISIBLE_DEVICES": gpus})
+    assert found.processes == processes
+    assert ("processes of a node", value, source) in found.facts
 
 
-def test_the_time_that_a_place_leaves() -> None:
+def test_time_limit_of_each_scheduler() -> None:
     assert at().ends_at is None
     assert at(**SKYPILOT).ends_at is None
     soon = int(time.time()) + 600
@@ -219,13 +221,21 @@ def test_the_time_that_a_place_leaves() -> None:
     assert 3.5 * 3600 < swanlab - time.time() < 4 * 3600
 
 
+@pytest.mark.parametrize(("name", "place"), [("KAGGLE_KERNEL_RUN_TYPE", "Kaggle"), ("COLAB_RELEASE_TAG", "Colab")])
+def test_notebook_platform_names_its_limit_but_no_end(name: str, place: str) -> None:
+    found = at(**{name: "any", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+    assert (found.kind, found.ends_at) == (place, None)
+    (fact,) = [fact for fact in found.facts if fact.what == "time left"]
+    assert fact.source == f"{name}: a session of {place} ends after at most 12 hours; set train.max_time"
+
+
 @pytest.mark.parametrize("end", ["", "0", "1700000000", "4294967294", "4294967295", "NONE", "Unknown"])
-def test_an_end_time_that_is_not_to_come_is_no_limit(end: str) -> None:
-    place = at(**SLURM_STEP, SLURM_JOB_END_TIME=end)
-    assert place.ends_at is None
-    (fact,) = [fact for fact in place.facts if fact.what == "time left"]
+def test_slurm_end_time_that_is_not_in_the_future_is_no_limit(end: str) -> None:
+    found = at(**SLURM_STEP, SLURM_JOB_END_TIME=end)
+    assert found.ends_at is None
+    (fact,) = [fact for fact in found.facts if fact.what == "time left"]
     assert fact.value == "no limit is known"
-    assert fact.source == f"SLURM_JOB_END_TIME is {end or 'empty'}, not a time to come"
+    assert fact.source == f"SLURM_JOB_END_TIME is {end or 'empty'}, which is not a time in the future"
 
 
 @pytest.mark.parametrize(
@@ -240,30 +250,33 @@ def test_an_end_time_that_is_not_to_come_is_no_limit(end: str) -> None:
         ({"HOME": "/nonexistent", "TMPDIR": "/local"}, "/local/wikillm-{uid}"),
     ],
 )
-def test_the_scratch_folder_is_on_a_disk_of_the_node(environment: dict[str, str], scratch: str, tmp_path: Path) -> None:
+def test_scratch_folder_is_on_a_local_disk(environment: dict[str, str], scratch: str, tmp_path: Path) -> None:
     expected = Path(scratch.format(home=tmp_path, uid=os.getuid()))
     assert at(**{"HOME": str(tmp_path)} | environment).scratch == expected
 
 
-def test_a_shared_home_is_no_scratch_folder_under_slurm() -> None:
+def test_slurm_scratch_folder_is_not_in_the_shared_home() -> None:
     assert at(**SLURM_STEP | {"TMPDIR": "/local"}).scratch.parent == Path("/local")
 
 
-def test_a_place_explains_each_thing_by_the_variables_that_say_it() -> None:
+def test_facts_name_the_variables_they_come_from() -> None:
     facts = {fact.what: (fact.value, fact.source) for fact in at(**INDEXED_JOB).facts}
     assert facts["place"][0] == "Kubernetes"
-    assert facts["nodes"] == ("this is 1 of 4 (counted from 0)", "JOB_COMPLETION_INDEX, WIKILLM_NODES, MASTER_ADDR")
+    assert facts["nodes"] == (
+        "this is node 1 of 4 (counted from 0)",
+        "JOB_COMPLETION_INDEX, WIKILLM_NODES, MASTER_ADDR",
+    )
     assert facts["job"] == ("wiki", "WIKILLM_JOB_ID")
     assert facts["GPUs of this node"] == ("0", "CUDA_VISIBLE_DEVICES")
 
 
-def test_skypilot_names_a_job_by_what_it_keeps_when_it_starts_the_job_again() -> None:
+def test_skypilot_job_id_stays_the_same_after_a_restart() -> None:
     assert at(**SKYPILOT).job_id == SKYPILOT["SKYPILOT_TASK_ID"]
     assert at(**SKYPILOT | SLURM_JOB).job_id == SKYPILOT["SKYPILOT_TASK_ID"]
     assert at(**SKYPILOT | {"WIKILLM_JOB_ID": "mine"}).job_id == "mine"
 
 
-# ---- An array that prepares ----
+# ---- Preparing in an array ----
 
 ARRAY = {
     "SLURM_JOB_ID": "6",
@@ -288,11 +301,12 @@ TWO_TASKS = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": 
         ({"JOB_COMPLETION_INDEX": "2", "WIKILLM_NODES": "5"}, (2, 5)),
         (SKYPILOT, (1, 2)),
         (SKYPILOT | ONE_SKYPILOT_NODE, (0, 1)),
-        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_TASK_ID"}, (1, 2)),  # its parts never meet
+        # The parts do not communicate, so they need no job id for a rendezvous port.
+        ({name: SKYPILOT[name] for name in SKYPILOT if name != "SKYPILOT_TASK_ID"}, (1, 2)),
         (SKYPILOT | {"SLURM_JOB_ID": "6"}, (1, 2)),
     ],
 )
-def test_the_part_of_an_array_that_is_prepared_here(environment: dict[str, str], part: tuple[int, int]) -> None:
+def test_part_of_array_for_each_scheduler(environment: dict[str, str], part: tuple[int, int]) -> None:
     assert part_of_array(environment) == part
 
 
@@ -305,7 +319,7 @@ def test_the_part_of_an_array_that_is_prepared_here(environment: dict[str, str],
         ({"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.1.0.4\n10.1.0.9"}, "SKYPILOT_NODE_RANK"),
     ],
 )
-def test_an_array_that_leaves_the_part_open_is_refused(environment: dict[str, str], named: str) -> None:
+def test_array_with_unclear_part_is_refused(environment: dict[str, str], named: str) -> None:
     with pytest.raises(UserError) as error:
         part_of_array(environment)
     assert error.value.setting == named

@@ -1,4 +1,4 @@
-"""Groups of many nodes, all in this process: who asks the store for what, and that all hear of the same end."""
+"""Tests of the rendezvous of many nodes, all in this process: load of the store, failures, and the common result."""
 
 import socket
 import time
@@ -12,12 +12,12 @@ import pytest
 import torch.distributed as dist
 from small_run import free_port
 
-from job.launcher import node_rendezvous as nodes
-from job.launcher import worker_status as outcome
+from job.launcher import node_rendezvous, worker_status
 from job.launcher.environment import Rendezvous
-from job.launcher.node_info import Card
-from job.launcher.node_rendezvous import Nodes
-from job.launcher.worker_status import Outcome
+from job.launcher.node_info import NodeInfo
+from job.launcher.node_rendezvous import NodeRendezvous
+from job.launcher.worker_status import WorkerStatus
+from job.runs.run_status import RunStatus
 
 SECONDS = 120
 ROUNDS = 3
@@ -25,77 +25,82 @@ SETTINGS = {f"section.setting{number}": number for number in range(80)}
 
 
 class CountingStore:
-    """torch's store as one node uses it, which counts the keys that it is asked for."""
+    """Wrapper of torch's store for one node. It counts operations by key."""
 
     def __init__(self, prefix: str, store: dist.Store) -> None:
         self._store = dist.PrefixStore(prefix, store)
-        self.asked: Counter[tuple[str, str]] = Counter()
-        """By operation and key."""
+        self.operations: Counter[tuple[str, str]] = Counter()
+        """Number of calls by operation and key."""
 
     def __getattr__(self, operation: str) -> Callable[..., Any]:
         def call(keys: str | Sequence[str], *values: Any) -> Any:
-            self.asked.update((operation, key) for key in ([keys] if isinstance(keys, str) else keys))
+            self.operations.update((operation, key) for key in ([keys] if isinstance(keys, str) else keys))
             return getattr(self._store, operation)(keys, *values)
 
         return call
 
     @property
     def keys(self) -> set[str]:
-        return {key for _, key in self.asked}
+        return {key for _, key in self.operations}
 
     @property
     def rounds(self) -> int:
-        """Times that it has looked what is new."""
-        return self.asked["get", "news"] or self.asked["multi_get", "beat/1"]
+        """Number of times that the node has exchanged heartbeats and summary."""
+        return self.operations["get", "summary"] or self.operations["multi_get", "heartbeat/1"]
 
 
 class Group:
-    """Nodes that have met; `failures` takes those whose workers were ended because another node has failed."""
+    """Nodes that have met. `ended_by_others` lists those whose workers were ended because another node failed."""
 
     def __init__(self, count: int, folder: Path) -> None:
         self._folder, rendezvous = folder, Rendezvous("127.0.0.1", free_port())
         self.nodes = [
-            Nodes(rank, count, "job", rendezvous, Card(f"host{rank}", f"token{rank}", 1, {"torch": "2"}, SETTINGS))
+            NodeRendezvous(
+                rank, count, "job", rendezvous, NodeInfo(f"host{rank}", f"token{rank}", 1, {"torch": "2"}, SETTINGS)
+            )
             for rank in range(count)
         ]
         self.ended_by_others: list[int] = []
         self._threads = ThreadPoolExecutor(count)
         began = time.monotonic()
         self.each(lambda node: node.meet(SECONDS, lambda: False, print))
-        print(f"{count} nodes have met in {time.monotonic() - began:.1f} s")
+        print(f"{count} nodes met in {time.monotonic() - began:.1f} s")
         self.each(lambda node: node.watch(lambda: self.ended_by_others.append(node.rank)))
 
-    def each(self, do: Callable[[Nodes], Any]) -> None:
+    def each(self, do: Callable[[NodeRendezvous], Any]) -> None:
         list(self._threads.map(do, self.nodes, timeout=SECONDS))
 
     def part(
-        self, rank: int, status: str = outcome.DONE, at: float = 2.0, message: str = ""
-    ) -> "Future[list[Outcome]]":
-        """That node's outcomes of all nodes, when its own is this one and all have ended."""
+        self, rank: int, status: RunStatus = RunStatus.DONE, at: float = 2.0, message: str = ""
+    ) -> "Future[list[WorkerStatus]]":
+        """Let one node part with this status of its worker; the result is the statuses of all nodes as it sees them."""
         folder = self._folder / str(rank)
         folder.mkdir()
-        outcome.record(folder, Outcome(rank, status, message, at))
+        worker_status.record(folder, WorkerStatus(rank, status, message, at))
 
-        def part() -> list[Outcome]:
-            self.nodes[rank].part(folder, failed=status != outcome.DONE)
-            return sorted(outcome.read_all(folder), key=lambda one: one.rank)
+        def part() -> list[WorkerStatus]:
+            self.nodes[rank].part(folder, failed=status != RunStatus.DONE)
+            return sorted(worker_status.read_all(folder), key=lambda worker: worker.rank)
 
         return self._threads.submit(part)
 
     def stores(self) -> list[CountingStore]:
         return [node._store for node in self.nodes]
 
-    def until(self, come: Callable[[], bool]) -> None:
+    def wait_until(self, is_met: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
-        while not come():
+        while not is_met():
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Group]:
-    """Starts a group; with `is_real`, its store is in the network, where torch asks for the name of every address."""
-    monkeypatch.setattr(nodes, "PrefixStore", CountingStore)
+    """Return a function that starts a group.
+
+    With `is_real`, its store uses the network, and torch looks up the host name of every address.
+    """
+    monkeypatch.setattr(node_rendezvous, "PrefixStore", CountingStore)
     store, opened = dist.HashStore(), []
 
     def open_store(*_: Any, master_listen_fd: int | None = None, **__: Any) -> dist.Store:
@@ -105,7 +110,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Grou
 
     def start_group(count: int, is_real: bool = False) -> Group:
         if not is_real:
-            monkeypatch.setattr(nodes, "TCPStore", open_store)
+            monkeypatch.setattr(node_rendezvous, "TCPStore", open_store)
         return Group(count, tmp_path)
 
     return start_group
@@ -120,53 +125,51 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Grou
         *(pytest.param(256, real, marks=pytest.mark.recovery) for real in (False, True)),
     ],
 )
-def test_what_the_store_is_asked_for_grows_with_the_nodes_and_not_with_their_square(
-    start: Callable[..., Group], count: int, is_real: bool
-) -> None:
+def test_store_operations_grow_linearly_with_the_nodes(start: Callable[..., Group], count: int, is_real: bool) -> None:
     group = start(count, is_real)
     first, *others = group.stores()
-    group.until(lambda: all(store.rounds >= ROUNDS for store in group.stores()))
+    group.wait_until(lambda: all(store.rounds >= ROUNDS for store in group.stores()))
 
-    # A quiet group, round for round: a sign of life and a look at the news; node 0 looks at all signs of life.
+    # In each round without events, a node writes its heartbeat and reads the summary; node 0 reads all heartbeats.
     for rank, store in enumerate(others, 1):
-        asked = store.asked.copy()
-        assert 0 <= asked["set", f"beat/{rank}"] - asked["get", "news"] <= 1
-    rounds = first.asked["multi_get", "beat/1"]
-    signs = sum(first.asked["multi_get", f"beat/{node}"] for node in range(1, count))
-    assert (rounds - 1) * (count - 1) <= signs <= (rounds + 1) * (count - 1)
+        operations = store.operations.copy()
+        assert 0 <= operations["set", f"heartbeat/{rank}"] - operations["get", "summary"] <= 1
+    rounds = first.operations["multi_get", "heartbeat/1"]
+    heartbeats = sum(first.operations["multi_get", f"heartbeat/{node}"] for node in range(1, count))
+    assert (rounds - 1) * (count - 1) <= heartbeats <= (rounds + 1) * (count - 1)
 
-    outcomes = [one.result(SECONDS) for one in [group.part(rank) for rank in range(count)]]
-    assert all([one.status for one in found] == [outcome.DONE] * count for found in outcomes)
+    results = [parted.result(SECONDS) for parted in [group.part(rank) for rank in range(count)]]
+    assert all([worker.status for worker in workers] == [RunStatus.DONE] * count for workers in results)
     assert group.ended_by_others == []
-    # From the meeting to the end, no other node asks for what a third one says, but how the next one is reached.
+    # Except for node 0, a node uses only its own keys, the common ones, and the address of the next node.
     for rank, store in enumerate(others, 1):
-        own = {f"{kind}/{rank}" for kind in ("card", "link", "beat", "over", "left")}
-        assert store.keys <= own | {"go", "stop", "news", f"link/{(rank + 1) % count}"}
+        own = {f"{kind}/{rank}" for kind in ("info", "address", "heartbeat", "ended", "left")}
+        assert store.keys <= own | {"start", "stop", "summary", f"address/{(rank + 1) % count}"}
     assert len(first.keys) <= 5 * count + 3
 
 
-def test_a_failed_node_ends_the_workers_of_all_others_and_all_know_how_all_have_ended(
+def test_failed_node_ends_all_others_and_all_learn_all_statuses(
     start: Callable[..., Group],
 ) -> None:
     group = start(16)
     others = [rank for rank in range(16) if rank != 5]
-    parted = {5: group.part(5, outcome.CRASHED, 1.0, "the cause, which is told everywhere")}
-    group.until(lambda: sorted(group.ended_by_others) == others)
-    parted |= {rank: group.part(rank, outcome.CRASHED, 2.0, "what came of it") for rank in others}
-    for rank, one in parted.items():
-        found = one.result(SECONDS)
-        assert [other.status for other in found] == [outcome.CRASHED] * 16
-        assert {other.rank for other in found if other.message} == {5, rank}
+    parted = {5: group.part(5, RunStatus.CRASHED, 1.0, "the cause, which all nodes receive")}
+    group.wait_until(lambda: sorted(group.ended_by_others) == others)
+    parted |= {rank: group.part(rank, RunStatus.CRASHED, 2.0, "a consequence") for rank in others}
+    for rank, result in parted.items():
+        workers = result.result(SECONDS)
+        assert [worker.status for worker in workers] == [RunStatus.CRASHED] * 16
+        assert {worker.rank for worker in workers if worker.message} == {5, rank}
 
 
-def test_a_node_without_a_sign_of_life_is_named_by_all_others(
+def test_node_without_heartbeats_is_named_by_all_others(
     start: Callable[..., Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "_LOST_SECONDS", 5.0)
+    monkeypatch.setattr(node_rendezvous, "_LOST_SECONDS", 5.0)
     group = start(4)
-    group.nodes[2]._done.set()  # ends its watching
-    group.until(lambda: sorted(group.ended_by_others) == [0, 1, 3])
-    for one in [group.part(rank, outcome.CRASHED) for rank in (0, 1, 3)]:
-        assert [other.message for other in one.result(SECONDS) if other.status == outcome.LOST] == [
-            "host2 (node 2) is gone"
+    group.nodes[2]._is_done.set()  # Ends the threads that send its heartbeats.
+    group.wait_until(lambda: sorted(group.ended_by_others) == [0, 1, 3])
+    for result in [group.part(rank, RunStatus.CRASHED) for rank in (0, 1, 3)]:
+        assert [worker.message for worker in result.result(SECONDS) if worker.status == RunStatus.LOST] == [
+            "host2 (node 2) stopped responding (killed? machine or network down?)"
         ]

@@ -1,4 +1,4 @@
-"""Runs of two nodes, each on a machine with a network of its own, as nobody has prepared it for a run."""
+"""Tests of runs of two nodes, each on a virtual machine whose network is not configured for training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.recovery, pytest.mark.skipif(machines.CANNOT, reason=m
 PORT = 29500
 IPV4, IPV6 = ("10.77.0.1/24", "10.77.0.2/24"), ("fd77::1/64", "fd77::2/64")
 DEBIAN = "127.0.0.1 localhost\n127.0.1.1 {name}\n"
-"""The hosts file that Debian's and Ubuntu's installers write."""
-NOBODY = ""
-"""A hosts file without any name, as in a container; there is no other server of names either."""
+"""Hosts file as the installers of Debian and Ubuntu write it."""
+NO_NAMES = ""
+"""Hosts file without any name, as in a container. There is no name server either."""
 Written = Callable[..., Path]
 
 
@@ -31,7 +31,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 @pytest.fixture
 def settings(data_set: DataSet, tmp_path: Path) -> Written:
-    """Writes the settings of a node: one process, ZeRO-2."""
+    """Return a function that writes the settings of a node: one process, ZeRO-2."""
 
     def write(**train: Any) -> Path:
         return write_settings(tmp_path, data_set, str(tmp_path / "run"), train={"processes": 1} | train)
@@ -41,16 +41,23 @@ def settings(data_set: DataSet, tmp_path: Path) -> Written:
 
 @contextmanager
 def started(two: list[Machine], settings: Path, address: str, **more: str) -> Iterator[list[Job]]:
-    """A run over two machines; `more` is set on both of them."""
-    meeting = {"WIKILLM_NODES": "2", "MASTER_ADDR": address, "MASTER_PORT": str(PORT)} | more
+    """Start a run on two machines.
+
+    Args:
+        two: the machines.
+        settings: settings file.
+        address: address of node 0.
+        more: environment variables for both nodes.
+    """
+    variables = {"WIKILLM_NODES": "2", "MASTER_ADDR": address, "MASTER_PORT": str(PORT)} | more
     with ExitStack() as stack:
         yield [
-            stack.enter_context(Job("train", settings, under=one.under, WIKILLM_NODE_RANK=str(rank), **meeting))
-            for rank, one in enumerate(two)
+            stack.enter_context(Job("train", settings, under=machine.under, WIKILLM_NODE_RANK=str(rank), **variables))
+            for rank, machine in enumerate(two)
         ]
 
 
-# ---- They find each other ----
+# ---- The nodes can connect ----
 
 
 @pytest.mark.parametrize(
@@ -58,12 +65,12 @@ def started(two: list[Machine], settings: Path, address: str, **more: str) -> It
     [
         ((DEBIAN, DEBIAN), IPV4, "10.77.0.1", "10.77.0.1:29500"),
         ((DEBIAN, DEBIAN + "10.77.0.1 machine0\n"), IPV4, "machine0", "machine0:29500"),
-        ((NOBODY, NOBODY), IPV4, "10.77.0.1", "10.77.0.1:29500"),
-        ((NOBODY, NOBODY), IPV6, "[fd77::1]", "[fd77::1]:29500"),
+        ((NO_NAMES, NO_NAMES), IPV4, "10.77.0.1", "10.77.0.1:29500"),
+        ((NO_NAMES, NO_NAMES), IPV6, "[fd77::1]", "[fd77::1]:29500"),
     ],
-    ids=["127.0.1.1", "127.0.1.1 is what node 0's own name means there", "no names", "IPv6"],
+    ids=["127.0.1.1", "node 0's own name is 127.0.1.1 on node 0", "no names", "IPv6"],
 )
-def test_two_nodes_train_whatever_their_names_stand_for(
+def test_two_nodes_train_whatever_their_host_names_resolve_to(
     settings: Written, tmp_path: Path, hosts: tuple[str, str], addresses: tuple[str, str], master: str, met_at: str
 ) -> None:
     with machines.joined(tmp_path, hosts, addresses) as two, started(two, settings(max_steps=5), master) as nodes:
@@ -74,7 +81,7 @@ def test_two_nodes_train_whatever_their_names_stand_for(
     assert ends[1][1] == ""
 
 
-def test_an_interface_that_the_user_has_named_is_used_and_told(settings: Written, tmp_path: Path) -> None:
+def test_interface_set_by_the_user_is_used_and_printed(settings: Written, tmp_path: Path) -> None:
     with (
         machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two,
         started(two, settings(max_steps=1), "10.77.0.1", GLOO_SOCKET_IFNAME="cable", NCCL_SOCKET_IFNAME="cab") as nodes,
@@ -84,16 +91,16 @@ def test_an_interface_that_the_user_has_named_is_used_and_told(settings: Written
     assert "network: cable (GLOO_SOCKET_IFNAME) and cab (NCCL_SOCKET_IFNAME), on all 2 nodes\n" in ends[0][1]
 
 
-# ---- They do not ----
+# ---- The nodes cannot connect ----
 
 
 @pytest.mark.parametrize(("verdict", "why"), [("REJECT", "connection refused"), ("DROP", "timed out")])
-def test_a_firewall_that_lets_the_rendezvous_alone_through_is_one_line(
+def test_firewall_that_allows_only_the_rendezvous_is_one_line(
     settings: Written, tmp_path: Path, verdict: str, why: str
 ) -> None:
     with machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two:
-        for one in two:
-            one.block_all_ports_but(PORT, verdict)
+        for machine in two:
+            machine.block_all_ports_but(PORT, verdict)
         with started(two, settings(), "10.77.0.1") as nodes:
             ends = [node.end() for node in nodes]
     (code, _, line), (other_code, _, other_line) = ends
@@ -104,22 +111,22 @@ def test_a_firewall_that_lets_the_rendezvous_alone_through_is_one_line(
         assert part in line
 
 
-def test_workers_that_cannot_connect_although_their_nodes_can_are_one_line(settings: Written, tmp_path: Path) -> None:
+def test_blocked_worker_ports_are_reported_in_one_line(settings: Written, tmp_path: Path) -> None:
     with machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two:
-        for one in two:
-            one.block_all_ports_but(PORT, "REJECT", spared=1)
+        for machine in two:
+            machine.block_all_ports_but(PORT, "REJECT", spared=1)
         with started(two, settings(), "10.77.0.1") as nodes:
             ends = [node.end() for node in nodes]
     assert [code for code, _, _ in ends] == [EXIT_FAILED] * 2
-    line = "a worker of machine1, at 10.77.0.2 (cable) cannot connect to one at 10.77.0.1: Connection refused; "
+    line = "a worker on machine1, at 10.77.0.2 (cable), cannot connect to a worker at 10.77.0.1: Connection refused; "
     for _, _, err in ends:
-        last = err.splitlines()[-1]  # Gloo writes its own lines before, on the node whose worker has failed
+        last = err.splitlines()[-1]  # On the node whose worker failed, Gloo prints its own lines before.
         assert last.startswith(line)
         assert "GLOO_SOCKET_IFNAME" in last
         assert "Traceback" not in err
 
 
-def test_an_interface_that_does_not_lead_to_the_others_is_one_line(settings: Written, tmp_path: Path) -> None:
+def test_interface_without_route_to_others_is_one_line(settings: Written, tmp_path: Path) -> None:
     with (
         machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two,
         started(two, settings(), "10.77.0.1", GLOO_SOCKET_IFNAME="lo") as nodes,
@@ -127,12 +134,12 @@ def test_an_interface_that_does_not_lead_to_the_others_is_one_line(settings: Wri
         ends = [node.end() for node in nodes]
     assert [code for code, _, _ in ends] == [EXIT_FAILED] * 2
     assert ends[0][2] == ends[1][2]
-    assert "cannot connect to it at that address" in ends[0][2]
+    assert "at that address, although both joined the rendezvous" in ends[0][2]
     assert "127.0.0.1)" in ends[0][2]
     assert ends[0][2].count("\n") == 1
 
 
-def test_an_interface_that_is_not_there_is_refused_on_all_nodes(settings: Written, tmp_path: Path) -> None:
+def test_missing_interface_is_refused_on_all_nodes(settings: Written, tmp_path: Path) -> None:
     with (
         machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two,
         started(two, settings(), "10.77.0.1", GLOO_SOCKET_IFNAME="ib0") as nodes,
@@ -142,9 +149,7 @@ def test_an_interface_that_is_not_there_is_refused_on_all_nodes(settings: Writte
     assert all(err.startswith("GLOO_SOCKET_IFNAME: 'ib0': machine") and "lo, cable" in err for _, _, err in ends)
 
 
-def test_node_0_that_cannot_be_reached_is_named_with_the_address_of_this_node(
-    settings: Written, tmp_path: Path
-) -> None:
+def test_unreachable_node_0_is_reported_with_own_address(settings: Written, tmp_path: Path) -> None:
     with (
         machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two,
         Job(
@@ -164,7 +169,7 @@ def test_node_0_that_cannot_be_reached_is_named_with_the_address_of_this_node(
     )
 
 
-def test_a_cable_that_is_cut_ends_both_nodes(settings: Written, tmp_path: Path) -> None:
+def test_cut_cable_ends_both_nodes(settings: Written, tmp_path: Path) -> None:
     with (
         machines.joined(tmp_path, (DEBIAN, DEBIAN), IPV4) as two,
         started(two, settings(**ENDLESS), "10.77.0.1") as nodes,
@@ -173,7 +178,7 @@ def test_a_cable_that_is_cut_ends_both_nodes(settings: Written, tmp_path: Path) 
         two[0].cut()
         ends = [node.end() for node in nodes]
     assert [(code, err) for code, _, err in ends] == [
-        (EXIT_FAILED, "machine1 (node 1) is gone\n"),
-        (EXIT_FAILED, "machine0 (node 0) is gone\n"),
+        (EXIT_FAILED, "machine1 (node 1) stopped responding (killed? machine or network down?)\n"),
+        (EXIT_FAILED, "machine0 (node 0) stopped responding (killed? machine or network down?)\n"),
     ]
     assert saved_steps(str(tmp_path / "run")) == []

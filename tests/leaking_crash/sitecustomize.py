@@ -1,4 +1,4 @@
-"""Python reads this first where a test names this folder in PYTHONPATH: what fails says a URL and a token."""
+"""Makes a command crash with a URL and a token in the message. Python imports this if the folder is in PYTHONPATH."""
 
 import os
 from typing import Any
@@ -13,6 +13,6 @@ if "RANK" in os.environ:
 
     schedule.learning_rate = fail
 elif os.environ.get("LEAKS_IN") == "prepare":
-    from job.data import prepare as shards
+    from job.data import prepare
 
-    shards.identify = fail  # type: ignore[assignment]
+    prepare.identify = fail  # type: ignore[assignment]

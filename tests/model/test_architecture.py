@@ -1,40 +1,49 @@
-"""The network: valid shapes only, the same weights everywhere, causal, and the loss of transformers' own forward."""
+"""Tests of every entry of the table of architectures: what the job computes with it, in each way that it computes."""
 
+import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
+from flash_stand_in import flash_kernels
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
-from job.errors import UserError
-from job.model.architecture import LanguageModel, build_model
+from job.model.architecture import ARCHITECTURES, tensor_shapes
+from job.model.attention import document_bounds
+from job.model.generation import Sampling, continue_text
+from job.model.language_model import LanguageModel, build_model
+from job.model.load_folder import NotAModel, read_model
+from job.model.save_folder import write_model
 from job.model.spec import ModelSpec
+from job.training.optimizer import BUILDERS, OptimizerSettings
 
-SPEC = ModelSpec(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
-)
 VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH = 67, 3, 16
+SMALL = ModelSpec(32, 2, 4, 2, 48)
+of_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
-def language_model(spec: ModelSpec = SPEC, seed: int = 0, loss_chunk_tokens: int | None = 5) -> LanguageModel:
-    return LanguageModel(build_model(spec, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed), loss_chunk_tokens)
+def language_model(architecture: str, document_masking: bool = False, init_range: float = 0.02) -> LanguageModel:
+    spec = replace(SMALL, architecture=architecture, initializer_range=init_range)
+    model = build_model(spec, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # Vectors begin as 0 or 1, and would hide that one is left out.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return LanguageModel(model, 5, document_masking)
 
 
-def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens[0, [4, 5, 11]] = EOD_ID
+    tokens[1, 0] = EOD_ID
     labels = tokens[:, 1:].clone()
     labels[2, 11:] = -100
     return tokens[:, :-1], labels
-
-
-def plain_loss(model: LanguageModel, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """The loss as transformers' own forward gives it, with its full logits and its own mask."""
-    logits = model.causal_lm(input_ids=input_ids).logits
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
@@ -42,218 +51,191 @@ def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("hidden_size", 30),
-        ("hidden_size", 36),
-        ("hidden_size", 0),
-        ("num_hidden_layers", 0),
-        ("num_attention_heads", -4),
-        ("num_key_value_heads", 3),
-        ("num_key_value_heads", 8),
-        ("intermediate_size", 0),
-    ],
-)
-def test_a_shape_that_no_network_can_have_is_refused_by_the_name_of_its_setting(field, value):
-    with pytest.raises(UserError) as refusal:
-        replace(SPEC, **{field: value})
-    assert refusal.value.setting == f"model.{field}"
+# ---- The function ----
 
 
-@pytest.mark.parametrize("hidden_size", [1, 30, 36, 1001])
-def test_the_hidden_size_that_a_refusal_offers_is_accepted(hidden_size):
-    with pytest.raises(UserError) as refusal:
-        replace(SPEC, hidden_size=hidden_size)
-    replace(SPEC, hidden_size=int(refusal.value.remedy.split()[1].rstrip(",")))
+def plain_qwen3(weights: dict[str, Tensor], ids: Tensor, spec: ModelSpec) -> Tensor:
+    """Return the logits of Qwen3 as its report describes it (Yang et al. 2025, arXiv:2505.09388, section 2).
+
+    Grouped queries, RMSNorm before each block and of each head's queries and keys, rotary embeddings, SwiGLU, no
+    biases.
+    """
+    heads, groups = spec.num_attention_heads, spec.num_key_value_heads
+    size, length = spec.hidden_size // heads, ids.shape[1]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return weights[f"{name}.weight"] * x / (x.pow(2).mean(-1, keepdim=True) + spec.rms_norm_eps).sqrt()
+
+    angles = torch.outer(torch.arange(length), spec.rope_theta ** (-torch.arange(0, size, 2) / size)).double()
+    turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+
+    def rotated(x: Tensor) -> Tensor:
+        """Turn the pairs (i, i + size / 2) of the features of each head, ``[batch, length, heads, size]``."""
+        pairs = torch.view_as_complex(x.unflatten(-1, (2, size // 2)).transpose(-1, -2).contiguous()) * turns
+        return torch.view_as_real(pairs).transpose(-1, -2).flatten(-2)
+
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    hidden = weights["model.embed_tokens.weight"][ids]
+    for layer in range(spec.num_hidden_layers):
+        name = f"model.layers.{layer}"
+        x = norm(hidden, f"{name}.input_layernorm")
+        q, k, v = (x @ weights[f"{name}.self_attn.{one}_proj.weight"].T for one in "qkv")
+        q = rotated(norm(q.unflatten(-1, (heads, size)), f"{name}.self_attn.q_norm"))
+        k = rotated(norm(k.unflatten(-1, (groups, size)), f"{name}.self_attn.k_norm"))
+        k, v = (one.repeat_interleave(heads // groups, 2) for one in (k, v.unflatten(-1, (groups, size))))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(size)
+        taken = scores.masked_fill(future, -torch.inf).softmax(-1)
+        attended = torch.einsum("bhqk,bkhd->bqhd", taken, v).flatten(-2)
+        hidden = hidden + attended @ weights[f"{name}.self_attn.o_proj.weight"].T
+        x = norm(hidden, f"{name}.post_attention_layernorm")
+        gate, up = (x @ weights[f"{name}.mlp.{one}_proj.weight"].T for one in ("gate", "up"))
+        hidden = hidden + (F.silu(gate) * up) @ weights[f"{name}.mlp.down_proj.weight"].T
+    return norm(hidden, "model.norm") @ weights["model.embed_tokens.weight"].T
 
 
-@pytest.mark.parametrize("tie_word_embeddings", [True, False])
-@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
-def test_loss_and_every_gradient_are_those_of_transformers_own_forward(tie_word_embeddings, num_key_value_heads):
-    spec = replace(SPEC, tie_word_embeddings=tie_word_embeddings, num_key_value_heads=num_key_value_heads)
-    model = language_model(spec).double()
-    loss, expected = model(*batch()), plain_loss(model, *batch())
+def test_qwen3_computes_what_its_report_says():
+    model = language_model("qwen3", init_range=0.3).causal_lm.double()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert "model.layers.0.self_attn.q_norm.weight" in weights
+    assert not [name for name in weights if name.endswith("bias")]
+    ids, _ = batch()
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+    expected = plain_qwen3(weights, ids, replace(SMALL, architecture="qwen3"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # transformers' RMSNorm computes in fp32
+
+
+@of_every_architecture
+def test_loss_and_gradients_are_those_of_transformers_forward(architecture):
+    model = language_model(architecture).double()
+    input_ids, labels = batch()
+    loss = model(input_ids, labels)
+    logits = model.causal_lm(input_ids=input_ids).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
-    # Not 1e-9: transformers' RMSNorm computes in fp32 whatever it is given.
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-5, atol=1e-6)
 
 
-def test_the_gradient_of_a_tied_embedding_is_the_sum_of_its_uses_as_input_and_as_head():
-    tied, untied = language_model(), language_model(replace(SPEC, tie_word_embeddings=False))
-    weights = tied.causal_lm.state_dict()
-    untied.causal_lm.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
-
-    of_tied = gradients(tied, tied(*batch()))
-    of_untied = gradients(untied, untied(*batch()))
-
-    as_head = of_untied.pop("causal_lm.lm_head.weight")
-    of_untied["causal_lm.model.embed_tokens.weight"] += as_head
-    torch.testing.assert_close(of_tied, of_untied)
-    assert as_head.abs().max() > 0.1
+@of_every_architecture
+def test_zero_projections_leave_only_the_embedding(architecture):
+    spec = replace(SMALL, architecture=architecture, init="zero_projections")
+    model = build_model(spec, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=0)
+    ids, _ = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, model.lm_head(model.model.norm(model.model.embed_tokens(ids)))
+        )
 
 
-def test_evaluation_gives_the_nats_of_each_label_and_their_sum_is_the_training_loss():
-    model = language_model()
-    input_ids, labels = batch()
-    nats = model(input_ids, labels, reduction="none")
-    assert nats.shape == labels.shape and not nats.requires_grad
-    assert not nats[labels == -100].any() and nats[labels != -100].all()
-    torch.testing.assert_close(nats.sum(), model(input_ids, labels).detach())
+# ---- Folders ----
 
 
-def test_no_token_sees_a_later_one():
-    model = language_model()
-    input_ids, labels = batch()
-    changed = input_ids.clone()
-    changed[:, 9:] = (changed[:, 9:] + 1) % VOCAB_SIZE
-    before, after = (model(tokens, labels, reduction="none") for tokens in (input_ids, changed))
-    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=1e-6)
-    assert ((before - after).abs()[:, 9:] > 1e-4)[labels[:, 9:] != -100].all()
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"head_dim": 16}, "config.json says head_dim 16, this program only computes 8"),
+        ({"head_dim": ...}, "config.json says head_dim 128, this program only computes 8"),
+        ({"attention_bias": True}, "config.json says attention_bias True, this program only computes False"),
+        ({"use_sliding_window": True}, "config.json says use_sliding_window True"),
+        ({"model_type": "llama", "attention_bias": True}, "self_attn.k_norm.weight is not part of the model"),
+    ],
+)
+def test_folder_of_another_qwen3_is_refused(changed, named, tmp_path):
+    spec, form = replace(SMALL, architecture="qwen3"), ARCHITECTURES["qwen3"].form("qwen3")
+    weights = {name: one.detach() for name, one in language_model("qwen3").causal_lm.named_parameters()}
+    write_model(tmp_path, form, spec, weights, vocab_size=VOCAB_SIZE, eod_id=EOD_ID, context_length=CONTEXT_LENGTH)
+    assert read_model(tmp_path).spec == spec
+    config = json.loads((tmp_path / "config.json").read_bytes()) | changed
+    (tmp_path / "config.json").write_text(json.dumps({key: one for key, one in config.items() if one is not ...}))
+    with pytest.raises(NotAModel, match=re.escape(named)):
+        read_model(tmp_path)
 
 
-def test_with_document_masking_a_document_is_read_as_if_it_stood_alone():
-    plain, masked = language_model(), language_model()
-    masked.document_masking = True
-    first, second = torch.arange(4, 11), torch.arange(20, 28)
-    end = torch.tensor([EOD_ID])
-    both = torch.cat([first, end, second]).unsqueeze(0)
-    labels = both.roll(-1, 1)
-    alone = masked(second.unsqueeze(0), labels[:, len(first) + 1 :], reduction="none")
-    torch.testing.assert_close(masked(both, labels, reduction="none")[:, len(first) + 1 :], alone)
-    before = plain(both, labels, reduction="none")
-    assert ((before[:, len(first) + 1 :] - alone).abs() > 1e-4).any()
-    torch.testing.assert_close(masked(both, labels, reduction="none")[:, : len(first) + 1], before[:, : len(first) + 1])
+# ---- The ways in which it is computed ----
 
 
-@pytest.mark.parametrize("document_masking", [False, True])
-def test_a_compiled_step_gives_the_loss_and_the_gradients_of_one_that_is_not(document_masking):
-    model, compiled = language_model(), language_model()
-    model.document_masking = compiled.document_masking = document_masking
-    input_ids, labels = batch()
-    input_ids[:, 5] = EOD_ID
+@of_every_architecture
+def test_compiled_step_has_the_same_loss_and_gradients(architecture):
+    model, compiled = language_model(architecture), language_model(architecture)
     compiled.compile(backend="aot_eager")
-    expected, loss = model(input_ids, labels), compiled(input_ids, labels)
+    expected, loss = model(*batch()), compiled(*batch())
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(compiled, loss), gradients(model, expected), rtol=1e-5, atol=1e-5)
-    assert list(compiled.state_dict()) == list(model.state_dict())
 
 
-def test_all_layers_share_one_compiled_graph():
-    model = language_model(replace(SPEC, num_hidden_layers=12), loss_chunk_tokens=8)
-    torch._dynamo.reset()  # what other tests have compiled
-    torch._dynamo.utils.counters.clear()
-    model.compile(backend="aot_eager")
+@of_every_architecture
+def test_packed_documents_are_masked_and_single_documents(architecture):
+    model = language_model(architecture, document_masking=True, init_range=0.1)
     input_ids, labels = batch()
-    for _ in range(2):
-        model(input_ids, labels).backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and a chunk of the loss
+    masked = model(input_ids, labels)
+    with flash_kernels() as dtypes:
+        packed = model(input_ids, labels, bounds=document_bounds(input_ids, EOD_ID))
+        of_packed = gradients(model, packed)
+    assert len(dtypes) == 2 * SMALL.num_hidden_layers, "forward and backward"
+    torch.testing.assert_close(packed, masked)
+    torch.testing.assert_close(of_packed, gradients(model, masked), rtol=1e-4, atol=1e-5)
+    nats = model(input_ids, labels, reduction="none")
+    alone = model(input_ids[:1, 6:12], labels[:1, 6:12], reduction="none")
+    torch.testing.assert_close(nats[:1, 6:12], alone)
+    mixed = language_model(architecture, init_range=0.1)(input_ids, labels, reduction="none")
+    assert ((mixed - nats)[:1, 6:12].abs() > 1e-3).any(), "without a mask, documents see each other"
 
 
-def test_what_has_other_shapes_than_a_training_step_is_not_compiled_again():
-    model = language_model()
-    model.compile(backend="aot_eager")
+@of_every_architecture
+def test_packed_documents_are_computed_in_bf16_under_autocast(architecture):
+    model = language_model(architecture, document_masking=True, init_range=0.1)
     input_ids, labels = batch()
-    model(input_ids, labels)
-    torch._dynamo.config.error_on_recompile = True
-    try:
-        model.eval()
-        model(input_ids[:1], labels[:1], reduction="none")
-        model.causal_lm.generate(input_ids[:1, :3], max_new_tokens=3, do_sample=False)
-    finally:
-        torch._dynamo.config.error_on_recompile = False
+    with flash_kernels() as dtypes, torch.autocast("cpu", dtype=torch.bfloat16):
+        packed = model(input_ids, labels, bounds=document_bounds(input_ids, EOD_ID))
+    assert dtypes == SMALL.num_hidden_layers * [torch.bfloat16]
+    torch.testing.assert_close(packed, model(input_ids, labels), rtol=2e-3, atol=0)
 
 
-class Operators(TorchDispatchMode):
-    """The operators that a step calls, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((str(func), args))
-        return func(*args, **(kwargs or {}))
-
-
-def test_attention_is_causal_by_flag_without_a_mask_and_the_host_never_waits_for_the_device():
-    model = language_model()
-    attention = F.scaled_dot_product_attention
-    with (
-        patch.object(F, "scaled_dot_product_attention", side_effect=attention) as attended,
-        Operators() as operators,
-    ):
-        model(*batch()).backward()
-    assert attended.call_count == SPEC.num_hidden_layers
-    assert all(call.kwargs["is_causal"] and call.kwargs["attn_mask"] is None for call in attended.call_args_list)
-    assert not [name for name, _ in operators.calls if "_local_scalar_dense" in name]
-
-
-def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator_holds():
-    torch.manual_seed(1)
-    first = build_model(SPEC, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=2333).state_dict()
-    torch.manual_seed(2)
-    second = build_model(SPEC, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=2333).state_dict()
-    other = build_model(SPEC, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=2334).state_dict()
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
-
-
-def test_building_a_model_leaves_the_global_generator_where_it_was():
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    build_model(SPEC, VOCAB_SIZE, EOD_ID, CONTEXT_LENGTH, seed=0)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_parameters_keep_the_names_of_the_hugging_face_model_and_a_tied_head_has_none():
-    model = language_model()
-    names = [name for name, _ in model.named_parameters()]
-    assert names == [f"causal_lm.{name}" for name, _ in model.causal_lm.named_parameters()]
-    assert "causal_lm.model.embed_tokens.weight" in names and "causal_lm.lm_head.weight" not in names
-    untied = language_model(replace(SPEC, tie_word_embeddings=False))
-    assert {name for name, _ in untied.named_parameters()} == {*names, "causal_lm.lm_head.weight"}
-
-
-def test_bf16_parameters_and_autocast_give_the_fp32_loss_within_the_tolerance_of_bf16():
-    model = language_model()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = model(*batch())
-    exact, exact_gradients = model(*batch()), gradients(model, model(*batch()))
-    assert all(gradient.dtype == torch.float32 for gradient in gradients(model, autocast).values())
-    model.bfloat16()
-    loss = model(*batch())
-
-    assert loss.dtype == autocast.dtype == torch.float32
-    torch.testing.assert_close(autocast, exact, rtol=2e-3, atol=0)
-    torch.testing.assert_close(loss, exact, rtol=2e-3, atol=0)
+@of_every_architecture
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_autocast_has_the_fp32_gradients_within_its_rounding(architecture, dtype, error):
+    model, scale = language_model(architecture, init_range=0.1), torch.tensor(1024.0)
+    exact = gradients(model, model(*batch()))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(*batch(), gradient_scale=scale)
     for name, gradient in gradients(model, loss).items():
-        assert gradient.dtype == torch.bfloat16
-        if "k_proj.bias" not in name:  # a key's bias adds the same to all scores of a query: its gradient is rounding
-            assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm(), name
+        assert gradient.dtype == torch.float32
+        # The bias of a key adds the same number to all scores of a query, so its gradient is only rounding errors.
+        if "k_proj.bias" not in name:
+            assert (gradient / scale - exact[name]).norm() < error * exact[name].norm(), name
 
 
-def test_rotary_frequencies_are_not_rounded_with_the_parameters():
-    model = language_model()
-    exact = model.causal_lm.model.rotary_emb.inv_freq.clone()
-    for cast in (model.bfloat16, model.half, model.double, lambda: model.to(torch.bfloat16)):
-        cast()
-        assert torch.equal(model.causal_lm.model.rotary_emb.inv_freq, exact)
+class OneTokenPerCharacter:
+    eod_id = EOD_ID
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[ord(one) - ord("0") for one in text] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(ord("0") + one) for one in ids)
 
 
-def test_a_saved_model_is_an_ordinary_hugging_face_directory_with_a_cache_for_generation(tmp_path):
-    model = language_model()
-    model.causal_lm.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    input_ids, _ = batch()
-    torch.testing.assert_close(loaded(input_ids).logits, model.causal_lm(input_ids).logits)
-    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == EOD_ID
-    assert loaded.config.pad_token_id is None and loaded.config.use_cache
-    assert loaded.config.max_position_embeddings == CONTEXT_LENGTH
-    assert loaded.config.rope_parameters == {"rope_type": "default", "rope_theta": SPEC.rope_theta}
+@of_every_architecture
+def test_generation_with_its_cache_takes_the_likeliest_tokens(architecture):
+    model, tokenizer = language_model(architecture, init_range=0.3).causal_lm.eval(), OneTokenPerCharacter()
+    ids = [EOD_ID, *tokenizer.encode(["12"])[0]]
+    while len(ids) < CONTEXT_LENGTH:
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert EOD_ID not in ids[1:] and len(set(ids[3:])) > 3, "the prompt has to show more than one repeated token"
+    found = continue_text(model, tokenizer, "12", Sampling(100, 0.0, 1.0, 1), CONTEXT_LENGTH)
+    assert found == tokenizer.decode(ids[3:])
 
 
-def test_a_new_model_knows_nothing_its_loss_is_that_of_guessing():
-    input_ids, labels = batch()
-    mean = language_model()(input_ids, labels) / (labels != -100).sum()
-    assert mean.item() == pytest.approx(torch.tensor(float(VOCAB_SIZE)).log().item(), rel=0.02)
+# ---- The optimizer ----
+
+
+@of_every_architecture
+def test_only_matrices_have_weight_decay(architecture):
+    spec = replace(SMALL, architecture=architecture)
+    model = language_model(architecture).causal_lm
+    settings = OptimizerSettings("adamw", weight_decay=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8)
+    optimizer = BUILDERS["adamw"].build(settings, list(model.named_parameters()))
+    decays = {one: group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
+    names = {name: decays[parameter] for name, parameter in model.named_parameters()}
+    assert names == {name: 0.1 if len(shape) == 2 else 0.0 for name, shape in tensor_shapes(spec, VOCAB_SIZE).items()}

@@ -1,6 +1,7 @@
-"""Documents apart without a mask: the same numbers as with one, by kernels that are used only where they give them."""
+"""Tests of packed documents: attention without a mask gives the numbers of a mask; kernels are checked before use."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
-from job.model.architecture import LanguageModel, build_model
 from job.model.attention import (
     attend_within,
     document_bounds,
     same_document,
+    varying_lengths,
     why_not_flash_attention_3,
     why_not_packed,
 )
+from job.model.generation import Sampling, continue_text
+from job.model.language_model import LanguageModel, build_model
 from job.model.spec import ModelSpec
 
 SPEC = ModelSpec(
@@ -47,13 +50,13 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def test_bounds_are_where_documents_and_rows_begin_and_where_the_last_one_ends():
+def test_bounds_mark_starts_of_documents_and_rows_and_the_end():
     ids = torch.tensor([[7, 7, EOD_ID, 8, EOD_ID, EOD_ID, 9, 9], [9, EOD_ID, 5, 5, 5, 5, 5, EOD_ID]])
     assert document_bounds(ids, EOD_ID).tolist() == [0, 3, 5, 6, 8, 10, 16, 16]
 
 
 @given(IDS)
-def test_bounds_and_mask_are_two_ways_to_say_the_same(rows):
+def test_bounds_and_mask_describe_the_same_documents(rows):
     ids = torch.tensor(rows)
     bounds = document_bounds(ids, EOD_ID)
     assert bounds.dtype == torch.int32 and len(bounds).bit_count() == 1
@@ -61,11 +64,11 @@ def test_bounds_and_mask_are_two_ways_to_say_the_same(rows):
     document = torch.bucketize(torch.arange(ids.numel()), bounds, right=True).view_as(ids)
     same = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril()
     assert torch.equal(same, same_document(ids, EOD_ID).squeeze(1))
-    assert len(set(document.flatten().tolist())) == len(set(bounds.tolist())) - 1  # nor do they cross rows
+    assert len(set(document.flatten().tolist())) == len(set(bounds.tolist())) - 1  # No document crosses rows.
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-def test_outputs_and_gradients_are_those_with_a_mask(key_value_heads):
+def test_attention_within_bounds_equals_attention_with_mask(key_value_heads):
     generator = torch.Generator().manual_seed(1)
     ids, _ = batch()
     shapes = [(3, heads, CONTEXT_LENGTH, 8) for heads in (4, key_value_heads, key_value_heads)]
@@ -80,7 +83,7 @@ def test_outputs_and_gradients_are_those_with_a_mask(key_value_heads):
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_a_model_that_is_given_the_bounds_has_the_loss_and_the_gradients_of_one_with_a_mask(is_compiled):
+def test_model_with_bounds_has_loss_and_gradients_of_one_with_mask(is_compiled):
     model = language_model()
     input_ids, labels = batch()
     expected = model(input_ids, labels)
@@ -91,7 +94,7 @@ def test_a_model_that_is_given_the_bounds_has_the_loss_and_the_gradients_of_one_
             model.compile(backend="aot_eager")
         loss = model(input_ids, labels, bounds=document_bounds(input_ids, EOD_ID))
         found = torch.autograd.grad(loss, list(model.parameters()))
-    assert len(dtypes) == 2 * SPEC.num_hidden_layers  # both ways
+    assert len(dtypes) == 2 * SPEC.num_hidden_layers  # Each layer calls the kernel forward and backward.
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5)
 
@@ -103,7 +106,7 @@ def test_under_autocast_the_kernels_get_bf16():
     assert set(dtypes) == {torch.bfloat16}
 
 
-def test_the_model_generates_and_is_saved_as_one_without(tmp_path: Path):
+def test_document_masking_changes_neither_generation_nor_saving(tmp_path: Path):
     plain, masking = language_model(document_masking=False).causal_lm, language_model().causal_lm
     prompt = torch.tensor([[5, 6, 7], [EOD_ID, 8, 9]])
     options = {"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]), "max_new_tokens": 8, "do_sample": False}
@@ -114,53 +117,62 @@ def test_the_model_generates_and_is_saved_as_one_without(tmp_path: Path):
     assert saved[0] == saved[1]
 
 
-# ── not taken on trust ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Kernels are checked before use ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 4])
 @pytest.mark.parametrize("context_length", [2, 16, 100])
-def test_kernels_that_give_what_a_mask_gives_are_used(context_length, key_value_heads):
+def test_correct_kernel_is_used(context_length, key_value_heads):
     with flash_kernels() as dtypes:
         assert why_not_packed(config(4, key_value_heads), context_length, CPU) is None
     assert dtypes == 2 * [torch.bfloat16]
 
 
-def test_a_kernel_that_lets_documents_see_each_other_is_not():
+def test_kernel_that_mixes_documents_is_not_used():
     with flash_kernels(minds_bounds=False):
-        assert str(why_not_packed(config(), 16, CPU)).startswith("it is wrong by ")
+        assert str(why_not_packed(config(), 16, CPU)).startswith("its result is wrong by ")
 
 
-def test_where_there_is_no_kernel_that_is_said_in_a_line():
+def test_missing_kernel_is_reported_in_one_line():
     why_not = why_not_packed(config(), 16, CPU)
     assert why_not is not None and why_not.startswith("NotImplementedError: ") and "\n" not in why_not
 
 
-def test_flash_attention_3_is_for_gpus():
-    assert why_not_flash_attention_3(config(), 16, CPU) == "it is for GPUs"
+def test_flash_attention_3_needs_a_gpu():
+    assert why_not_flash_attention_3(config(), 16, CPU) == "it needs a GPU"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_on_a_gpu_torchs_own_kernels_give_the_loss_and_the_gradients_of_a_mask(is_compiled):
-    device = torch.device("cuda")
-    model = language_model().to(device)
-    assert why_not_packed(model.causal_lm.config, CONTEXT_LENGTH, device) is None
-    input_ids, labels = batch()
-    bounds = document_bounds(input_ids, EOD_ID).to(device)
-    given = input_ids.to(device), labels.to(device)
-    with torch.autocast("cuda", torch.bfloat16):
-        expected = torch.autograd.grad(model(*given), list(model.parameters()))
-        if is_compiled:
-            model.compile()
-        found = torch.autograd.grad(model(*given, bounds=bounds), list(model.parameters()))
-    gradient, wanted = (torch.cat([one.flatten() for one in of_all]) for of_all in (found, expected))
-    assert (gradient - wanted).norm() <= 0.05 * wanted.norm()
+# ── Which of SDPA's kernels are used ─────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_flash_attention_3_is_used_or_sdpa_goes_on_as_before():
-    device = torch.device("cuda")
-    why_not = why_not_flash_attention_3(config(8, 2), 512, device)
-    assert (torch.nn.attention.current_flash_attention_impl() == "FA3") == (why_not is None)
-    query, key, value = torch.randn(3, 1, 2, 64, 64, device=device, dtype=torch.bfloat16)
-    assert F.scaled_dot_product_attention(query, key, value, is_causal=True).isfinite().all()
+class OneTokenPerCharacter:
+    eod_id = EOD_ID
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[4 + ord(one) % (VOCAB_SIZE - 4) for one in text] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "x" * len(ids)
+
+
+def test_continuing_a_text_leaves_cudnn_out_and_allows_it_afterwards():
+    allowed: list[bool] = []
+
+    def is_asked_to_stop() -> bool:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return False
+
+    model, sampling = language_model().causal_lm, Sampling(4, 1.0, 1.0, 7)
+    continue_text(model, OneTokenPerCharacter(), "abc", sampling, CONTEXT_LENGTH, should_stop=is_asked_to_stop)
+    assert allowed and not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_cudnn_that_was_switched_off_stays_off():
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with varying_lengths():
+            pass
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

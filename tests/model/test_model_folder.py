@@ -1,15 +1,16 @@
-"""A model folder is loaded as it is, or refused in one line: nothing in it is guessed, made up or run."""
+"""Tests of loading a model folder: a valid one loads exactly, any other is refused in one line and runs no code."""
 
 import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from export_cases import CONTEXT_LENGTH, NO_SHARDS, SAMPLING, SMALL
+from export_cases import CONTEXT_LENGTH, FORMS, NO_SHARDS, SAMPLING, SMALL
 from safetensors.torch import load_file, save_file
 from tokenizer_kinds import KINDS
 
@@ -17,12 +18,13 @@ from job import storage
 from job.cli import main
 from job.data.tokenizer import load_tokenizer
 from job.errors import EXIT_DONE, EXIT_REFUSED
-from job.model.architecture import build_model
+from job.model.architecture import ARCHITECTURES, architecture_of, tensor_shapes
+from job.model.language_model import build_model
 from job.model.save_folder import write_model
-from job.model.spec import ModelSpec, tensor_shapes
+from job.model.spec import ModelSpec
 from job.runs.export import export_model
 from job.runs.export_form import choose_form
-from job.runs.load_model import load_trained
+from job.runs.load_model import load_model
 
 LAYER = "model.layers.1.self_attn"
 Spoil = Callable[[Path], object]
@@ -30,12 +32,12 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a run leaves it."""
+    """A valid model folder, as a run exports it."""
     folder = tmp_path_factory.mktemp("right")
     KINDS["trained here"](folder / "tokenizer")
     tokenizer = load_tokenizer(str(folder / "tokenizer"), folder)
     weights = weights_of(SMALL, tokenizer.vocab_size)
-    form = choose_form("shards", NO_SHARDS, tokenizer)
+    form = choose_form("shards", NO_SHARDS, tokenizer, SMALL)
     export_model(str(folder / "final"), SMALL, weights, tokenizer, CONTEXT_LENGTH, "card", form, SAMPLING)
     return folder / "final"
 
@@ -47,7 +49,7 @@ def weights_of(spec: ModelSpec, vocab_size: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(right: Path, tmp_path: Path) -> Path:
-    """A copy, to be damaged."""
+    """A copy of the valid folder that a test may damage."""
     return Path(shutil.copytree(right, tmp_path / "model"))
 
 
@@ -56,7 +58,7 @@ def generate(source: object, tmp_path: Path) -> int:
     return main(["generate", "人工智能", *words])
 
 
-# ── what is damaged ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Damaged folders ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def content(name: str, value: bytes) -> Spoil:
@@ -71,8 +73,8 @@ def cut(name: str, share: float) -> Spoil:
     return spoil
 
 
-def said(name: str, **values: Any) -> Spoil:
-    """Other values in a JSON file; ``...`` takes one out."""
+def with_json(name: str, **values: Any) -> Spoil:
+    """Change values of a JSON file; ``...`` removes a value."""
 
     def spoil(folder: Path) -> None:
         path = folder / name
@@ -83,7 +85,7 @@ def said(name: str, **values: Any) -> Spoil:
 
 
 def config(**values: Any) -> Spoil:
-    return said("config.json", **values)
+    return with_json("config.json", **values)
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
@@ -103,7 +105,7 @@ def number(name: str, value: float) -> Spoil:
 
 
 def index(change: Callable[[dict[str, str]], object], keep: bool = True) -> Spoil:
-    """The weights as two files and an index, which is then changed."""
+    """Split the weights into two files with an index, and change the index."""
 
     def spoil(folder: Path) -> None:
         found = load_file(folder / "model.safetensors")
@@ -125,10 +127,10 @@ class Trap:
         return Path.touch, (Path("/tmp/a-pickle-was-opened"),)
 
 
-def trap(name: str, alone: bool = True) -> Spoil:
+def trap(name: str, replaces_weights: bool = True) -> Spoil:
     def spoil(folder: Path) -> None:
         (folder / name).write_bytes(pickle.dumps(Trap()))
-        if alone:
+        if replaces_weights:
             (folder / "model.safetensors").unlink()
 
     return spoil
@@ -156,7 +158,7 @@ def as_folder(name: str) -> Spoil:
 
 CODE, KERNEL = "asks for code from elsewhere", "asks for a kernel from a hub"
 DAMAGED: dict[str, tuple[Spoil, str]] = {
-    # the files
+    # Files
     "no config": (remove("config.json"), "config.json is missing"),
     "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
     "no tokenizer": (remove("tokenizer.json"), "its tokenizer"),
@@ -175,7 +177,7 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
     "a generation config cut off": (cut("generation_config.json", 0.5), "generation_config.json cannot be read"),
     "a tokenizer that is cut off": (cut("tokenizer.json", 0.5), "its tokenizer"),
     "a tokenizer config that is text": (content("tokenizer_config.json", b"x"), "tokenizer_config.json cannot be read"),
-    # what the config says
+    # Values of the config
     "a width that is text": (config(hidden_size="32"), "hidden_size"),
     "a width that is a fraction": (config(hidden_size=32.5), "hidden_size"),
     "no width": (config(hidden_size=...), "hidden_size"),
@@ -204,7 +206,7 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
     "a sliding window": (config(use_sliding_window=True), "use_sliding_window"),
     "quantized": (config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "a Llama without biases": (config(attention_bias=False), "attention_bias"),
-    # the tensors
+    # Tensors
     "a tensor that is missing": (tensors(lambda t: t.pop(f"{LAYER}.k_proj.bias")), f"{LAYER}.k_proj.bias is missing"),
     "a tensor too many": (tensors(lambda t: t.update({f"{LAYER}.k_norm.weight": torch.ones(8)})), "k_norm.weight"),
     "a tensor of another name": (tensors(lambda t: t.update({"norm.weight": t.pop("model.norm.weight")})), "norm"),
@@ -227,7 +229,7 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
         tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2})),
         "lm_head.weight is not model.embed_tokens.weight",
     ),
-    # weights in several files
+    # Weights in several files
     "an index that names a missing file": (
         index(lambda placed: placed.update({"model.norm.weight": "model-3.safetensors"})),
         "model-3.safetensors is missing",
@@ -254,44 +256,44 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
         index(lambda placed: placed.update(x=3)),  # type: ignore[arg-type]
         "index.json cannot be read",
     ),
-    # code from elsewhere
+    # Code from elsewhere
     "a pickle": (trap("pytorch_model.bin"), "pytorch_model.bin is a pickle"),
-    "a pickle beside the weights": (trap("pytorch_model.bin", alone=False), "pytorch_model.bin is a pickle"),
+    "a pickle beside the weights": (trap("pytorch_model.bin", replaces_weights=False), "pytorch_model.bin is a pickle"),
     "a pickle of another name": (trap("weights.pt"), "weights.pt is a pickle"),
     "a pickle that is called safetensors": (content("model.safetensors", pickle.dumps(Trap())), "is damaged"),
     "a model's code": (config(auto_map={"AutoModelForCausalLM": "evil--x.Y"}), CODE),
-    "a tokenizer's code": (said("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), CODE),
+    "a tokenizer's code": (with_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), CODE),
     "code that is to be trusted": (config(trust_remote_code=True), CODE),
     "code deeper down": (config(text_config={"auto_map": {"AutoModel": "x.Y"}}), CODE),
-    "a loop of its own for generation": (said("generation_config.json", custom_generate="evil/loop"), CODE),
+    "a loop of its own for generation": (with_json("generation_config.json", custom_generate="evil/loop"), CODE),
     "a hub's attention": (config(attn_implementation="kernels-community/flash-attn2"), KERNEL),
     "a hub's attention, as it is stored": (config(_attn_implementation="evil/kernel@main:fn"), KERNEL),
     "a hub's attention for a part": (config(attn_implementation={"text_config": "evil/kernel"}), KERNEL),
     "a hub's kernels": (config(use_kernels=True), KERNEL),
-    "an adapter": (said("adapter_config.json", base_model_name_or_path="evil/base"), "adapter_config.json is an"),
+    "an adapter": (with_json("adapter_config.json", base_model_name_or_path="evil/base"), "adapter_config.json is an"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_folder_is_one_line(
+def test_damaged_folder_is_refused_in_one_line(
     damage: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil, named = DAMAGED[damage]
     spoil(folder)
     assert generate(folder, tmp_path) == EXIT_REFUSED
-    said = capsys.readouterr()
-    (line,) = said.err.splitlines()
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
     assert line.startswith(f"generate.model: '{folder}': ") and named in line and len(line) < 600, line
-    assert said.out == ""
+    assert captured.out == ""
     assert not Path("/tmp/a-pickle-was-opened").exists()
 
 
-# ── what is right ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Valid folders ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def assert_same(folder: object, right: Path, tmp_path: Path) -> None:
-    found = load_trained(str(folder), "generate.model", tmp_path).model.state_dict()
-    expected = load_trained(str(right), "generate.model", tmp_path).model.state_dict()
+    found = load_model(str(folder), "generate.model", tmp_path).model.state_dict()
+    expected = load_model(str(right), "generate.model", tmp_path).model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -321,14 +323,14 @@ HARMLESS: dict[str, Spoil] = {
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-def test_what_does_not_change_the_model_is_no_damage(change: str, folder: Path, right: Path, tmp_path: Path) -> None:
+def test_harmless_differences_are_accepted(change: str, folder: Path, right: Path, tmp_path: Path) -> None:
     HARMLESS[change](folder)
     assert_same(folder, right, tmp_path)
     assert not Path("/tmp/a-pickle-was-opened").exists()
 
 
 @pytest.mark.parametrize("change", ["weights in several files", "an old model in a folder below"])
-def test_a_folder_on_s3_is_read_by_exact_names(
+def test_folder_on_s3_is_read_by_exact_names(
     change: str, folder: Path, right: Path, bucket: str, tmp_path: Path
 ) -> None:
     HARMLESS[change](folder)
@@ -339,7 +341,7 @@ def test_a_folder_on_s3_is_read_by_exact_names(
     assert_same(f"{bucket}/models/one/", right, tmp_path)
 
 
-def test_a_damaged_folder_on_s3_is_one_line(
+def test_damaged_folder_on_s3_is_refused_in_one_line(
     folder: Path, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     move_down("model.safetensors")(folder)
@@ -352,8 +354,8 @@ def test_a_damaged_folder_on_s3_is_one_line(
     )
 
 
-def test_a_folder_of_links_is_read(folder: Path, right: Path, tmp_path: Path) -> None:
-    """As a hub's cache holds it."""
+def test_folder_of_links_is_read(folder: Path, right: Path, tmp_path: Path) -> None:
+    """The cache of a hub stores a model folder as links."""
     (tmp_path / "snapshot").mkdir()
     for path in folder.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
@@ -361,37 +363,42 @@ def test_a_folder_of_links_is_read(folder: Path, right: Path, tmp_path: Path) ->
     assert generate(tmp_path / "snapshot", tmp_path) == EXIT_DONE
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+@pytest.mark.parametrize(("architecture", "model_type"), FORMS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_forms_are_read(model_type: str, tied: bool, dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
-    spec = ModelSpec(**(vars(SMALL) | {"tie_word_embeddings": tied, "rope_theta": 5000.0}))
+def test_every_form_is_read(
+    architecture: str, model_type: str, tied: bool, dtype: torch.dtype, folder: Path, tmp_path: Path
+) -> None:
+    spec = replace(SMALL, architecture=architecture, tie_word_embeddings=tied, rope_theta=5000.0)
     weights = {name: weight.to(dtype) for name, weight in weights_of(spec, 500).items()}
-    write_model(folder, model_type, spec, weights, vocab_size=500, eod_id=0, context_length=CONTEXT_LENGTH)  # type: ignore[arg-type]
-    found = load_trained(str(folder), "generate.model", tmp_path)
+    form = architecture_of(spec).form(model_type)
+    write_model(folder, form, spec, weights, vocab_size=500, eod_id=0, context_length=CONTEXT_LENGTH)
+    found = load_model(str(folder), "generate.model", tmp_path)
     assert found.model.config.rope_parameters["rope_theta"] == 5000.0
     assert found.model.config.tie_word_embeddings == tied
     assert found.context_length == CONTEXT_LENGTH
+    assert type(found.model).__name__ == architecture_of(spec).model_class
     parameters = dict(found.model.named_parameters())
     assert parameters.keys() == weights.keys()
     for name, weight in weights.items():
         assert torch.equal(parameters[name], weight.float()) and parameters[name].dtype == torch.float32
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-def test_a_folder_that_transformers_saved_is_read(shard_size: str, folder: Path, tmp_path: Path) -> None:
-    """As earlier versions exported, and as a hub has it."""
+def test_folder_saved_by_transformers_is_read(shard_size: str, architecture: str, folder: Path, tmp_path: Path) -> None:
+    """Earlier versions of this program exported such folders, and models on a hub look like them."""
     (folder / "model.safetensors").unlink()
-    model = build_model(SMALL, 520, 0, CONTEXT_LENGTH, seed=3)
+    model = build_model(replace(SMALL, architecture=architecture), 520, 0, CONTEXT_LENGTH, seed=3)
     model.save_pretrained(folder, max_shard_size=shard_size)
     assert (folder / "model.safetensors.index.json").exists() == (shard_size == "20KB")
-    found = load_trained(str(folder), "generate.model", tmp_path).model
+    found = load_model(str(folder), "generate.model", tmp_path).model
     assert found.config.rope_parameters["rope_theta"] == SMALL.rope_theta
     for name, weight in model.named_parameters():
         assert torch.equal(found.get_parameter(name), weight)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_shapes_are_those_of_the_model(tied: bool) -> None:
+def test_shapes_equal_those_of_the_model(tied: bool) -> None:
     spec = ModelSpec(24, 3, 6, 3, 20, tie_word_embeddings=tied)
     assert tensor_shapes(spec, 70) == {name: tuple(weight.shape) for name, weight in weights_of(spec, 70).items()}

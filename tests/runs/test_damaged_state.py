@@ -1,4 +1,4 @@
-"""Whatever is stored with a run or a data set may be damaged: every command says so in one line, or passes it by."""
+"""Damaged files of a run or a data set: every command refuses them in one line, or skips them."""
 
 import hashlib
 import json
@@ -15,26 +15,29 @@ from small_run import MODEL
 from job import config as settings
 from job.config import Config
 from job.data.batching import BatchCut
-from job.data.manifest import load_manifest
-from job.data.order import WindowOrder
+from job.data.manifest import Manifest, load_manifest
+from job.data.order import SequenceOrder
 from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import load_tokenizer, train_tokenizer
 from job.demo.walk import SAMPLE
 from job.errors import UserError
-from job.model.architecture import build_model
 from job.model.generation import Sampling
+from job.model.language_model import build_model
 from job.model.spec import ModelSpec
 from job.preflight.check import preflight
-from job.runs.checkpoint import CheckpointFiles, TrainingState, save_checkpoint
-from job.runs.compatibility import identity_of
+from job.runs.checkpoint import CheckpointFiles, TrainingState
+from job.runs.checkpoint_writer import save_checkpoint
+from job.runs.choices import Choice, Choices
+from job.runs.compatibility import compatibility_key
 from job.runs.export import export_model
 from job.runs.export_form import choose_form
-from job.runs.launch_context import Start
-from job.runs.load_model import load_trained
-from job.runs.metrics_file import MetricsLog, read_metrics
+from job.runs.launch_context import LaunchContext
+from job.runs.load_model import load_model
+from job.runs.metrics_file import MetricsFile, read_metrics
 from job.runs.resume import open_run
-from job.training.bad_steps import Guard
-from job.training.train import Interval, check_tokenizer
+from job.runs.run_tokenizer import check_data_set_tokenizer
+from job.training.bad_steps import BadSteps
+from job.training.step_meter import Interval
 
 STEPS = (3, 6)
 SPEC = ModelSpec(**MODEL)
@@ -56,7 +59,7 @@ CONTENTS = {
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "a megabyte of blanks": b" " * 2**20,
 }
-LEAVES = (None, -1, 10**30, 1.5, "x", "", True, [], {}, float("nan"), float("inf"), "../../x", [[[]]])
+WRONG_VALUES = (None, -1, 10**30, 1.5, "x", "", True, [], {}, float("nan"), float("inf"), "../../x", [[[]]])
 
 
 def config_of(folder: Path) -> Config:
@@ -73,130 +76,137 @@ def config_of(folder: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set, and a run on it with two checkpoints and a final model: what training leaves."""
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set and with what training leaves: a run with two checkpoints and a final model."""
     folder = tmp_path_factory.mktemp("right")
     config = config_of(folder)
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     tokenizer = train_tokenizer(texts, 300, folder / "tokenizer")
     manifest = prepare(Recipe(str(SAMPLE), "text", "id", "stop", 2**17, 0.1, 1), tokenizer, config.data.shards)
     assert manifest is not None
-    identity = identity_of(config, SPEC, manifest)
+    key = compatibility_key(config.train, config.data, SPEC, manifest)
     model = build_model(SPEC, tokenizer.vocab_size, tokenizer.eod_id, CONTEXT_LENGTH, seed=0)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     snapshot = {name: dict.fromkeys(("param", "exp_avg", "exp_avg_sq"), weight) for name, weight in weights.items()}
-    opened = open_run(config.run.output, **told(config, identity, folder))
+    opened = open_run(config.run.output, **arguments(config, key, folder))
     for step in STEPS:
-        log = MetricsLog()
+        log = MetricsFile()
         log.add(step, {"train/loss": 1.0, "speed/tokens_per_second": 10.0})
-        guard = Guard(None, torch.device("cpu"))
+        guard = BadSteps(None, torch.device("cpu"))
         guard.judge(torch.tensor(1.0))
         state = TrainingState(
-            opened.record.id, 1, step, 8 * step, 256 * step, identity, {}, guard.state(), asdict(Interval())
+            opened.record.id, 1, step, 8 * step, 256 * step, key, {}, guard.state(), asdict(Interval())
         )
         save_checkpoint(config.run.output, state, snapshot, log.content())
     (folder / "run" / "logs").mkdir()
     (folder / "run" / "logs" / "metrics.jsonl").write_bytes(log.content())
-    form = choose_form(config.data.shards, manifest, tokenizer)
+    form = choose_form(config.data.shards, manifest, tokenizer, SPEC)
     sampling = Sampling(8, 0.8, 0.95, 1)
     export_model(str(folder / "run" / "final"), SPEC, weights, tokenizer, CONTEXT_LENGTH, "card", form, sampling)
     return folder
 
 
-def told(config: Config, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+def arguments(config: Config, key: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments of `open_run`."""
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     return {
         "name": None,
         "resume": "auto",
-        "start": Start("a-start", 0.0, None, None, lambda: False, lambda line: None, "cpu", "a test"),
+        "start": LaunchContext("a-start", 0.0, None, None, lambda: False, lambda line: None, "cpu", "a test"),
         "tokenizer": load_tokenizer(f"{config.data.shards}/tokenizer", folder / "cache")
         if (folder / "shards").exists()
         else None,
-        "identity": identity,
+        "compatibility_key": key,
         "config": {},
-        "cut": lambda before: BatchCut(1, 1, 8),
+        "choose": lambda before: Choices(Choice("ddp"), Choice("fp32"), Choice("cpu"), BatchCut(1, 1, 8), Choice("9")),
         "max_attempts": 1000,
         "folder": scratch,
         "say": lambda line: None,
     }
 
 
-# ---- What the commands do with it, as far as they can in one process ----
+# ---- The parts of each command that read stored files ----
 
 
 def resume(folder: Path) -> None:
     config = config_of(folder)
     manifest = load_manifest(config.data.shards)
-    check_tokenizer(load_tokenizer(f"{config.data.shards}/{manifest.tokenizer}", folder / "cache"), manifest, "")
-    opened = open_run(config.run.output, **told(config, identity_of(config, SPEC, manifest), folder))
-    (folder / "run" / "attempts" / f"{opened.attempt.number:08d}.json").unlink()  # a thousand of them would take time
+    check_tokenizer_of(folder, manifest)
+    opened = open_run(
+        config.run.output, **arguments(config, compatibility_key(config.train, config.data, SPEC, manifest), folder)
+    )
+    # The next attempt would read all records before it: a thousand of them would be slow.
+    (folder / "run" / "attempts" / f"{opened.attempt.number:08d}.json").unlink()
     assert opened.checkpoint is not None
     Interval(**opened.checkpoint.state.interval)
-    Guard(None, torch.device("cpu")).load_state(opened.checkpoint.state.guard)
-    MetricsLog(opened.metrics).add(opened.checkpoint.state.step, {})
+    BadSteps(None, torch.device("cpu")).load_state(opened.checkpoint.state.guard)
+    MetricsFile(opened.metrics).add(opened.checkpoint.state.step, {})
     files = CheckpointFiles(folder / "scratch")
     assert all(files[name].keys() == {"param", "exp_avg", "exp_avg_sq"} for name in files)
+
+
+def check_tokenizer_of(folder: Path, manifest: Manifest) -> None:
+    tokenizer = load_tokenizer(f"{folder}/shards/{manifest.tokenizer}", folder / "cache")
+    check_data_set_tokenizer(tokenizer, manifest, f"{folder}/shards")
 
 
 def use_data(folder: Path) -> None:
     config = config_of(folder)
     manifest = load_manifest(config.data.shards)
-    tokenizer = load_tokenizer(f"{config.data.shards}/{manifest.tokenizer}", folder / "cache")
-    check_tokenizer(tokenizer, manifest, config.data.shards)
-    tokens, sizes = [one.tokens for one in manifest.train], [one.size for one in manifest.train]
-    order = WindowOrder(tokens, sizes, CONTEXT_LENGTH, 1, buffer_bytes=2**20)
+    check_tokenizer_of(folder, manifest)
+    tokens, sizes = [shard.tokens for shard in manifest.train], [shard.size for shard in manifest.train]
+    order = SequenceOrder(tokens, sizes, CONTEXT_LENGTH, 1, buffer_bytes=2**20)
     order.position_limit(1)
 
 
-def load(folder: Path) -> None:
-    load_trained(str(folder / "run"), "run.output", folder / "cache")
+def load_run(folder: Path) -> None:
+    load_model(str(folder / "run"), "run.output", folder / "cache")
 
 
 def load_checkpoint(folder: Path) -> None:
-    load_trained(str(folder / "run" / "checkpoints" / f"step-{STEPS[-1]:08d}-a1"), "run.output", folder / "cache")
+    load_model(str(folder / "run" / "checkpoints" / f"step-{STEPS[-1]:08d}-a1"), "run.output", folder / "cache")
 
 
 def load_final(folder: Path) -> None:
-    load_trained(str(folder / "run" / "final"), "generate.model", folder / "cache")
+    load_model(str(folder / "run" / "final"), "generate.model", folder / "cache")
 
 
-def look(folder: Path) -> None:
+def run_preflight(folder: Path) -> None:
     rows = preflight(config_of(folder)).findings.rows
     assert all("\n" not in row.found + row.remedy for row in rows)
 
 
-def read_log(folder: Path) -> None:
+def read_run_metrics(folder: Path) -> None:
     read_metrics(str(folder / "run"))
 
 
 CHECKPOINT = f"run/checkpoints/step-{STEPS[-1]:08d}-a1"
 FILES: dict[str, tuple[Callable[[Path], None], ...]] = {
-    "shards/manifest.json": (use_data, look),
+    # Each stored file, and the commands that read it.
+    "shards/manifest.json": (use_data, run_preflight),
     "shards/tokenizer/tokenizer.json": (use_data,),
     "shards/tokenizer/tokenizer_config.json": (use_data,),
-    "run/run.json": (resume, load, look),
-    f"{CHECKPOINT}/manifest.json": (resume, load, load_checkpoint, look),
-    f"{CHECKPOINT}/state.json": (resume, load, load_checkpoint, look),
-    f"{CHECKPOINT}/metrics.jsonl": (resume, look),
-    f"{CHECKPOINT}/model.safetensors": (resume, load, load_checkpoint),
+    "run/run.json": (resume, load_run, run_preflight),
+    f"{CHECKPOINT}/manifest.json": (resume, load_run, load_checkpoint, run_preflight),
+    f"{CHECKPOINT}/state.json": (resume, load_run, load_checkpoint, run_preflight),
+    f"{CHECKPOINT}/metrics.jsonl": (resume, run_preflight),
+    f"{CHECKPOINT}/model.safetensors": (resume, load_run, load_checkpoint),
     f"{CHECKPOINT}/exp_avg.safetensors": (resume,),
-    "run/logs/metrics.jsonl": (read_log,),
-    "run/tokenizer/tokenizer.json": (load, look),
-    "run/tokenizer/tokenizer_config.json": (load,),
+    "run/logs/metrics.jsonl": (read_run_metrics,),
+    "run/tokenizer/tokenizer.json": (load_run, run_preflight),
+    "run/tokenizer/tokenizer_config.json": (load_run,),
     "run/final/config.json": (load_final,),
     "run/final/generation_config.json": (load_final,),
     "run/final/model.safetensors": (load_final,),
     "run/final/tokenizer.json": (load_final,),
     "run/final/tokenizer_config.json": (load_final,),
 }
-
-
 OPTIONAL = ("run/final/generation_config.json", "run/logs/metrics.jsonl", "run/final/tokenizer_config.json")
 
 
-def put(folder: Path, name: str, content: bytes) -> None:
-    """Damages a file; a checkpoint's manifest is made to agree, as if it had been written like that."""
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Replace the content of a file, and its size and sha256 in the checkpoint's manifest if it is in a checkpoint."""
     path = folder / name
     path.write_bytes(content)
     manifest_path = path.parent / "manifest.json"
@@ -207,46 +217,46 @@ def put(folder: Path, name: str, content: bytes) -> None:
 
 
 def outcome(command: Callable[[Path], None], folder: Path) -> str:
-    """What the command said, if anything; whatever is not one line fails."""
+    """Run the command and return its error message; empty if there is none. The message must be one line."""
     try:
         command(folder)
     except UserError as error:
-        said = str(error)
-        assert "\n" not in said and len(said) < 2000, said
-        return said
+        message = str(error)
+        assert "\n" not in message and len(message) < 2000, message
+        return message
     return ""
 
 
 @pytest.fixture
-def place(right: Path, tmp_path: Path) -> Iterator[Path]:
-    yield shutil.copytree(right, tmp_path / "place")
+def folder(intact: Path, tmp_path: Path) -> Iterator[Path]:
+    yield shutil.copytree(intact, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_stored_file_of_any_content_is_one_line_or_passed_by(place: Path, name: str) -> None:
-    original = (place / name).read_bytes()
+def test_damaged_file_is_refused_in_one_line_or_skipped(folder: Path, name: str) -> None:
+    original = (folder / name).read_bytes()
     for kind, content in CONTENTS.items():
-        put(place, name, original[: len(original) // 2] if content is None else content)
+        replace_file(folder, name, original[: len(original) // 2] if content is None else content)
         for command in FILES[name]:
-            said = outcome(command, place)
-            # A run has another checkpoint, or its final model; some of a model folder need not be there.
-            assert said or command in (resume, load, look) or name in OPTIONAL, (kind, command)
+            message = outcome(command, folder)
+            # Commands on a run fall back to its other checkpoint or its final model, and some files are optional.
+            assert message or command in (resume, load_run, run_preflight) or name in OPTIONAL, (kind, command)
 
 
 @pytest.mark.recovery
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
-def test_values_of_any_type_in_a_stored_file_are_one_line_or_passed_by(place: Path, name: str) -> None:
-    original = json.loads((place / name).read_bytes())
+def test_wrong_json_values_are_refused_in_one_line_or_skipped(folder: Path, name: str) -> None:
+    original = json.loads((folder / name).read_bytes())
     for number, path in enumerate(leaves(original)):
-        for value in LEAVES[number % len(LEAVES) :: len(LEAVES)]:
-            put(place, name, json.dumps(changed(original, path, value)).encode())
+        for value in WRONG_VALUES[number % len(WRONG_VALUES) :: len(WRONG_VALUES)]:
+            replace_file(folder, name, json.dumps(changed(original, path, value)).encode())
             for command in FILES[name]:
-                if command is not look:
-                    outcome(command, place)
+                if command is not run_preflight:
+                    outcome(command, folder)
 
 
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The place of every value; of long lists and tables, such as a vocabulary, the first three."""
+    """Yield the path of every value; of long lists and mappings, such as a vocabulary, only of the first three."""
     if path:
         yield path
     children = list(tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ())

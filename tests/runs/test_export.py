@@ -1,4 +1,4 @@
-"""The model that is left at the end: a Hugging Face folder that computes what was trained."""
+"""The exported model: a Hugging Face folder that gives the same results as the trained model."""
 
 import re
 from pathlib import Path
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import storage
 from job.data.tokenizer import load_tokenizer
-from job.model.architecture import LanguageModel, build_model
 from job.model.generation import Sampling
+from job.model.language_model import LanguageModel, build_model
 from job.model.spec import ModelSpec
 from job.runs.checkpoint import CheckpointFiles, download_checkpoint, open_checkpoint
 from job.runs.export import export_model
@@ -31,8 +31,8 @@ def download(url: str, folder: Path) -> Path:
     return folder
 
 
-def assert_computes_the_same(folder: Path, ours: LanguageModel, data: DataSet) -> None:
-    """The folder's model and tokenizer, loaded as anybody loads them, against ours."""
+def assert_same_results(folder: Path, ours: LanguageModel, data: DataSet) -> None:
+    """Load model and tokenizer with transformers, and compare ids, logits and loss with the trained model `ours`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[:, : CONTEXT_LENGTH + 1]
@@ -46,36 +46,36 @@ def assert_computes_the_same(folder: Path, ours: LanguageModel, data: DataSet) -
     assert model.dtype == torch.float32
 
 
-def test_the_end_of_a_run_is_a_model_that_anybody_can_load(
+def test_final_model_gives_the_same_results_in_transformers(
     finished_run: FinishedRun, data_set: DataSet, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(checkpoint_urls(finished_run.output)[-1])
     download_checkpoint(checkpoint, tmp_path, only=["param"])
-    weights = CheckpointFiles(tmp_path, only=["param"])
+    weights = CheckpointFiles(tmp_path)
     spec = ModelSpec(**checkpoint.state.identity["model"])
     causal_lm = build_model(spec, data_set.manifest.vocab_size, data_set.manifest.eod_id, 32, seed=0)
     with torch.no_grad():
         for name, parameter in causal_lm.named_parameters():
             parameter.copy_(weights[name]["param"])
     folder = download(f"{finished_run.output}/final", tmp_path / "final")
-    assert_computes_the_same(folder, LanguageModel(causal_lm.eval()), data_set)
-    # What the shards were made with: the model can be evaluated on them.
+    assert_same_results(folder, LanguageModel(causal_lm.eval()), data_set)
+    # The model can be evaluated on the data set only if its tokenizer has the same fingerprint.
     assert load_tokenizer(str(folder), tmp_path).fingerprint == data_set.manifest.tokenizer_fingerprint
 
 
-def test_the_card_holds_the_numbers_of_the_run(finished_run: FinishedRun) -> None:
+def test_model_card_holds_the_results_of_the_run(finished_run: FinishedRun) -> None:
     card = storage.read_bytes(f"{finished_run.output}/final/README.md").decode()
     rows = dict(re.findall(r"^\| (.+) \| (.+) \|$", card, re.MULTILINE))
     (last,) = [row for row in read_metrics(finished_run.output) if row["step"] == STEPS]
-    assert rows["held-out nats per token"] == f"{last['validation/loss']:.4f}"
-    assert rows["held-out bits per byte"] == f"{last['validation/bits_per_byte']:.4f}"
-    assert rows["held-out bits per character"] == f"{last['validation/bits_per_character']:.4f}"
+    assert rows["validation nats per token"] == f"{last['validation/loss']:.4f}"
+    assert rows["validation bits per byte"] == f"{last['validation/bits_per_byte']:.4f}"
+    assert rows["validation bits per character"] == f"{last['validation/bits_per_character']:.4f}"
     assert rows["optimizer steps"] == str(STEPS)
     assert rows["tokens seen"] == f"{last['train/tokens_seen']:,}"
     assert rows["context length"] == "32 tokens"
 
 
-def test_the_cards_program_continues_a_prompt_of_the_run(finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_example_program_of_the_card_continues_a_prompt(finished_run: FinishedRun, tmp_path: Path) -> None:
     printed, tokens = run_card(download(f"{finished_run.output}/final", tmp_path))
     assert printed.startswith("人工智能") and len(printed) > len("人工智能\n")
     assert tokens <= RUNS_LENGTH
@@ -88,21 +88,21 @@ def test_tied_and_untied_heads_are_exported(data_set: DataSet, bucket: str, tmp_
     weights = {name: parameter.detach() for name, parameter in causal_lm.named_parameters()}
     assert ("lm_head.weight" in weights) == (not tied)
     destination = bucket if tied else str(tmp_path / "final")
-    form = choose_form(data_set.shards, data_set.manifest, data_set.tokenizer)
+    form = choose_form(data_set.shards, data_set.manifest, data_set.tokenizer, SPEC)
     export_model(destination, spec, weights, data_set.tokenizer, CONTEXT_LENGTH, "# 一个模型\n", form, SAMPLING)
     folder = download(bucket, tmp_path / "downloaded") if tied else Path(destination)
-    assert_computes_the_same(folder, LanguageModel(causal_lm.eval()), data_set)
+    assert_same_results(folder, LanguageModel(causal_lm.eval()), data_set)
     assert (folder / "README.md").read_text(encoding="utf-8") == "# 一个模型\n"
 
 
-@pytest.mark.parametrize("spoil", ["missing", "unknown"])
-def test_weights_that_do_not_fit_are_no_model(data_set: DataSet, tmp_path: Path, spoil: str) -> None:
+@pytest.mark.parametrize("fault", ["missing", "unknown"])
+def test_weights_that_do_not_fit_the_model_are_refused(data_set: DataSet, tmp_path: Path, fault: str) -> None:
     causal_lm = build_model(SPEC, data_set.manifest.vocab_size, data_set.manifest.eod_id, CONTEXT_LENGTH, seed=3)
     weights = {name: parameter.detach() for name, parameter in causal_lm.named_parameters()}
     weight = weights.pop("model.norm.weight")
-    if spoil == "unknown":
+    if fault == "unknown":
         weights |= {"model.norm.weight": weight, "model.norm.bias": weight}
     form, destination = Form("llama", "PreTrainedTokenizerFast"), str(tmp_path / "final")
-    with pytest.raises(RuntimeError, match=f"model.norm.{'weight' if spoil == 'missing' else 'bias'}"):
+    with pytest.raises(RuntimeError, match=f"model.norm.{'weight' if fault == 'missing' else 'bias'}"):
         export_model(destination, SPEC, weights, data_set.tokenizer, CONTEXT_LENGTH, "", form, SAMPLING)
     assert not (tmp_path / "final").exists()

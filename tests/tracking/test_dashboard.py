@@ -1,4 +1,4 @@
-"""The local dashboard, as a person sees it: `swanlab watch` in a real process, looked at with a real browser."""
+"""Test SwanLab's local dashboard: `swanlab watch` in a real process, read with a real browser."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ import pytest
 from small_run import free_port
 from tracked_run import begin, end
 
-from job.tracking.swanlab import new_run_id
+from job.runs.run import new_run_id
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DEADLINE_SECONDS = 20
@@ -32,26 +32,27 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a dashboard with one run, which was stopped once and started again."""
-    place = tmp_path_factory.mktemp("watched")
+    """The address of a dashboard that shows one run with two attempts."""
+    folder = tmp_path_factory.mktemp("watched")
     run_id = new_run_id()
-    end(begin(place, {}, mode="local", run_id=run_id, success=False))
-    run = end(begin(place, {}, mode="local", run_id=run_id, first_step=10))
+    end(begin(folder, {}, mode="local", run_id=run_id, ending="STOPPED"))
+    run = end(begin(folder, {}, mode="local", run_id=run_id, first_step=10))
     port = free_port()
     program, *arguments = shlex.split(run.how_to_watch)
     command = [str(Path(program).absolute()), *arguments, "-p", str(port)]
-    with (place / "watch.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT)
+    with (folder / "watch.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(address, process, place / "watch.log")
+        wait_for(address, process, folder / "watch.log")
         yield address
     finally:
-        process.kill()  # it may wait for a connection of the browser for ever if it is asked to stop
+        process.kill()  # SIGTERM would let it wait for open connections of the browser
         process.wait()
 
 
 def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until `address` answers; fail with the content of `log` if the process ends or the deadline passes."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while True:
         try:
@@ -64,7 +65,7 @@ def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> Non
 
 
 def look(address: str, *expected: str) -> str:
-    """The page as the browser has built it, once all of `expected` is on it."""
+    """Return the page as the browser has built it, once it contains all texts in `expected`."""
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --window-size=1400,1000 --virtual-time-budget=10000"
     deadline = time.monotonic() + DEADLINE_SECONDS
@@ -78,19 +79,19 @@ def look(address: str, *expected: str) -> str:
         assert time.monotonic() < deadline, f"not on the page: {missing}"
 
 
-def test_the_first_page_shows_the_project_and_every_start_of_the_run(dashboard: str) -> None:
+def test_first_page_shows_the_project_and_every_attempt(dashboard: str) -> None:
     page = look(dashboard, "WikiLLM", ">a run<", ">a run-2<")
-    assert "Crashed" in page, "the start that was stopped"
-    assert "Finished" in page, "the start that went to the end"
+    assert "Crashed" not in page, "the first attempt stopped because it was asked to"
+    assert "Finished" in page
 
 
-def test_the_projects_charts_draw_the_whole_run_in_one_colour(dashboard: str) -> None:
+def test_project_charts_draw_all_attempts_in_one_colour(dashboard: str) -> None:
     page = look(f"{dashboard}/charts", "train/loss", "train/learning_rate", "lc-legend-item")
     colours = re.findall(r'lc-legend-item" style="color: (rgb\(.+?\))', page)
-    assert len(colours) == 4, "two charts, and in each the two starts"
+    assert len(colours) == 6, "three charts with two attempts each"
     assert len(set(colours)) == 1
 
 
-def test_a_runs_page_shows_its_charts_and_texts(dashboard: str) -> None:
+def test_run_page_shows_its_charts_and_texts(dashboard: str) -> None:
     page = look(f"{dashboard}/experiment/1/chart", "train/loss", "train/learning_rate", "samples", "北京市", "首都")
-    assert page.count("<canvas") == 2, "a curve for each number"
+    assert page.count("<canvas") == 3, "one chart for each number"

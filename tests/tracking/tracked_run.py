@@ -1,4 +1,4 @@
-"""A run that is tracked, in a process of its own that has nothing of SwanLab's but what a test gives it."""
+"""Start a run that is tracked in SwanLab, in a process of its own that sees only the SwanLab settings of the test."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate import Accelerator
-
 from job.log_setup import silence_libraries
-from job.tracking import swanlab as tracking
+from job.tracking import start_trackers, tracker_group
+from job.tracking.swanlab import SwanLab
+from job.tracking.tracker import Ending, TrackedRun
 
 EXIT_SECONDS = 150
 
 
-def begin(place: Path, environment: dict[str, str], **arguments: Any) -> subprocess.Popen[str]:
-    """Starts a run in the folder `place`; `arguments` are those of `main`."""
+def begin(folder: Path, environment: dict[str, str], **arguments: Any) -> subprocess.Popen[str]:
+    """Start a run in `folder`; `arguments` are those of `main`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
-    clean |= {"HOME": str(place), "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
-    arguments = {"log_dir": str(place / "swanlog"), **arguments}
+    clean |= {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
+    arguments = {"log_dir": str(folder / "swanlog"), **arguments}
     return subprocess.Popen(
         [sys.executable, __file__, json.dumps(arguments)],
-        cwd=place,
+        cwd=folder,
         env=clean,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -35,7 +35,7 @@ def begin(place: Path, environment: dict[str, str], **arguments: Any) -> subproc
 
 
 def end(process: subprocess.Popen[str]) -> SimpleNamespace:
-    """What a run saw, and what stands on its standard error; it must end by itself, and in time."""
+    """Wait until a run ends by itself, and return what it saw and the lines of its standard error."""
     try:
         out, err = process.communicate(timeout=EXIT_SECONDS)
     finally:
@@ -50,55 +50,63 @@ def end(process: subprocess.Popen[str]) -> SimpleNamespace:
 
 
 def main(
-    mode: str,
+    mode: Any,
     run_id: str,
     log_dir: str,
     first_step: int = 0,
-    success: bool | None = True,
+    ending: str | None = "DONE",
+    attempt: int = 1,
     deadlines: Any = None,
     fills: bool = False,
+    waits: bool = False,
     **_: Any,
 ) -> None:
+    """Track ten steps, and print what was seen as one line of JSON.
+
+    Args:
+        mode: mode of SwanLab.
+        run_id: id of the run.
+        log_dir: folder for SwanLab's files.
+        first_step: first step to log.
+        ending: name of the `Ending` to finish the run with; None leaves that to the end of the process.
+        attempt: number of the attempt.
+        deadlines: constants of `job.tracking.tracker_group` to change.
+        fills: fill the disk after the start.
+        waits: wait to be killed when the steps are logged.
+    """
     for name, seconds in (deadlines or {}).items():
-        setattr(tracking, name, seconds)
+        setattr(tracker_group, name, seconds)
     silence_libraries()
-    accelerator = Accelerator(cpu=True, log_with="swanlab")
     signal.signal(signal.SIGINT, on_interrupt)
     hook = sys.excepthook
-    tracker = tracking.start_tracker(
-        accelerator,
-        mode=mode,
-        project="WikiLLM",
-        workspace=None,
-        name="a run",
-        run_id=run_id,
-        log_dir=Path(log_dir),
-        config={"train": {"learning_rate": 5e-4}},
-    )
+    swanlab = SwanLab(mode, "the test's reason", "WikiLLM", None, Path(log_dir))
+    tracked_run = TrackedRun(run_id, "a run", first_step, {"train": {"learning_rate": 5e-4}}, attempt)
+    said: list[str] = []
+    group = start_trackers({"swanlab": swanlab}, tracked_run, said.append)
     kept = signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
     if fills:
         fill(Path(log_dir))
     for step in range(first_step, first_step + 10):
-        tracker.log({"train/loss": 5 - step / 10, "train/learning_rate": 1e-3}, step=step)
-    tracker.log_texts(
-        "samples", {"北京市": "是中华人民共和国的首都。", "牛顿": "是物理学家。\n第二行"}, step=first_step
-    )
-    if success is not None:
-        tracker.finish(success)
-        accelerator.end_training()
+        values = {"train/loss": 5 - step / 10, "train/learning_rate": 1e-3, "train/tokens_seen": 4096 * step}
+        group.log_metrics(values, step)
+    group.log_texts("samples", {"北京市": "是中华人民共和国的首都。", "牛顿": "是物理学家。\n第二行"}, first_step)
+    if waits:
+        signal.pause()
+    if ending is not None:
+        group.finish(Ending[ending])
     kept = kept and signal.getsignal(signal.SIGINT) is on_interrupt and sys.excepthook is hook
-    print(json.dumps({"how_to_watch": tracker.how_to_watch, "hooks_kept": kept}))
+    print(json.dumps({"how_to_watch": swanlab.how_to_watch, "hooks_kept": kept, "said": said}))
 
 
 def fill(folder: Path) -> None:
-    """Leaves no room on the disk of a folder."""
+    """Fill the disk of a folder."""
     with suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
 
 
 def on_interrupt(*_: Any) -> None:
-    """Stands for the handler of whoever trains."""
+    """Stand for the signal handler of the training process."""
 
 
 if __name__ == "__main__":

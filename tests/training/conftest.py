@@ -1,89 +1,82 @@
-"""What several tests of training look at: one data set, one whole run, and engines in every world there is."""
+"""Fixture that trains engines in every world (processes and strategy), launched once for all tests."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_worker import LAST_STEP, PYTHONPATH, RESUMES_FROM, SAVED_STEP, Case
-from fault_proxy import FaultProxy
-from small_run import REPOSITORY, STEPS, DataSet, FinishedRun, WriteSettings, prepare_sample, run, write_settings
+from engine_launch import launch_engines
+from engine_worker import LAST_STEP, RESUMES_FROM, SAVED_STEP, Case
+from small_run import DataSet
 
-from job.config import Config
 from job.demo.server import S3Server
-from job.launcher.device import ON_CPU
-from job.launcher.supervisor import worker_environment
-
-
-@pytest.fixture(scope="session")
-def data_set(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return prepare_sample(s3_server, tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def output(bucket: str) -> str:
-    """Where a test's run lives."""
-    return f"{bucket}/run"
-
-
-@pytest.fixture
-def settings(data_set: DataSet, output: str, tmp_path: Path) -> WriteSettings:
-    """Writes settings of that run, with changes."""
-
-    def write(**changes: Any) -> Path:
-        return write_settings(tmp_path, data_set, output, **changes)
-
-    return write
-
-
-@pytest.fixture
-def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="session")
-def finished_run(data_set: DataSet, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    output = f"{s3_server.create_bucket('finished-run')}/run"
-    path = write_settings(
-        tmp_path_factory.mktemp("finished"), data_set, output, checkpoint={"every": STEPS // 2}, evaluate={"every": 30}
-    )
-    code, out, err = run("train", path)
-    assert (code, err) == (0, ""), out + err
-    return FinishedRun(output, path, out)
 
 
 @pytest.fixture(scope="session")
 def seen_in(
     data_set: DataSet, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, str], dict[str, Any]]:
-    """By processes and strategy: losses and gradient norms of each case in `engine_worker`, launched once."""
+    """Function that returns the measurements of each case in `engine_worker`, for processes and a strategy."""
     bucket = s3_server.create_bucket("engines")
 
     def output(world: tuple[int, str], case: str) -> str:
         return f"{bucket}/{world[0]}-{world[1]}-{case.replace(' ', '-')}"
 
+    def resumed_name(case: str, world: tuple[int, str], source: tuple[int, str]) -> str:
+        return f"{case} resumed" if source == world else f"{case} resumed from {source[0]} x {source[1]}"
+
     def resumed(world: tuple[int, str], source: tuple[int, str], precision: str) -> Case:
-        name = f"{precision} resumed" if source == world else f"{precision} resumed from {source[0]} x {source[1]}"
+        name = resumed_name(precision, world, source)
         checkpoint = f"{output(source, precision)}/checkpoints/step-{SAVED_STEP:08d}-a1"
         return Case(name, precision, 1, SAVED_STEP, LAST_STEP, checkpoint, {LAST_STEP: output(world, name)})
+
+    def momentum(world: tuple[int, str], source: tuple[int, str] | None = None) -> Case:
+        """Return a case of an optimizer other than AdamW.
+
+        Without `source`, it runs all steps and one of them is bad. With `source`, it resumes from a checkpoint of that
+        world and runs the later steps.
+        """
+        name = "momentum" if source is None else resumed_name("momentum", world, source)
+        case = Case(name, optimizer="momentum", faults={1: "loss not a number"})
+        if source is None:
+            return replace(case, saves=dict.fromkeys((SAVED_STEP, LAST_STEP), output(world, name)))
+        checkpoint = f"{output(source, 'momentum')}/checkpoints/step-{SAVED_STEP:08d}-a1"
+        saves = {LAST_STEP: output(world, name)}
+        return replace(case, first_step=SAVED_STEP, resume=checkpoint, faults={}, saves=saves)
+
+    def muon(world: tuple[int, str], precision: str, source: tuple[int, str] | None = None) -> Case:
+        """Return a case of Muon that runs all steps, or that resumes from the checkpoint of the world `source`."""
+        name = f"muon {precision}"
+        if source is None:
+            saves = dict.fromkeys((SAVED_STEP, LAST_STEP), output(world, name))
+            return Case(name, precision, optimizer="muon", saves=saves)
+        return replace(resumed(world, source, name), precision=precision, optimizer="muon")
 
     def cases(world: tuple[int, str]) -> Iterator[Case]:
         for precision in ("fp32", "bf16"):
             yield Case(precision, precision, saves=dict.fromkeys((SAVED_STEP, LAST_STEP), output(world, precision)))
             yield Case(f"{precision}, 4 accumulated", precision, accumulation_steps=4)
             yield resumed(world, world, precision)
+            yield muon(world, precision)
+            yield muon(world, precision, world)
+        yield momentum(world)
+        yield momentum(world, world)
+        bad_step = {1: "loss not a number"}
+        yield Case("muon with a bad step", optimizer="muon", last_step=SAVED_STEP, faults=bad_step)
         yield Case("fp32, compiled, 4 accumulated", "fp32", accumulation_steps=4, compiled=True)
+        yield Case("fp32, changed to 4 accumulated", "fp32", changed_steps=4)
+        if world == (2, "zero2"):
+            for gradient_sum, steps in (("fp32", 1), ("fp32", 12), ("bf16", 12)):
+                name = f"first gradient, {steps} summed in {gradient_sum}"
+                saves = {1: output(world, name)}
+                yield Case(name, "bf16", steps, last_step=1, saves=saves, gradient_sum=gradient_sum)
         for documents in ("by a mask", "without a mask"):
             yield Case(f"documents apart {documents}", "bf16", documents=documents, last_step=SAVED_STEP)
         for source in RESUMES_FROM[world]:
             yield resumed(world, source, "fp32")
+            yield momentum(world, source)
+            yield muon(world, "fp32", source)
 
     @cache
     def launch(processes: int, strategy: str) -> dict[str, Any]:
@@ -95,20 +88,6 @@ def seen_in(
             "shards": data_set.shards,
             "cases": [asdict(case) for case in cases((processes, strategy))],
         }
-        (folder / "orders.json").write_text(json.dumps(orders))
-        ended = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-                *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
-            ],
-            cwd=REPOSITORY,
-            env=os.environ | worker_environment(ON_CPU, processes, Config()) | {"PYTHONPATH": PYTHONPATH},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        found: dict[str, Any] = json.loads((folder / "seen.json").read_text())
-        return found
+        return launch_engines(folder, processes, orders)
 
     return launch

@@ -1,27 +1,20 @@
-"""Numbers that blow up: all ranks skip the step together, and the run goes on as if its batch had not been there."""
+"""Tests of bad steps (NaN, infinity, spikes): all ranks skip the step, and training continues as without its batch."""
 
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_worker import PYTHONPATH, Case
-from small_run import REPOSITORY
+from engine_launch import launch_engines
+from engine_worker import Case
 
-from job.config import Config
-from job.launcher.device import ON_CPU
-from job.launcher.supervisor import worker_environment
-from job.training.bad_steps import NEEDED_NORMS, REMEMBERED_NORMS, Guard
+from job.training.bad_steps import NEEDED_NORMS, REMEMBERED_NORMS, BadSteps
 
 SeenIn = Callable[[str], dict[str, Any]]
 
@@ -33,9 +26,9 @@ in_each_format = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 in_each_way = pytest.mark.parametrize("accumulation_steps", [1, 4])
 
 BROKEN = {2: "loss not a number", 3: "infinite gradient"}
-"""By step."""
+"""Fault of each bad step."""
 EARLY, LATE, STEPS = 7, NEEDED_NORMS + 3, NEEDED_NORMS + 6
-"""Steps with a spike, before and after there are enough norms to call it one."""
+"""Steps with a spike, before and after enough gradient norms are known to detect it; and the number of steps."""
 SPIKES = Case(
     "spikes",
     last_step=STEPS,
@@ -46,7 +39,7 @@ SPIKES = Case(
 
 
 def cases_of_broken_numbers(precision: str, accumulation_steps: int) -> tuple[Case, Case]:
-    """One whose numbers break, and one that never sees those batches."""
+    """Return a case with bad steps and a case that leaves out the batches of these steps."""
     name = f"{precision}, {accumulation_steps} accumulated"
     broken = Case(name, precision, accumulation_steps, faults=BROKEN)
     return broken, replace(broken, name=f"{name}, left out", faults={}, left_out=[*BROKEN])
@@ -54,7 +47,7 @@ def cases_of_broken_numbers(precision: str, accumulation_steps: int) -> tuple[Ca
 
 @pytest.fixture(scope="module")
 def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
-    """By strategy: what engines on two processes came to in each case, launched once."""
+    """Function that returns the measurements of each case on two processes, by strategy; launches them only once."""
     cases = [case for p in ("fp32", "bf16") for steps in (1, 4) for case in cases_of_broken_numbers(p, steps)]
     cases += [
         SPIKES,
@@ -66,23 +59,7 @@ def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
     @cache
     def launch(strategy: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("blow-up")
-        (folder / "orders.json").write_text(
-            json.dumps({"strategy": strategy, "cases": [asdict(case) for case in cases]})
-        )
-        ended = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"),
-                *(str(Path(__file__).with_name("engine_worker.py")), str(folder)),
-            ],
-            cwd=REPOSITORY,
-            env=os.environ | worker_environment(ON_CPU, PROCESSES, Config()) | {"PYTHONPATH": PYTHONPATH},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        found: dict[str, Any] = json.loads((folder / "seen.json").read_text())
-        return found
+        return launch_engines(folder, PROCESSES, {"strategy": strategy, "cases": [asdict(case) for case in cases]})
 
     return launch
 
@@ -93,7 +70,7 @@ def seen_in(tmp_path_factory: pytest.TempPathFactory) -> SeenIn:
 @in_each_way
 @in_each_format
 @in_each_strategy
-def test_what_is_not_finite_on_one_rank_leaves_weights_and_moments_on_all_ranks_as_they_were(
+def test_non_finite_numbers_on_one_rank_change_no_rank(
     seen_in: SeenIn, strategy: str, precision: str, accumulation_steps: int
 ) -> None:
     case, _ = cases_of_broken_numbers(precision, accumulation_steps)
@@ -109,7 +86,7 @@ def test_what_is_not_finite_on_one_rank_leaves_weights_and_moments_on_all_ranks_
 @in_each_way
 @in_each_format
 @in_each_strategy
-def test_after_a_skipped_step_all_goes_on_as_if_its_batch_had_not_been_there(
+def test_skipped_step_has_no_effect_on_later_steps(
     seen_in: SeenIn, strategy: str, precision: str, accumulation_steps: int
 ) -> None:
     broken, left_out = (seen_in(strategy)[c.name] for c in cases_of_broken_numbers(precision, accumulation_steps))
@@ -118,18 +95,16 @@ def test_after_a_skipped_step_all_goes_on_as_if_its_batch_had_not_been_there(
 
 
 @in_each_strategy
-def test_a_skipped_step_adds_nothing_to_the_mean_loss_and_what_was_computed_is_still_told(
-    seen_in: SeenIn, strategy: str
-) -> None:
+def test_skipped_step_is_reported_but_not_in_the_mean_loss(seen_in: SeenIn, strategy: str) -> None:
     case, _ = cases_of_broken_numbers("fp32", 1)
     seen = seen_in(strategy)[case.name]
     assert [step for step, loss in enumerate(seen["losses"]) if loss == 0] == [*BROKEN]
-    # The faults are those of the last rank alone, and only one is in the loss.
+    # Only the last rank has the faults, and only one of them is in its loss.
     assert seen["finite"] == [[True, step != 2] for step in range(case.last_step)]
 
 
 @in_each_strategy
-def test_skipped_steps_are_counted_in_all_and_in_a_row(seen_in: SeenIn, strategy: str) -> None:
+def test_skipped_steps_are_counted_in_total_and_in_a_row(seen_in: SeenIn, strategy: str) -> None:
     case, _ = cases_of_broken_numbers("fp32", 1)
     guard = seen_in(strategy)[case.name]["guard"]
     assert [state["skipped_steps"] for state in guard] == [0, 0, 1, 2, 2, 2]
@@ -140,7 +115,7 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row(seen_in: SeenIn, strategy
 
 
 @in_each_strategy
-def test_a_spike_is_skipped_once_there_are_norms_enough_to_tell(seen_in: SeenIn, strategy: str) -> None:
+def test_spike_is_skipped_once_enough_norms_are_known(seen_in: SeenIn, strategy: str) -> None:
     seen = seen_in(strategy)
     usual = statistics.median(seen["spikes"]["guard"][-1]["norms"])
     assert min(seen["spikes"]["norms"][step] for step in (EARLY, LATE)) > 10 * usual
@@ -155,36 +130,36 @@ def test_no_spike_is_skipped_without_a_factor(seen_in: SeenIn, strategy: str) ->
 
 
 @in_each_strategy
-def test_a_resumed_run_skips_the_same_steps(seen_in: SeenIn, strategy: str) -> None:
+def test_resumed_run_skips_the_same_steps(seen_in: SeenIn, strategy: str) -> None:
     whole, resumed = seen_in(strategy)["spikes"], seen_in(strategy)["spikes resumed"]
     for key in ("skipped", "losses", "norms", "guard", "engines"):
         assert resumed[key] == whole[key][LATE:], key
 
 
-def judge(guard: Guard, norm: float) -> bool:
-    return bool(guard.judge(torch.tensor(norm)))
+def judge(bad_steps: BadSteps, norm: float) -> bool:
+    return bool(bad_steps.judge(torch.tensor(norm)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_spike_is_a_norm_above_so_many_times_the_median_of_the_last_accepted(seed: int) -> None:
+def test_spike_is_a_multiple_of_the_median_accepted_norm(seed: int) -> None:
     numbers = random.Random(seed)
-    guard = Guard(3.0, torch.device("cpu"))
+    bad_steps = BadSteps(3.0, torch.device("cpu"))
     accepted: list[float] = []
     spikes = 0
     for step in range(3 * REMEMBERED_NORMS):
-        usual = 2.0 ** (step / 50)  # so that it matters which norms are remembered
+        usual = 2.0 ** (step / 50)  # The norms grow, so the median depends on which norms are remembered.
         norm = float(torch.tensor(usual * numbers.choice([*(numbers.uniform(0.5, 4.5),) * 9, math.nan, math.inf])))
         last = sorted(accepted[-REMEMBERED_NORMS:])
         is_spike = len(last) >= NEEDED_NORMS and norm > 3 * last[len(last) // 2]
-        assert judge(guard, norm) == (is_spike or not math.isfinite(norm))
+        assert judge(bad_steps, norm) == (is_spike or not math.isfinite(norm))
         if not is_spike and math.isfinite(norm):
             accepted.append(norm)
         spikes += is_spike and math.isfinite(norm)
-        assert guard.state()["norms"] == accepted[-REMEMBERED_NORMS:]
+        assert bad_steps.state()["norms"] == accepted[-REMEMBERED_NORMS:]
         if step % 37 == 0:
-            state = json.loads(json.dumps(guard.state()))
-            guard = Guard(3.0, torch.device("cpu"))
-            guard.load_state(state)
+            state = json.loads(json.dumps(bad_steps.state()))
+            bad_steps = BadSteps(3.0, torch.device("cpu"))
+            bad_steps.load_state(state)
     assert spikes > 20
 
 
@@ -192,7 +167,17 @@ def test_a_spike_is_a_norm_above_so_many_times_the_median_of_the_last_accepted(s
 
 
 @in_each_strategy
-def test_a_micro_batch_that_does_not_fit_into_memory_ends_with_one_that_may(seen_in: SeenIn, strategy: str) -> None:
+def test_out_of_memory_suggests_a_smaller_micro_batch(seen_in: SeenIn, strategy: str) -> None:
     said = seen_in(strategy)["out of memory"]
     assert said.startswith("train.micro_batch_size: 12288: the machine's memory is full")
     assert said.endswith("; try 6144")
+
+
+@in_each_strategy
+def test_micro_batch_shrinks_on_all_ranks_until_it_fits_on_each(seen_in: SeenIn, strategy: str) -> None:
+    (too_large, found), of_other_rank = seen_in(strategy)["fitted"]
+    assert of_other_rank == [too_large, found], "only the last rank has too little memory"
+    sizes = [12288 // 2**power for power in range(14)]
+    assert too_large and too_large == sizes[: len(too_large)]
+    assert found["micro_batch_size"] == sizes[len(too_large)]
+    assert found["micro_batch_size"] * found["gradient_accumulation_steps"] == 2 * 12288, "the batch is the same"

@@ -1,4 +1,4 @@
-"""Held-out loss: every target counted once, the same number however it is computed, wherever the model comes from."""
+"""Tests of the validation loss: each target counts once, and every way to compute it gives the same number."""
 
 import json
 import math
@@ -15,51 +15,50 @@ from small_run import STEPS, DataSet, FinishedRun, run
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from job.data.split import is_held_out
+from job.data.split import is_validation
 from job.demo.walk import SAMPLE
+from job.runs.evaluation_result import Evaluation
 from job.runs.metrics_file import read_metrics
-from job.training.evaluation import Evaluation
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 
 
-def held_out_texts(data: DataSet) -> list[str]:
+def validation_texts(data: DataSet) -> list[str]:
     records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     rule = data.recipe.seed, data.recipe.validation_fraction
-    return [record["text"] for record in records if is_held_out(record["id"], record["text"], *rule)]
+    return [record["text"] for record in records if is_validation(record["id"], record["text"], *rule)]
 
 
 @torch.no_grad()
 def plain_nats(model: Qwen2ForCausalLM, shards: list[torch.Tensor]) -> float:
-    """The loss summed over the shards with full logits, a window after the other."""
+    """Return the loss in nats, summed over all sequences of the shards, computed with full logits."""
     nats = 0.0
     for tokens in shards:
         for first in range(0, len(tokens) - 1, CONTEXT_LENGTH):
-            window = tokens[first : first + CONTEXT_LENGTH + 1]
-            logits = model(input_ids=window[None, :-1]).logits[0]
-            nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+            sequence = tokens[first : first + CONTEXT_LENGTH + 1]
+            logits = model(input_ids=sequence[None, :-1]).logits[0]
+            nats += F.cross_entropy(logits, sequence[1:], reduction="sum").item()
     return nats
 
 
-def test_the_loss_is_that_of_full_logits_for_any_batch_size(data_set: DataSet, tmp_path: Path) -> None:
+def test_validation_loss_equals_that_of_full_logits(data_set: DataSet, tmp_path: Path) -> None:
     nats = plain_nats(new_model(data_set).double(), validation_shards(data_set, tmp_path))
     for batch_size in (1, 7, 500):
         assert exact(data_set, batch_size, tmp_path).nats == pytest.approx(nats, rel=1e-9)
 
 
-def test_every_token_but_the_first_of_each_shard_is_counted_once(data_set: DataSet, tmp_path: Path) -> None:
+def test_every_token_but_a_shards_first_is_counted_once(data_set: DataSet, tmp_path: Path) -> None:
     found, shards = exact(data_set, 7, tmp_path), data_set.manifest.validation
     assert len(shards) > 1
     assert found.targets == sum(shard.tokens for shard in shards) - len(shards)
     assert found.nats_per_token == found.nats / found.targets
 
 
-def test_bytes_and_characters_are_those_of_the_held_out_text_without_what_is_not_predicted(
-    data_set: DataSet, tmp_path: Path
-) -> None:
-    found, text = exact(data_set, 7, tmp_path), "".join(held_out_texts(data_set))
+def test_bytes_and_characters_are_those_of_predicted_text(data_set: DataSet, tmp_path: Path) -> None:
+    found, text = exact(data_set, 7, tmp_path), "".join(validation_texts(data_set))
     firsts = [int(tokens[0]) for tokens in validation_shards(data_set, tmp_path)]
-    # A byte-level vocabulary writes each byte as one character; a character cut off at its end is decoded as one.
+    # A byte-level vocabulary spells each byte as one character. An incomplete character at the end of a token is
+    # decoded as one character.
     spelled = AutoTokenizer.from_pretrained(data_set.tokenizer.folder).convert_ids_to_tokens(firsts)
     assert found.utf8_bytes == len(text.encode()) - len("".join(spelled))
     assert found.characters == len(text) - sum(len(data_set.tokenizer.decode([first])) for first in firsts)
@@ -67,14 +66,12 @@ def test_bytes_and_characters_are_those_of_the_held_out_text_without_what_is_not
     assert found.bits_per_character == pytest.approx(found.nats / math.log(2) / found.characters)
 
 
-def test_nothing_held_out_costs_nothing() -> None:
+def test_evaluation_of_no_text_is_zero() -> None:
     assert Evaluation(0.0, 0, 0, 0).as_dict() == dict.fromkeys(Evaluation(1.0, 1, 1, 1).as_dict(), 0.0)
 
 
 @pytest.mark.parametrize(("source", "processes"), [("", 2), ("final", 1)], ids=str)
-def test_the_command_finds_the_number_of_the_run_in_whatever_it_left(
-    finished_run: FinishedRun, source: str, processes: int
-) -> None:
+def test_evaluate_agrees_with_the_run_for_all_it_left(finished_run: FinishedRun, source: str, processes: int) -> None:
     words = ["--train.processes", str(processes), "--evaluate.batch_size", "5"]
     words += ["--evaluate.model", f"{finished_run.output}/{source}"] if source else []
     code, out, err = run("evaluate", finished_run.settings, *words)

@@ -1,4 +1,4 @@
-"""The clock that stands still in a pause, and what is measured by it."""
+"""Tests of the hang detector and of its clock, which does not count the time in which the process is paused."""
 
 import os
 import signal
@@ -11,44 +11,44 @@ from collections.abc import Iterator
 import pytest
 from small_run import REPOSITORY, free_port
 
-from job import clock as awake
+from job import clock
 from job.runs.world import World
-from job.training.hang_detector import Watchdog
+from job.training.hang_detector import HangDetector
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 
 @pytest.fixture
-def hung() -> Iterator[tuple[Watchdog, threading.Event, list[str]]]:
-    """A watchdog whose process gives no sign of life, and what it says when it has noticed."""
+def hung() -> Iterator[tuple[HangDetector, threading.Event, list[str]]]:
+    """A hang detector without heartbeats, an event that is set when it reports, and the lines that it reports."""
     said: list[str] = []
     noticed = threading.Event()
-    watchdog = Watchdog(ALONE, 2.0, lambda line: (said.append(line), noticed.set())[1])
-    yield watchdog, noticed, said
-    watchdog.close()
+    hang_detector = HangDetector(ALONE, 2.0, lambda line: (said.append(line), noticed.set())[1])
+    yield hang_detector, noticed, said
+    hang_detector.close()
 
 
-def test_a_process_without_a_sign_of_life_is_noticed(hung: tuple[Watchdog, threading.Event, list[str]]) -> None:
+def test_process_without_heartbeat_is_reported(hung: tuple[HangDetector, threading.Event, list[str]]) -> None:
     _, noticed, said = hung
     began = time.monotonic()
     assert noticed.wait(60)
     assert time.monotonic() - began > 2
-    assert said[0].startswith("no process has come on for 2 s (train.hang_timeout); rank 0 is at\n")
+    assert said[0].startswith("no rank has made progress for 2 s (train.hang_timeout); rank 0 is at\n")
 
 
-def test_signs_of_life_keep_it_quiet(hung: tuple[Watchdog, threading.Event, list[str]]) -> None:
-    watchdog, noticed, _ = hung
+def test_heartbeats_prevent_a_report(hung: tuple[HangDetector, threading.Event, list[str]]) -> None:
+    hang_detector, noticed, _ = hung
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        watchdog.beat()
+        hang_detector.beat()
         assert not noticed.wait(0.1)
 
 
-def test_a_pause_is_not_counted() -> None:
+def test_pause_does_not_count() -> None:
     program = (
-        "import sys, time\nfrom job import awake\nawake.seconds()\nprint('begun', flush=True)\n"
-        "while awake.pauses() == 0: time.sleep(0.01)\n"
-        "began = awake.seconds(), awake.pauses()\nprint(*began, flush=True)"
+        "import sys, time\nfrom job import clock\nclock.seconds()\nprint('begun', flush=True)\n"
+        "while clock.pauses() == 0: time.sleep(0.01)\n"
+        "began = clock.seconds(), clock.pauses()\nprint(*began, flush=True)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
@@ -57,7 +57,7 @@ def test_a_pause_is_not_counted() -> None:
         began = time.monotonic()
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGSTOP)
-        time.sleep(5)  # the pause itself
+        time.sleep(5)  # This is the pause.
         process.send_signal(signal.SIGCONT)
         seconds, pauses = process.stdout.readline().split()
     assert int(pauses) >= 1
@@ -65,47 +65,47 @@ def test_a_pause_is_not_counted() -> None:
 
 
 @pytest.mark.recovery
-def test_after_a_pause_the_timeout_begins_anew() -> None:
+def test_timeout_begins_anew_after_a_pause() -> None:
     program = (
-        "import sys\nfrom job.training.hang_detector import Watchdog\nfrom job.runs.world import World\n"
-        "watchdog = Watchdog(World(0, 0, 1, 1), 6.0, lambda line: print('hung', flush=True))\n"
-        "print('begun', flush=True)\nsys.stdin.readline()\nwatchdog.beat()\nwatchdog.close()\nprint('done')"
+        "import sys\nfrom job.training.hang_detector import HangDetector\nfrom job.runs.world import World\n"
+        "hang_detector = HangDetector(World(0, 0, 1, 1), 6.0, lambda line: print('hung', flush=True))\n"
+        "print('begun', flush=True)\nsys.stdin.readline()\nhang_detector.beat()\nhang_detector.close()\nprint('done')"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, text=True, **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGSTOP)
-        time.sleep(9)  # the pause itself
+        time.sleep(9)  # This is the pause.
         process.send_signal(signal.SIGCONT)
-        time.sleep(2)  # a step that takes its time after it
-        assert process.communicate("go on\n", timeout=60)[0] == "done\n"
+        time.sleep(2)  # This stands for a slow step after the pause.
+        assert process.communicate("go on\n", timeout=240)[0] == "done\n"
 
 
 def test_time_awake_is_counted() -> None:
-    began, awake_began = time.monotonic(), awake.seconds()
+    began, awake_began = time.monotonic(), clock.seconds()
     time.sleep(1.5)
-    assert 1 < awake.seconds() - awake_began < time.monotonic() - began + 0.5
+    assert 1 < clock.seconds() - awake_began < time.monotonic() - began + 0.5
 
 
 def test_clock_goes_on_in_a_forked_process() -> None:
     program = (
-        "import os, time\nfrom job import awake\nbegan = awake.seconds()\n"
+        "import os, time\nfrom job import clock\nbegan = clock.seconds()\n"
         "if child := os.fork():\n    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "while awake.seconds() - began < 2: time.sleep(0.01)"
+        "while clock.seconds() - began < 2: time.sleep(0.01)"
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=240).returncode == 0
 
 
 @pytest.mark.recovery
-def test_collectives_have_no_timeout_of_their_own_once_there_is_a_watchdog() -> None:
+def test_hang_detector_removes_timeouts_of_collectives() -> None:
     program = """
 import sys, threading, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from job.training.distributed import Lockstep
-from job.training.hang_detector import Watchdog
+from job.training.distributed import StepSync
+from job.training.hang_detector import HangDetector
 from job.runs.world import World
 
 rank = int(sys.argv[1])
@@ -113,7 +113,7 @@ store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 second = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-watchdog = Watchdog(World(rank, rank, 2, 2), 100.0, print)
+hang_detector = HangDetector(World(rank, rank, 2, 2), 100.0, print)
 for group in (None, second):
     if rank == 1:
         time.sleep(3)

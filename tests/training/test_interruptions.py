@@ -1,4 +1,4 @@
-"""Runs that are asked to stop at bad moments, and runs that somebody starts twice."""
+"""Tests of runs that are asked to stop at bad moments and of runs that are started several times at once."""
 
 import signal
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,22 +11,21 @@ from small_run import ALONE, ENDLESS, STEPS, FinishedRun, Job, WriteSettings, ru
 
 from job import storage
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
-from job.runs.attempts import STOPPED, SUPERSEDED, Attempts
-from job.runs.checkpoint import list_checkpoints
+from job.runs.attempts import Attempts
+from job.runs.checkpoint_list import list_checkpoints
 from job.runs.metrics_file import read_metrics
+from job.runs.run_status import RunStatus
 
 pytestmark = pytest.mark.recovery
 
-# ---- Asked to stop at a bad moment ----
+# ---- Stop requests at bad moments ----
 
 
-def test_a_stop_while_shards_are_awaited_is_one_of_all_processes(
-    settings: WriteSettings, output: str, proxy: FaultProxy
-) -> None:
+def test_stop_while_waiting_for_shards_stops_all_ranks(settings: WriteSettings, output: str, proxy: FaultProxy) -> None:
     proxy.stall_seconds = 3600
     proxy.inject(Fault.STALL, lambda request: request.method == "GET" and "/train/" in request.path, times=float("inf"))
     with Job("train", settings(), AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
-        job.read_until("tracking: ")  # the last line before the first shard: unread ones would hold it up
+        job.read_until("tracking: ")  # The last line before the first shard; unread lines would block the run.
         proxy.wait_for(lambda request: request.fault is Fault.STALL, 240)
         job.workers()[1].send_signal(signal.SIGTERM)
         code, out, err = job.end()
@@ -35,10 +34,10 @@ def test_a_stop_while_shards_are_awaited_is_one_of_all_processes(
     assert saved_steps(output) == [0]
 
 
-def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
+def test_interrupted_evaluation_is_done_by_the_next_start(
     settings: WriteSettings, output: str, finished_run: FinishedRun
 ) -> None:
-    path = settings(evaluate={"every": 30, "batch_size": 1})  # so that it takes hundreds of rounds
+    path = settings(evaluate={"every": 30, "batch_size": 1})  # The evaluation takes hundreds of batches.
     with Job("train", path) as job:
         job.read_until("step 30/")
         job.process.send_signal(signal.SIGUSR1)
@@ -56,36 +55,36 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
     assert list(found) == [30, 60, STEPS]
 
 
-def test_what_is_measured_between_two_lines_of_the_log_outlives_a_stop(settings: WriteSettings, output: str) -> None:
-    path = settings(train=ALONE | {"log_every": 100, "max_steps": 200}, checkpoint={"every": 33})
+def test_interval_measurements_survive_a_stop(settings: WriteSettings, output: str) -> None:
+    path = settings(train=ALONE | {"log_every": 20, "max_steps": 200}, checkpoint={"every": 33})
     with Job("train", path) as job:
         job.read_until_matching(r"step \d+ \| saved")
         job.process.kill()
     code, out, err = run("train", path)
     assert (code, err) == (EXIT_DONE, ""), out + err
     begun = Attempts(output).read(2)
-    assert begun is not None and begun.from_step is not None and begun.from_step % 100 != 0
+    assert begun is not None and begun.from_step is not None and begun.from_step % 20 != 0
     log_of_every_step = settings(train=ALONE | {"max_steps": 200}, run={"output": f"{output}-2"})
     assert run("train", log_of_every_step)[0] == EXIT_DONE
     losses = {row["step"]: row["train/loss"] for row in read_metrics(f"{output}-2")}
     found = {row["step"]: row["train/loss"] for row in read_metrics(output)}
-    # Each batch of this data holds nearly the same number of targets: windows at the ends of shards are shorter.
-    intervals = ((1, 1), (2, 100), (101, 200))
+    # All batches of this data have nearly the same number of targets; only the last sequence of a shard is shorter.
+    intervals = ((1, 1), (2, 20), *((last - 19, last) for last in range(40, 201, 20)))
     expected = {last: fmean(losses[step] for step in range(first, last + 1)) for first, last in intervals}
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_time_that_is_over_stops_before_the_first_step(settings: WriteSettings, output: str) -> None:
+def test_expired_time_limit_stops_before_the_first_step(settings: WriteSettings, output: str) -> None:
     code, out, err = run("train", settings(train=ALONE | {"max_time": "1s"}))
     assert (code, err) == (EXIT_STOPPED, ""), out + err
     assert "stopping: train.max_time is 1s, and " in out
     assert saved_steps(output) == [0]
     attempt = Attempts(output).newest()
-    assert attempt is not None and attempt.ended == STOPPED
+    assert attempt is not None and attempt.ended == RunStatus.STOPPED
     assert attempt.error == "there was no time for a single step: train.max_time is 1s", "it counts as no progress"
 
 
-def test_a_stop_file_stops_every_start_as_long_as_it_is_there(settings: WriteSettings, output: str) -> None:
+def test_stop_file_stops_every_start_while_it_exists(settings: WriteSettings, output: str) -> None:
     stop_file = f"{output}/please-stop"
     path = settings(train=ALONE | ENDLESS | {"stop_file": stop_file})
     with Job("train", path) as job:
@@ -93,16 +92,14 @@ def test_a_stop_file_stops_every_start_as_long_as_it_is_there(settings: WriteSet
         storage.write_bytes(stop_file, b"")
         code, out, err = job.end()
     assert (code, err) == (EXIT_STOPPED, ""), out + err
-    assert f"stopping: {stop_file} is there" in out
+    assert f"stopping: {stop_file} exists" in out
     (step,) = saved_steps(output)
     code, out, err = run("train", path)
     assert code == EXIT_STOPPED
     assert saved_steps(output)[-1] <= step + 2000
 
 
-def test_a_stop_without_a_store_to_save_to_ends_when_its_time_is_over(
-    settings: WriteSettings, output: str, proxy: FaultProxy
-) -> None:
+def test_stop_without_a_store_ends_at_its_deadline(settings: WriteSettings, output: str, proxy: FaultProxy) -> None:
     path = settings(train=ALONE | ENDLESS, checkpoint={"every": 5, "stop_deadline": "3s"})
     with Job("train", path, AWS_ENDPOINT_URL=proxy.endpoint_url) as job:
         job.read_until("step 5 | saved")
@@ -115,17 +112,15 @@ def test_a_stop_without_a_store_to_save_to_ends_when_its_time_is_over(
     assert saved_steps(output)[0] >= 5
 
 
-# ---- Two at a time ----
+# ---- Several starts at once ----
 
 
-def test_the_newer_of_two_takes_the_run_over_and_their_checkpoints_never_mix(
-    settings: WriteSettings, output: str
-) -> None:
+def test_newer_attempt_takes_over_and_checkpoints_never_mix(settings: WriteSettings, output: str) -> None:
     path = settings(train=ALONE | ENDLESS, checkpoint={"every": 20, "keep": 1000})
     with Job("train", path) as older:
         older.read_until("step 20 | saved")
         with Job("train", path) as newer:
-            line = newer.read_until("taking the run over from attempt 1 ")
+            line = newer.read_until("taking over the run from attempt 1 ")
             assert f"process {older.workers()[0].pid} on" in line
             code, _, err = older.end()
             assert code == EXIT_REFUSED
@@ -145,7 +140,7 @@ def test_the_newer_of_two_takes_the_run_over_and_their_checkpoints_never_mix(
 def test_superseded_attempt_never_writes_the_final_model(
     settings: WriteSettings, output: str, proxy: FaultProxy
 ) -> None:
-    """A newer attempt claims the run after the older one has saved its last step, and before it exports the model."""
+    """A newer attempt claims the run between the last save of the older one and its export of the model."""
     claimed: list[bool] = []
     proxy.inject(
         SLOW_DOWN,
@@ -156,7 +151,7 @@ def test_superseded_attempt_never_writes_the_final_model(
         ThreadPoolExecutor(1) as pool,
         Job("train", settings(train=ALONE), AWS_ENDPOINT_URL=proxy.endpoint_url) as job,
     ):
-        end = pool.submit(job.end)  # reads its lines meanwhile
+        end = pool.submit(job.end)  # This reads the lines of the run in the background.
         proxy.wait_for(lambda request: request.fault is SLOW_DOWN, 240)
         Attempts(output).claim("a-run", "a-start", None, "auto")
         claimed.append(True)
@@ -166,8 +161,8 @@ def test_superseded_attempt_never_writes_the_final_model(
     assert storage.list_files(f"{output}/final") == []
 
 
-def test_of_many_starts_at_once_one_trains_and_none_gives_up(settings: WriteSettings, output: str) -> None:
-    """As a person who submits a job five times; each of them would be one start too many without progress."""
+def test_of_many_simultaneous_starts_one_trains(settings: WriteSettings, output: str) -> None:
+    """A user submits a job five times; with this setting, one attempt without progress already ends the run."""
     path = settings(train=ALONE | ENDLESS | {"max_attempts_without_progress": 1, "log_every": 100})
     with ExitStack() as ending, ThreadPoolExecutor(5) as pool:
         starts = [ending.enter_context(Job("train", path)) for _ in range(5)]
@@ -179,5 +174,6 @@ def test_of_many_starts_at_once_one_trains_and_none_gives_up(settings: WriteSett
                 (left,) = (start for end, start in ends.items() if not end.done())
                 left.process.send_signal(signal.SIGTERM)
     attempts = Attempts(output)
-    assert [attempts.read(number).ended for number in attempts.numbers()] == [SUPERSEDED] * 4 + [STOPPED]  # type: ignore[union-attr]
+    ends = [attempts.read(number).ended for number in attempts.numbers()]  # type: ignore[union-attr]
+    assert ends == [RunStatus.SUPERSEDED] * 4 + [RunStatus.STOPPED]
     assert {name.attempt for name in list_checkpoints(output)} == {5}

@@ -1,4 +1,4 @@
-"""Python reads this first where a test names this folder in PYTHONPATH: rank 1 fails at its third step."""
+"""Make rank 1 fail at its third step. Python imports this file at start if PYTHONPATH contains this folder."""
 
 import os
 
@@ -7,9 +7,9 @@ if os.environ.get("RANK") == "1":
 
     learning_rate = schedule.learning_rate
 
-    def fail_at_the_third(step: int, **settings: float) -> float:
+    def fail_at_third_step(step: int, **settings: float) -> float:
         if step == 2:
             raise ValueError("rank 1 has had enough")
         return learning_rate(step, **settings)
 
-    schedule.learning_rate = fail_at_the_third
+    schedule.learning_rate = fail_at_third_step

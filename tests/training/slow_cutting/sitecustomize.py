@@ -1,15 +1,15 @@
-"""Python reads this first where a test names this folder in PYTHONPATH: cutting a batch takes longer than a step."""
+"""Make reading a batch slower than a step; Python imports this file if its folder is in PYTHONPATH."""
 
 import os
 import time
 
 if "RANK" in os.environ:
-    from job.data.loader import BatchLoader
+    from job.data.sequence_reader import SequenceReader
 
-    cut = BatchLoader._cut
+    read = SequenceReader.read
 
-    def cut_slowly(*arguments: object) -> None:
+    def read_slowly(*arguments: object) -> None:
         time.sleep(0.1)
-        cut(*arguments)  # type: ignore[arg-type]
+        read(*arguments)  # type: ignore[arg-type]
 
-    BatchLoader._cut = cut_slowly  # type: ignore[method-assign,assignment]
+    SequenceReader.read = read_slowly  # type: ignore[method-assign,assignment]
