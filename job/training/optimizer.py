@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from job.training.model_state import GroupState
+from job.training.muon import build_muon, skip_bad_steps_of_muon
 from job.training.optimizer_settings import OptimizerSettings, Verdict
 
 Build = Callable[[OptimizerSettings, list[tuple[str, nn.Parameter]]], Optimizer]
@@ -92,6 +93,7 @@ class Builder:
 
 BUILDERS = {
     "adamw": Builder(build_adamw, skip_bad_steps_of_adamw),
+    "muon": Builder(build_muon, skip_bad_steps_of_muon),
 }
 """By the value of `train.optimizer`, with the same names as `job.model.optimizer_state.OPTIMIZER_STATES`."""
 
