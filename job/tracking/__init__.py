@@ -13,11 +13,13 @@ from job.local_dirs import log_folder
 from job.redaction import redacted
 from job.suggestions import find_entry
 from job.tracking.swanlab import SwanLab
+from job.tracking.tensorboard import TensorBoard
 from job.tracking.tracker import TrackedRun, Tracker
 from job.tracking.tracker_group import TrackerGroup
 
 TRACKERS: dict[str, Callable[[Tracking, Path], Tracker]] = {
     "swanlab": SwanLab.from_settings,
+    "tensorboard": TensorBoard.from_settings,
 }
 """Name in `tracking.to` → function that makes the tracker from the settings and the folder for its files."""
 
