@@ -16,6 +16,7 @@ from job.invocation import command
 from job.model.generation import continue_text
 from job.model.save_folder import CONFIG
 from job.report import Report
+from job.run_report.write_report import EndReport
 from job.runs.attempts import Attempts
 from job.runs.checkpoint_list import lineage, list_checkpoints
 from job.runs.evaluation_result import Evaluation
@@ -182,6 +183,7 @@ def finish(t: Trainer, evaluation: Evaluation | None) -> RunStatus:
     if status == RunStatus.DONE:
         export(t, evaluation, final)
     t.duties.end(status, step, t.metrics.content())
+    end_report = EndReport(config.run.output, adds_to_card=not is_stopped) if t.world.rank == 0 else None
     if status == RunStatus.DONE:
         report.say(f"done: {final}")
         say_how_to_extend(t)
@@ -189,6 +191,10 @@ def finish(t: Trainer, evaluation: Evaluation | None) -> RunStatus:
         rest = "to continue" if step < t.data.steps else "for the last validation and the final model"
         report.say(f"stopped after step {step}, checkpointed; start it again {rest}")
     t.tracker.finish(Ending.DONE if status == RunStatus.DONE else Ending.STOPPED)
+    if end_report is not None:
+        page = end_report.wait(_STOP_REPORT_SECONDS if is_stopped else _REPORT_SECONDS)
+        if page is not None and not is_stopped:
+            report.say(f"report: {page}")
     if not is_stopped:
         prompt = config.generate.prompts[0]
         report.say(f"continue a text: {command('generate', '--generate.model', final, prompt)}")
