@@ -1,0 +1,1 @@
+"""Trying a model: where the prompts come from, and how their continuations are shown."""
