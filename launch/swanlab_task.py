@@ -1,4 +1,4 @@
-"""What a SwanLab task runs, with no argument and no environment of ours: trains by the job.yaml beside it."""
+"""Entry point of a SwanLab task: train with the job.yaml beside this file. It takes no arguments."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 CREDENTIALS = FOLDER / "credentials.json"
-"""There only if `submit --with-credentials` was told to put it there."""
+"""Variables to set, as one JSON object. The file exists only if the task was sent with `--with-credentials`."""
 
 if __name__ == "__main__":
-    os.chdir(FOLDER)  # the workers find the code there too
+    os.chdir(FOLDER)  # The worker processes also import the code from the working directory.
     if CREDENTIALS.exists():
         os.environ |= json.loads(CREDENTIALS.read_text(encoding="utf-8"))
     from job import console
 
-    console.install()  # with the credentials in the environment, which it lets nobody print
+    console.install()  # After the credentials are set, because it removes their values from everything printed.
     from job.cli import main
 
     sys.exit(main(["train", "--config", "job.yaml"]))

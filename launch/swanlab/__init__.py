@@ -1,28 +1,30 @@
-"""SwanLab Launch: sends the code and one config as a task to SwanLab's GPUs, and sends it again until the run is done.
+"""SwanLab Launch client: send the code and one config to SwanLab's GPUs as a task, and resubmit until the run is done.
 
-    spec.py          launch/swanlab.yaml, read strictly
-    settle.py        the config, as it can work in a task
-    requirements.py  what the task installs: our own pins, without what tests and the demonstration need
-    leaks.py         what looks like a secret
-    bundle.py        the folder that is sent: the same bytes for the same tree
-    service.py       SwanLab's service
-    cos.py           the object store behind it
-    selection.py     which files of a folder are a data set or a corpus
-    upload.py        a data set, to be mounted below /data/
-    rounds.py        task after task, until the run is complete
+    spec.py          read launch/swanlab.yaml and check every key
+    task_config.py   load the config and check that it can work in a task
+    requirements.py  list the packages that the task installs
+    secret_scan.py   find text and file names that look like secrets
+    bundle.py        pack the folder that is sent into one reproducible zip file
+    service.py       call SwanLab's HTTP API
+    cos.py           write to the object store behind that API
+    retry.py         tries and pauses of both
+    selection.py     choose which files of a folder are uploaded as a data set
+    upload.py        upload a data set, which a task finds below /data/
+    resubmit.py      start task after task until the run is complete
     cli.py           the commands
 
-How a task gets at an object store
-    A task has no environment but the service's own, and what is uploaded may be seen by others: SwanLab's documentation
-    says not to upload anything secret. So nothing secret is, unless one is told to:
+How a task reaches an object store
+    A task's environment holds only the variables that the service sets, and uploads may be visible to others:
+    SwanLab's documentation says not to upload anything secret. So credentials are sent only on request:
 
-    data         comes from the volume, or from an https:// URL that anybody may read: no credentials
-    checkpoints  go to the task's own disk, and are gone with it, the model too: for a trial; or to an object store,
-                 which takes credentials. `--with-credentials NAME,...` puts these variables into the bundle. Make them
-                 for this: temporary (with an AWS_SESSION_TOKEN) and for nothing but run.output. With --until-done the
-                 bundle is deleted from SwanLab's store when its task has ended, as long as the command runs.
+    data         comes from the volume, or from a public https:// URL. It needs no credentials.
+    checkpoints  go to the task's own disk by default and are deleted with it, and so is the model. This is enough for
+                 a trial. To keep them in an object store, name the credentials: `--with-credentials NAME,...` puts
+                 these variables into the bundle. Use keys made for this purpose: temporary ones (with an
+                 AWS_SESSION_TOKEN) that reach run.output only. With --until-done the bundle is deleted from SwanLab's
+                 store when its task has ended, if the command is still running.
 
-    Considered and left: a bucket that anybody may write, whose URL would be the secret; signed URLs, since the names of
-    checkpoints are not known beforehand; the keys that the service gives for its own store, which are for code and
-    data, and whose rights beyond that nobody has told.
+    Alternatives that were rejected: a bucket that everybody may write, because its URL would be the secret; signed
+    URLs, because the names of checkpoints are not known in advance; the keys that the service gives for its own store,
+    because they are for code and data, and nothing documents what else they allow.
 """

@@ -1,4 +1,4 @@
-"""SwanLab Launch's commands: `python -m launch.swanlab --help` lists them."""
+"""Entry point of `python -m launch.swanlab`; `--help` lists the commands."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The folder that is sent, as one zip file: the same bytes for the same tree, and nothing but the code that trains."""
+"""Pack what a task needs (code, config, requirements) into one zip file with reproducible bytes."""
 
 import io
 import json
@@ -12,31 +12,31 @@ from job import config as settings
 from job.config import Config
 from job.errors import UserError
 from job.invocation import command
-from launch.swanlab.leaks import secret_in, secret_name
-from launch.swanlab.requirements import requirements
+from launch.swanlab.requirements import task_requirements
+from launch.swanlab.secret_scan import find_secret, is_secret_file_name
 from launch.swanlab.spec import Spec
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CREDENTIALS = "credentials.json"
-"""Where the entry looks for variables to set."""
+"""File in the bundle from which launch/swanlab_task.py sets environment variables."""
 _CODE = "job"
 _SUFFIX = ".py"
 _LARGEST_BYTES = 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The earliest time that a zip file can hold."""
+"""Earliest time that a zip file can hold, used for all files."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is sent, and what is not."""
+    """Files that are sent, and those that are left out."""
 
     files: dict[str, bytes]
-    """By path, sorted."""
+    """Contents by path, sorted by path."""
     excluded: dict[str, str]
-    """Files and folders that stay here, and why."""
+    """Reason by path for each file or folder that is not sent."""
 
     def zip(self) -> bytes:
-        """All files as a zip file, in which nothing depends on when, where and by whom it is made."""
+        """Return all files as a zip file whose bytes depend only on paths and contents."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for path, content in self.files.items():
@@ -54,18 +54,18 @@ def make_bundle(
     repository: Path = REPOSITORY,
     environment: Mapping[str, str] = os.environ,
 ) -> Bundle:
-    """What a task needs to train by `config`, and nothing else.
+    """Collect the files that a task needs to train with `config`.
 
     Args:
-        config: from `settle`.
-        spec_path: of the spec, beside its entry.
-        spec: what is in it.
-        credentials: variables that the task is to have in its environment, secrets among them.
-        repository: where the code is.
-        environment: of this machine: a value that it calls a secret is not let out.
+        config: the settings, from `load_task_config`.
+        spec_path: the spec file. The entry file is in the same folder.
+        spec: the content of the spec file.
+        credentials: environment variables of the task. They may be secret.
+        repository: root of the repository with the code.
+        environment: environment of this machine. Files that contain one of its secret values are refused.
 
     Raises:
-        UserError: a file looks like a secret or like data, or the entry is a link to somewhere else.
+        UserError: a file looks like a secret or like data, or the entry is a link to a file outside the spec's folder.
     """
     files: dict[str, bytes] = {}
     excluded: dict[str, str] = {}
@@ -76,12 +76,13 @@ def make_bundle(
             files[path] = _content(repository / path, path)
     entry = spec.spec.entry
     if not (spec_path.parent / entry).resolve().is_relative_to(spec_path.parent.resolve()):
-        raise UserError("spec.entry", entry, "is a link that leads out of the folder of the spec", "put the file there")
+        remedy = "copy the file into that folder"
+        raise UserError("spec.entry", entry, "is a link to a file outside the folder of the spec", remedy)
     files |= {
         "swanlab.yaml": _content(spec_path, "swanlab.yaml"),
         entry: _content(spec_path.parent / entry, entry),
         "job.yaml": settings.to_yaml(config).encode(),
-        "requirements.txt": requirements(repository).encode(),
+        "requirements.txt": task_requirements(repository).encode(),
     }
     for path, content in files.items():
         _refuse_secrets(path, content, environment)
@@ -91,39 +92,44 @@ def make_bundle(
 
 
 def _walk(folder: Path, root: Path, exclude: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each file below `folder`, or a folder that is left out as a whole, and why it is; "" for what is sent."""
-    left_out = {path for pattern in exclude for path in folder.glob(pattern)}
+    """Yield each path below `folder` with the reason why it is not sent, or "" if it is sent.
+
+    A folder that is left out as a whole is yielded once, without its files.
+    """
+    excluded = {path for pattern in exclude for path in folder.glob(pattern)}
     for path in sorted(folder.iterdir()):
         name = path.relative_to(root).as_posix()
-        if path in left_out:
+        if path in excluded:
             yield name, "spec.exclude"
         elif path.is_symlink():
             yield name, "a link"
         elif path.name == "__pycache__" or (path.is_dir() and path.name.startswith(".")):
-            yield name, "made by tools"
+            yield name, "generated by tools"
         elif path.is_dir():
             yield from _walk(path, root, exclude)
         elif path.suffix != _SUFFIX:
-            yield name, f"no {_SUFFIX} file"
-        elif secret_name(path.name):
-            raise UserError(name, None, "has the name of a file that holds secrets", _REMEDY)
+            yield name, f"not a {_SUFFIX} file"
+        elif is_secret_file_name(path.name):
+            raise UserError(name, None, "files of this name usually hold secrets, so it is not sent", _REMEDY)
         else:
             yield name, ""
 
 
-_REMEDY = "move it away, or name it in spec.exclude"
+_REMEDY = "move it out of the folder, or add it to spec.exclude"
 
 
 def _content(path: Path, name: str) -> bytes:
     content = path.read_bytes()
     if len(content) > _LARGEST_BYTES:
         remedy = f"upload it with `{command('upload', module='launch.swanlab')}`; {_REMEDY}"
-        raise UserError(name, None, f"is data, not code: {len(content):,} bytes", remedy)
+        expected = f"has {len(content):,} bytes, which is data and not code (limit: {_LARGEST_BYTES:,} bytes)"
+        raise UserError(name, None, expected, remedy)
     return content
 
 
 def _refuse_secrets(path: str, content: bytes, environment: Mapping[str, str]) -> None:
-    found = secret_in(content.decode("utf-8", errors="replace"), environment)
+    found = find_secret(content.decode("utf-8", errors="replace"), environment)
     if found is not None:
-        line, what = found
-        raise UserError(f"{path}:{line}", None, f"looks like {what}", "take it out: what is uploaded may be seen")
+        line, kind = found
+        remedy = "remove it, because uploads may be visible to others"
+        raise UserError(f"{path}:{line}", None, f"looks like {kind}", remedy)

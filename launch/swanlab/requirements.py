@@ -1,7 +1,6 @@
-"""What a task installs: the pins of requirements.lock, without those of tests, tools and the demonstration."""
+"""Requirements of a task: the pins of requirements.lock without the packages for tests, tools and the demo."""
 
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from job.errors import UserError
+from launch.locked_versions import locked_versions
 from launch.swanlab.spec import PYTHON
 
 _TASK = {
@@ -22,41 +22,34 @@ _TASK = {
     "python_version": PYTHON,
     "sys_platform": "linux",
 }
-"""What a requirement's marker asks of the machine: the task's, whatever this one is."""
+"""Values for the environment markers of requirements: those of the task's machine, not of this one."""
 
 
-def requirements(repository: Path) -> str:
-    """requirements.txt of the task: what pyproject.toml requires and what that requires, as requirements.lock pins it.
+def task_requirements(repository: Path) -> str:
+    """Return the task's requirements.txt: all dependencies of the project, as requirements.lock pins them.
 
-    Which package requires which is asked of those installed here. What the lock does not hold is left to pip: the CUDA
-    libraries, which torch pins itself, and setuptools.
+    The dependencies of a package are read from the package installed here. Packages that the lock does not list are
+    left to pip: setuptools, and the CUDA libraries, which torch pins itself.
 
     Raises:
-        UserError: a package is not installed here in the version of the lock.
+        UserError: a package is not installed here, or in another version than the lock's.
     """
-    pins = dict(_pins(repository / "requirements.lock"))
+    pins = locked_versions(repository)
     project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted: set[str] = set()
-    left = [Requirement(text) for text in project["dependencies"]]
+    queue = [Requirement(text) for text in project["dependencies"]]
     seen: set[tuple[str, str]] = set()
-    while left:
-        requirement = left.pop()
+    while queue:
+        requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         if name not in pins:
             continue
         wanted.add(name)
         for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
             seen.add((name, extra))
-            left += _required_by(name, pins[name], extra)
+            queue += _required_by(name, pins[name], extra)
     lines = [f"{name}=={pins[name]}" for name in sorted(wanted)]
     return "\n".join(["# Made by launch/swanlab from requirements.lock.", *lines]) + "\n"
-
-
-def _pins(lock: Path) -> Iterator[tuple[str, str]]:
-    for line in lock.read_text(encoding="utf-8").splitlines():
-        name, pinned, version = line.partition("==")
-        if pinned and not line.startswith("#"):
-            yield canonicalize_name(name), version.strip()
 
 
 def _required_by(name: str, version: str, extra: str) -> list[Requirement]:
@@ -65,7 +58,7 @@ def _required_by(name: str, version: str, extra: str) -> list[Requirement]:
     except PackageNotFoundError:
         raise UserError("requirements.lock", f"{name}=={version}", "is not installed here", "run make setup") from None
     if Version(installed.version).public != version:
-        wrong = f"{installed.version} is installed here"
-        raise UserError("requirements.lock", f"{name}=={version}", wrong, "run make setup")
-    found = [Requirement(text) for text in installed.requires or []]
-    return [one for one in found if one.marker is None or one.marker.evaluate(_TASK | {"extra": extra})]
+        problem = f"version {installed.version} is installed here"
+        raise UserError("requirements.lock", f"{name}=={version}", problem, "run make setup")
+    required = [Requirement(text) for text in installed.requires or []]
+    return [item for item in required if item.marker is None or item.marker.evaluate(_TASK | {"extra": extra})]

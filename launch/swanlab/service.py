@@ -1,6 +1,6 @@
-"""SwanLab's service: what can be asked of it, and one line for whatever it answers instead.
+"""Client of SwanLab's HTTP API for tasks and data sets; every failure becomes a one-line error.
 
-Bodies are JSON. `POST /login/api_key` gives a session, whose id goes with every call as a cookie.
+Bodies are JSON. `POST /login/api_key` opens a session, whose id is sent with every call as a cookie.
 """
 
 import os
@@ -8,53 +8,53 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import requests
 
 from job.errors import UserError, one_line
 from job.redaction import learn_value
+from launch.swanlab.retry import TRIES, retry
+from launch.swanlab.spec import Combo
 
-ELSEWHERE = (
-    "the same run goes on under Slurm (sbatch launch/slurm.sh), on Kubernetes (kubectl apply -k launch/kubernetes/...) "
-    "and on any Docker host (docker run)"
+ALTERNATIVES = (
+    "the run can continue under Slurm (sbatch launch/slurm.sh), on Kubernetes (kubectl apply -k launch/kubernetes/...) "
+    "or on any Docker host (docker run)"
 )
-ENDED = ("COMPLETED", "CRASHED", "STOPPED")
-"""The states that a task does not leave; before them come QUEUING, PREPARE and RUNNING."""
+FINAL_STATES = ("COMPLETED", "CRASHED", "STOPPED")
+"""States of a task that has ended. Before them it is QUEUING, PREPARE or RUNNING."""
 _TIMEOUT_SECONDS = (10, 60)
-"""For a connection, and for an answer."""
-_TRIES = 4
-_PAUSE_SECONDS = 0.25
-"""Times 4, 16, 64: between the tries."""
-_LISTED_SECONDS = (0, 1, 2, 4, 8)
-"""Pauses in which a task that was taken appears in the list."""
-_GONE = (404, 405, 410, 501)
+"""Timeouts for connecting and for waiting for an answer."""
+_LISTING_PAUSES_SECONDS = (0, 1, 2, 4, 8)
+"""Pauses before each look for a new task in the list of tasks."""
+_NOT_SUPPORTED = (404, 405, 410, 501)
+"""Statuses of a service that no longer has the called endpoint."""
 
 Result = TypeVar("Result")
 
 
 class ServiceDown(OSError):
-    """The service is not reached, or fails: it may pass."""
+    """The service cannot be reached or fails. Trying again later may help."""
 
 
 class TooManyTasks(UserError):
-    """The account has as many tasks as it may have."""
+    """The account already has the largest allowed number of tasks."""
 
 
 class _Refused(Exception):
-    """An answer that says no."""
+    """The service answered with an error status."""
 
-    def __init__(self, status: int, call: str, said: str) -> None:
-        super().__init__(f"{call}: {status} {said}".rstrip())
+    def __init__(self, status: int, call: str, reason: str) -> None:
+        super().__init__(f"{call}: {status} {reason}".rstrip())
         self.status = status
 
 
 @dataclass(frozen=True)
 class Account:
-    """Who asks, and where."""
+    """API key and address of the service."""
 
     key: str
-    """A secret: it goes into a header and into a task, never into a line."""
+    """API key. It is secret: it is sent in a header and in a task, and never printed."""
     host: str
 
     def __repr__(self) -> str:
@@ -62,27 +62,29 @@ class Account:
 
 
 def find_account() -> Account:
-    """The API key and the service, where SwanLab itself finds them: SWANLAB_API_KEY and SWANLAB_API_HOST, or what
-    `swanlab login` has saved.
+    """Return the account that SwanLab itself would use.
+
+    The sources are SWANLAB_API_KEY and SWANLAB_API_HOST, then what `swanlab login` has saved.
 
     Raises:
-        UserError: there is no key.
+        UserError: there is no API key.
     """
-    os.environ.pop("SWANLAB_DEBUG", None)  # its output holds the key that `swanlab login` has saved
+    os.environ.pop("SWANLAB_DEBUG", None)  # SwanLab's debug output contains the saved API key.
     import swanlab
 
-    found = swanlab.Settings()
-    if not found.api_key:
+    settings = swanlab.Settings()
+    if not settings.api_key:
         raise UserError("SWANLAB_API_KEY", None, "is not set", "set it, or run `swanlab login`")
-    learn_value(found.api_key)
-    return Account(found.api_key, found.api_host)
+    learn_value(settings.api_key)
+    return Account(settings.api_key, settings.api_host)
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """A task, as the service tells of it."""
+    """State of a task as the service reports it. Fields that it does not report are empty."""
 
     cuid: str
+    """Id of the task."""
     name: str
     status: str
     combo: str
@@ -90,24 +92,25 @@ class TaskState:
     started: str
     finished: str
     message: str
+    """Reason of the state, from the service or from the user who stopped the task."""
     page: str
-    """Of its run in the dashboard, once it has one."""
+    """Address of the run in the dashboard; empty before the run has started."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether it stays as it is."""
-        return self.status in ENDED
+        """Return True if the task has ended."""
+        return self.status in FINAL_STATES
 
 
 class Service:
-    """A session with the service.
+    """Session with the service.
 
     Args:
-        account: who asks, and where.
+        account: API key and address of the service.
 
     Raises (by every method):
-        UserError: the key is refused, the service does not know what is asked of it, or finds it wrong.
-        ServiceDown: it is not reached, or fails, after some tries where trying again does no harm.
+        UserError: the service refuses the key or the request, or no longer supports the call.
+        ServiceDown: the service cannot be reached or fails. Calls that are safe to repeat were tried several times.
     """
 
     def __init__(self, account: Account) -> None:
@@ -115,73 +118,77 @@ class Service:
         self._url = f"{account.host}/api"
         self._session = requests.Session()
         self._session.headers["swanlab-sdk"] = version("swanlab")
-        self._session.auth = lambda request: request  # else a ~/.netrc would overwrite the header
+        self._session.auth = lambda request: request  # Otherwise a ~/.netrc would overwrite the header.
         self.username = self._log_in()
 
     def store_keys(self) -> dict[str, Any]:
-        """Temporary keys for the object store, the bucket, and the prefix in it that is this user's."""
-        return self._ask("GET", "/user/codes/sts", _keys)
+        """Return temporary keys for the object store, with its region and bucket and this user's prefix."""
+        return self._call("GET", "/user/codes/sts", _keys)
 
     def start(self, task: Mapping[str, Any]) -> str:
-        """Starts a task; returns its id.
+        """Start a task and return its id.
 
         Args:
-            task: what POST /task takes but the key.
+            task: the body of `POST /task` without the API key.
 
         Raises:
-            TooManyTasks: as many as there may be.
+            TooManyTasks: the account has the largest allowed number of tasks.
         """
-        before = {one.cuid for one in self.tasks()}
-        missing = ServiceDown(f"{self._url} took the task, but does not list it")
+        before = {known.cuid for known in self.tasks()}
+        missing = ServiceDown(f"{self._url} accepted the task but does not list it")
         try:
-            self._call("POST", "/task", _nothing, dict(task) | {"conf": {"key": self._account.key}})
+            self._call_raw("POST", "/task", _nothing, dict(task) | {"conf": {"key": self._account.key}})
         except _Refused as refused:
-            raise self._not_started(refused, task) from None
-        except ServiceDown as error:  # or only its answer was lost
+            raise self._start_error(refused, task) from None
+        except ServiceDown as error:  # The task may exist all the same, if only the answer was lost.
             missing = error
-        for pause_seconds in _LISTED_SECONDS:  # no answer names it: it is the one that was not there
+        # The answer does not contain the id of the task, so look for a task that was not listed before.
+        for pause_seconds in _LISTING_PAUSES_SECONDS:
             time.sleep(pause_seconds)
-            new = [one.cuid for one in self.tasks() if one.cuid not in before and one.name == task["name"]]
-            if new:
-                return new[-1]
+            new_ids = [
+                listed.cuid for listed in self.tasks() if listed.cuid not in before and listed.name == task["name"]
+            ]
+            if new_ids:
+                return new_ids[-1]
         raise missing
 
     def tasks(self, number: int = 10) -> list[TaskState]:
-        """The newest tasks."""
-        return self._ask("GET", f"/task?num={number}", lambda found: [self._state(one) for one in found])
+        """Return the newest tasks."""
+        return self._call("GET", f"/task?num={number}", lambda body: [self._state(task) for task in body])
 
     def task(self, cuid: str) -> TaskState:
-        """A task."""
+        """Return the state of one task."""
         try:
-            return self._call("GET", f"/task/{cuid}", self._state)
+            return self._call_raw("GET", f"/task/{cuid}", self._state)
         except _Refused as refused:
             if refused.status != 404:
-                raise self._mistake(refused) from None
-        known = ", ".join(one.cuid for one in self.tasks()) or "none"  # raises if no task can be asked for at all
+                raise self._user_error(refused) from None
+        # This call raises another error if the service no longer supports tasks.
+        known = ", ".join(task.cuid for task in self.tasks()) or "none"
         raise UserError("task", cuid, "there is no such task", f"the newest are: {known}")
 
     def stop(self, cuid: str, message: str) -> None:
-        """Stops a task, and says why to whoever looks at it."""
+        """Stop a task and record `message` as the reason."""
         self.task(cuid)
-        self._ask("PATCH", "/task/status", _nothing, {"cuid": cuid, "status": "STOPPED", "msg": message})
+        self._call("PATCH", "/task/status", _nothing, {"cuid": cuid, "status": "STOPPED", "msg": message})
 
-    def queuing(self) -> int:
-        """How many tasks wait for a GPU, everybody's."""
-        return self._ask("GET", "/task/queuing", lambda found: int(found["sum"]))
+    def queue_length(self) -> int:
+        """Return the number of tasks of all users that wait for a GPU."""
+        return self._call("GET", "/task/queuing", lambda body: int(body["sum"]))
 
     def create_data_set(self, name: str, description: str | None) -> str:
-        """A data set without files; returns its id."""
-        body = {"name": name} | ({"desc": description} if description else {})
-        return self._ask("POST", "/task/dataset", lambda found: str(found["cuid"]), body)
+        """Create a data set without files and return its id."""
+        data_set = {"name": name} | ({"desc": description} if description else {})
+        return self._call("POST", "/task/dataset", lambda body: str(body["cuid"]), data_set)
 
-    def close_data_set(self, cuid: str, is_whole: bool) -> None:
-        """Says that its files are all there, or that this failed."""
-        body = {"cuid": cuid, "status": "SUCCESS" if is_whole else "FAILURE"}
-        self._ask("PATCH", "/task/dataset/status", _nothing, body)
+    def close_data_set(self, cuid: str, is_complete: bool) -> None:
+        """Report that all files of a data set are uploaded, or that the upload failed."""
+        body = {"cuid": cuid, "status": "SUCCESS" if is_complete else "FAILURE"}
+        self._call("PATCH", "/task/dataset/status", _nothing, body)
 
     def data_sets(self) -> dict[str, str]:
-        """The names of the data sets by id."""
-        return self._ask("GET", "/task/datasets", lambda found: {one["cuid"]: one["name"] for one in found})
+        """Return the names of this user's data sets by id."""
+        return self._call("GET", "/task/datasets", lambda body: {item["cuid"]: item["name"] for item in body})
 
     def _log_in(self) -> str:
         self._session.cookies.clear()
@@ -189,75 +196,78 @@ class Service:
         try:
             sid, username = self._exchange("POST", "/login/api_key", _session, headers=headers)
         except _Refused as refused:
-            raise self._mistake(refused) from None
+            raise self._user_error(refused) from None
         self._session.cookies.set("sid", sid)
         return username
 
-    def _ask(self, method: str, path: str, read: Callable[[Any], Result], body: Any = None) -> Result:
-        try:
-            return self._call(method, path, read, body)
-        except _Refused as refused:
-            raise self._mistake(refused) from None
-
     def _call(self, method: str, path: str, read: Callable[[Any], Result], body: Any = None) -> Result:
-        """What `read` finds in the answer. Raises _Refused."""
+        """Return what `read` extracts from the body of the answer. Raises UserError if the service refuses."""
+        try:
+            return self._call_raw(method, path, read, body)
+        except _Refused as refused:
+            raise self._user_error(refused) from None
+
+    def _call_raw(self, method: str, path: str, read: Callable[[Any], Result], body: Any = None) -> Result:
+        """Return what `read` extracts from the body of the answer; log in again if needed. Raises _Refused."""
         try:
             return self._exchange(method, path, read, json=body)
         except _Refused as refused:
             if refused.status not in (401, 403):
                 raise
-        self._log_in()  # the session may be over
+        self._log_in()  # The session may have expired.
         return self._exchange(method, path, read, json=body)
 
-    def _exchange(self, method: str, path: str, read: Callable[[Any], Result], **more: Any) -> Result:
-        tries = 1 if method == "POST" and path.startswith("/task") else _TRIES  # two might make two of it
-        for number in range(1, tries):
-            try:
-                return self._try(method, path, read, **more)
-            except ServiceDown:
-                time.sleep(_PAUSE_SECONDS * 4**number)
-        return self._try(method, path, read, **more)
+    def _exchange(self, method: str, path: str, read: Callable[[Any], Result], **options: Any) -> Result:
+        """Call the service and try again while it is down. `options` are passed to `requests`."""
+        # A repeated POST could create a second task or data set, so it is tried once.
+        tries = 1 if method == "POST" and path.startswith("/task") else TRIES
+        return retry(lambda: self._try(method, path, read, **options), ServiceDown, tries)
 
-    def _try(self, method: str, path: str, read: Callable[[Any], Result], **more: Any) -> Result:
+    def _try(self, method: str, path: str, read: Callable[[Any], Result], **options: Any) -> Result:
+        """Call the service once. Raises ServiceDown or _Refused."""
         call = f"{method} {path.partition('?')[0]}"
         try:
             answer = self._session.request(
-                method, self._url + path, timeout=_TIMEOUT_SECONDS, allow_redirects=False, **more
+                method, self._url + path, timeout=_TIMEOUT_SECONDS, allow_redirects=False, **options
             )
         except requests.RequestException as error:
-            # Only its kind is told: what it says may hold headers.
-            raise ServiceDown(f"{self._url} is not reached ({_reason(error)}); if it stays so, {ELSEWHERE}") from None
-        if (answer.status_code >= 500 and answer.status_code not in _GONE) or answer.status_code == 429:
-            raise ServiceDown(f"{self._url} fails ({call}: {answer.status_code}); if it stays so, {ELSEWHERE}")
+            # Only the kind of error is shown, because its text may contain headers.
+            problem = f"{self._url} cannot be reached ({_reason(error)})"
+            raise ServiceDown(f"{problem}; try again later, or: {ALTERNATIVES}") from None
+        if (answer.status_code >= 500 and answer.status_code not in _NOT_SUPPORTED) or answer.status_code == 429:
+            problem = f"{self._url} fails ({call}: {answer.status_code})"
+            raise ServiceDown(f"{problem}; try again later, or: {ALTERNATIVES}")
         if not answer.ok or answer.is_redirect or answer.status_code >= 300:
-            raise _Refused(answer.status_code, call, _said(answer))
+            raise _Refused(answer.status_code, call, _message(answer))
         try:
             return read(answer.json() if answer.content else None)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise _Refused(404, call, "an answer of another kind") from None
+            raise _Refused(404, call, "the answer has an unexpected form") from None
 
-    def _not_started(self, refused: _Refused, task: Mapping[str, Any]) -> UserError:
+    def _start_error(self, refused: _Refused, task: Mapping[str, Any]) -> UserError:
         if refused.status == 401 and task.get("combo"):
-            remedy = "choose H800-1 or RTX3090-1, or leave it out"
+            remedy = f"choose {' or '.join(get_args(Combo))}, or remove the key"
             return UserError("metadata.combo", task["combo"], "the service does not have this combo", remedy)
         if refused.status == 404 and task.get("datasets"):
             known = ", ".join(f"{cuid} ({name})" for cuid, name in self.data_sets().items()) or "none"
-            wanted = task["datasets"][0]
-            return UserError("spec.volumes", wanted, "there is no such data set", f"yours are: {known}")
+            data_set = task["datasets"][0]
+            return UserError("spec.volumes", data_set, "there is no such data set", f"yours: {known}")
         if refused.status == 406:
-            return TooManyTasks("task", None, "too many tasks", "wait for one to end, or `stop` one")
-        return self._mistake(refused)
+            remedy = "wait until one ends, or stop one with `stop`"
+            return TooManyTasks("task", None, "too many tasks for this account", remedy)
+        return self._user_error(refused)
 
-    def _mistake(self, refused: _Refused) -> UserError:
+    def _user_error(self, refused: _Refused) -> UserError:
         if refused.status in (401, 403):
-            remedy = "copy it from https://swanlab.cn/settings, where the account has to be verified too"
+            remedy = "copy the key from https://swanlab.cn/settings, and verify the account there"
             return UserError("SWANLAB_API_KEY", None, f"the service refuses the key ({refused})", remedy)
         if 300 <= refused.status < 400:
-            return UserError("SwanLab Launch", None, f"this client is too old for the service ({refused})", ELSEWHERE)
-        if refused.status in _GONE:
-            expected = f"{self._url} no longer knows it ({refused})"
-            return UserError("SwanLab Launch", None, expected, ELSEWHERE)
-        return UserError("SwanLab Launch", None, f"the service refuses ({refused})")
+            expected = f"this client is too old for the service ({refused})"
+            return UserError("SwanLab Launch", None, expected, ALTERNATIVES)
+        if refused.status in _NOT_SUPPORTED:
+            expected = f"{self._url} no longer has SwanLab Launch ({refused})"
+            return UserError("SwanLab Launch", None, expected, ALTERNATIVES)
+        return UserError("SwanLab Launch", None, f"the service refuses the request ({refused})")
 
     def _state(self, task: Mapping[str, Any]) -> TaskState:
         project, experiment = task.get("pName"), task.get("eId")
@@ -275,20 +285,20 @@ class Service:
         )
 
 
-# ---- What answers hold ----
+# ---- Reading answers ----
 
 
-def _nothing(found: Any) -> None:
-    """Where it is enough that there is an answer."""
+def _nothing(body: Any) -> None:
+    """Ignore the body of the answer."""
 
 
-def _session(found: Any) -> tuple[str, str]:
-    return str(found["sid"]), str(found["userInfo"]["username"])
+def _session(body: Any) -> tuple[str, str]:
+    return str(body["sid"]), str(body["userInfo"]["username"])
 
 
-def _keys(found: Any) -> dict[str, Any]:
-    keys = {name: found["credentials"][name] for name in ("tmpSecretId", "tmpSecretKey", "sessionToken")}
-    return {name: str(found[name]) for name in ("region", "bucket", "prefix")} | {"credentials": keys}
+def _keys(body: Any) -> dict[str, Any]:
+    keys = {name: body["credentials"][name] for name in ("tmpSecretId", "tmpSecretKey", "sessionToken")}
+    return {name: str(body[name]) for name in ("region", "bucket", "prefix")} | {"credentials": keys}
 
 
 def _reason(error: requests.RequestException) -> str:
@@ -299,11 +309,11 @@ def _reason(error: requests.RequestException) -> str:
         requests.exceptions.ReadTimeout: "no answer in time",
         requests.exceptions.ConnectionError: "no connection",
     }
-    return next((what for kind, what in kinds.items() if isinstance(error, kind)), type(error).__name__)
+    return next((text for kind, text in kinds.items() if isinstance(error, kind)), type(error).__name__)
 
 
-def _said(answer: requests.Response) -> str:
-    """The reason that an answer gives, in a few words."""
+def _message(answer: requests.Response) -> str:
+    """Return the message in the body of an answer, cut to 200 characters; empty if there is none."""
     try:
         body = answer.json()
     except ValueError:

@@ -1,16 +1,16 @@
-"""What a command line of `python -m launch.swanlab` has come to."""
+"""Types for the result of a command line of `python -m launch.swanlab`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a command has come to."""
+class CommandResult:
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
 
-Launch = Callable[..., Said]
+Launch = Callable[..., CommandResult]

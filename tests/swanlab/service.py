@@ -1,8 +1,8 @@
-"""A stand-in for SwanLab's service and its GPU machines: its protocol over HTTP, and tasks that really run.
+"""Stand-in for SwanLab's service and its GPU machines: it speaks the service's HTTP protocol and really runs tasks.
 
-Faithful in what is known of the protocol: paths, bodies, the session cookie, states, which statuses refuse what. In
-place of Tencent COS there is a real S3 server; its keys are not temporary, so there is no session token. What nobody
-has told: how a task gets the API key (here as SWANLAB_API_KEY), the state of a task that its time limit ends (CRASHED).
+It follows the known protocol: paths, bodies, the session cookie, states, and the statuses of refusals. A real S3 server
+replaces Tencent COS. Its keys are permanent, so there is no session token. Two points are not documented and assumed
+here: a task gets the API key as SWANLAB_API_KEY, and a task that reaches its time limit has the state CRASHED.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from job.demo.server import S3Server
 REGION, BUCKET, USER = "ap-beijing", "swanlab-code", "somebody"
 COMBOS = ("RTX3090-1", "H800-1")
 API_KEY = "key-that-nobody-may-see"
-A_WEB_PAGE = 299
-"""To be planted as a status: an answer of 200 that is HTML."""
+HTML_PAGE = 299
+"""Pseudo status for `injected`: an answer with status 200 whose body is HTML."""
 
 
 @dataclass
@@ -41,17 +41,18 @@ class Task:
 
     cuid: str
     body: dict[str, Any]
-    """As POST /task had it."""
+    """Body of `POST /task`."""
     bundle: bytes
     volumes: list[dict[str, bytes]]
-    """The files of its data sets."""
+    """Contents by path for each of its data sets."""
     status: str = "QUEUING"
     message: str = ""
     times: dict[str, str] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def shown(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
+        """The task as the service returns it."""
         body = {name: self.body[name] for name in ("name", "python", "index")} | {"combo": self.body.get("combo")}
         known = {"cuid": self.cuid, "status": self.status, "msg": self.message or None, **self.times, **body}
         if self.status in ("RUNNING", "COMPLETED"):
@@ -60,32 +61,33 @@ class Task:
 
 
 Run = Callable[[Task], tuple[str, str]]
-"""Runs a task; returns the state it ends in, and the service's message."""
+"""Function that runs a task and returns its final state and the service's message."""
 
 
-def completed(task: Task) -> tuple[str, str]:
+def complete_at_once(task: Task) -> tuple[str, str]:
     return "COMPLETED", ""
 
 
 class SwanLab:
-    """The service on 127.0.0.1, inside the block.
+    """The service on 127.0.0.1, running inside a `with` block.
 
     Attributes:
-        run: what becomes of a task.
+        run: runs each task.
         requests: method and path of every call.
-        planted: statuses that calls get instead of an answer, by method and path; an int, or a list used up one by one.
-        lost: calls whose work is done, and whose answer is a 503.
-        data_sets: by id: name and status.
+        headers: headers of every call.
+        injected: error statuses by method and path: one status for all calls, or a list with one status per call.
+        lost: calls (method and path) that are executed but answered with status 503.
+        data_sets: name and status by id.
     """
 
-    def __init__(self, store: S3Server, client: Any, run: Run = completed) -> None:
+    def __init__(self, store: S3Server, client: Any, run: Run = complete_at_once) -> None:
         self._client, self._keys, self.run = client, store.environment, run
         self.prefix = f"codes/{secrets.token_hex(6)}"
         self.tasks: list[Task] = []
         self.data_sets: dict[str, dict[str, str]] = {}
         self.requests: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
-        self.planted: dict[tuple[str, str], int | list[int]] = {}
+        self.injected: dict[tuple[str, str], int | list[int]] = {}
         self.lost: set[tuple[str, str]] = set()
         self.sessions: set[str] = set()
         self.store_keys_given = 0
@@ -118,9 +120,9 @@ class SwanLab:
         self._server.server_close()
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
-        """What is in the user's part of the store, by path."""
-        found = self._client.list_objects_v2(Bucket=BUCKET, Prefix=f"{self.prefix}/{prefix}").get("Contents", [])
-        return {item["Key"].removeprefix(f"{self.prefix}/"): self._read(item["Key"]) for item in found}
+        """Return the contents of the objects below the user's prefix by path."""
+        listed = self._client.list_objects_v2(Bucket=BUCKET, Prefix=f"{self.prefix}/{prefix}").get("Contents", [])
+        return {item["Key"].removeprefix(f"{self.prefix}/"): self._read(item["Key"]) for item in listed}
 
     def _read(self, key: str) -> bytes:
         content: bytes = self._client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
@@ -133,17 +135,17 @@ class SwanLab:
             self.requests.append((handler.command, handler.path))
             self.headers.append(dict(handler.headers))
             try:
-                planted = self.planted.get((handler.command, path))
-                if isinstance(planted, list):
-                    planted = planted.pop(0) if planted else None
-                if planted:
-                    raise _Answer(planted)
+                injected = self.injected.get((handler.command, path))
+                if isinstance(injected, list):
+                    injected = injected.pop(0) if injected else None
+                if injected:
+                    raise _Answer(injected)
                 body = self._answer(handler.command, path, query, json.loads(raw) if raw else {}, handler)
                 status = 503 if (handler.command, path) in self.lost else 200
             except _Answer as refused:
                 status, body = refused.status, {"message": f"no {API_KEY}"}
-        content = b"<html>" if status == A_WEB_PAGE else json.dumps(body).encode()
-        handler.send_response(200 if status == A_WEB_PAGE else status)
+        content = b"<html>" if status == HTML_PAGE else json.dumps(body).encode()
+        handler.send_response(200 if status == HTML_PAGE else status)
         if 300 <= status < 400:
             handler.send_header("location", f"{self.host}/elsewhere")
         handler.send_header("content-length", str(len(content)))
@@ -162,17 +164,18 @@ class SwanLab:
             case "GET", ["user", "codes", "sts"]:
                 return self._store_keys()
             case "POST", ["task"]:
-                return self._begin(body)
+                return self._start_task(body)
             case "GET", ["task", "queuing"]:
                 return {"sum": sum(task.status == "QUEUING" for task in self.tasks)}
             case "GET", ["task", "datasets"]:
                 return [
-                    {"cuid": cuid, "name": one["name"], "createdAt": _now()} for cuid, one in self.data_sets.items()
+                    {"cuid": cuid, "name": data_set["name"], "createdAt": _now()}
+                    for cuid, data_set in self.data_sets.items()
                 ]
             case "GET", ["task"]:
-                return [task.shown for task in reversed(self.tasks)][: int(query.removeprefix("num="))]
+                return [task.as_json for task in reversed(self.tasks)][: int(query.removeprefix("num="))]
             case "GET", ["task", cuid]:
-                return self._task(cuid).shown
+                return self._task(cuid).as_json
             case "PATCH", ["task", "status"]:
                 task = self._task(body["cuid"])
                 task.status, task.message = body["status"], body["msg"]
@@ -195,12 +198,12 @@ class SwanLab:
         return where | {"credentials": credentials | {"sessionToken": ""}}
 
     def _task(self, cuid: str) -> Task:
-        found = [task for task in self.tasks if task.cuid == cuid]
-        if not found:
+        matching = [task for task in self.tasks if task.cuid == cuid]
+        if not matching:
             raise _Answer(404)
-        return found[0]
+        return matching[0]
 
-    def _begin(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _start_task(self, body: dict[str, Any]) -> dict[str, Any]:
         assert body.keys() <= {"src", "index", "python", "conf", "name", "desc", "combo", "datasets"}
         assert body["conf"] == {"key": API_KEY}
         if body.get("combo", COMBOS[0]) not in COMBOS:
@@ -213,12 +216,12 @@ class SwanLab:
             volumes.append({path.removeprefix(folder): data for path, data in self.objects(folder).items()})
         task = Task(_cuid(), body, self._read(body["src"]), volumes, times={"createdAt": _now()})
         self.tasks.append(task)
-        thread = threading.Thread(target=self._work, args=(task,), daemon=True)
+        thread = threading.Thread(target=self._run_task, args=(task,), daemon=True)
         self._threads.append(thread)
         thread.start()
         return {}
 
-    def _work(self, task: Task) -> None:
+    def _run_task(self, task: Task) -> None:
         task.status, task.times = "RUNNING", task.times | {"startedAt": _now()}
         status, message = self.run(task)
         with self._lock:
@@ -228,28 +231,28 @@ class SwanLab:
 
 
 class Machine:
-    """Runs tasks as one of SwanLab's machines does.
+    """Runs tasks as SwanLab's machines do.
 
-    Each gets a clean folder with what was sent, Python with what its requirements.txt asks for, its data set below
-    /data/, an environment that holds nothing but the service's own, and processes that end together. This repository
-    is out of its sight.
+    Each task gets a clean folder with the bundle, a Python with the packages of its requirements.txt, its data set
+    below /data/, and an environment with the service's own variables only. All its processes end together. It does not
+    see this repository.
 
     Args:
-        folder: for the tasks.
-        is_time_up: whether the task's four hours are over; they pass faster here.
+        folder: parent of the tasks' folders.
+        is_time_up: returns True when the task has reached its time limit.
     """
 
     def __init__(self, folder: Path, is_time_up: Callable[[Task], bool] = lambda task: False) -> None:
         self._folder, self._is_time_up = folder, is_time_up
 
     def log(self, task: Task) -> str:
-        """What the task has printed."""
+        """Return the output of the task."""
         return (self._folder / task.cuid / "log").read_text(errors="replace")
 
     def __call__(self, task: Task) -> tuple[str, str]:
-        """A `Run`."""
-        place = self._folder / task.cuid
-        code, home, volume, root = (place / name for name in ("code", "home", "volume", "root"))
+        """Run a task; this makes the object a `Run`."""
+        task_folder = self._folder / task.cuid
+        code, home, volume, root = (task_folder / name for name in ("code", "home", "volume", "root"))
         for folder in (code, home, volume, root):
             folder.mkdir(parents=True)
         zipfile.ZipFile(io.BytesIO(task.bundle)).extractall(code)
@@ -258,20 +261,20 @@ class Machine:
             (volume / path).write_bytes(content)
         assert task.body["python"] == "python{}.{}".format(*sys.version_info)
         programs = self.environment((code / "requirements.txt").read_bytes()) / "bin"
-        given = {
+        variables = {
             "PATH": f"{programs}:/usr/local/bin:/usr/bin:/bin",
             "HOME": str(home),
             "LANG": "C.UTF-8",
             "SWANLAB_RUNTIME": "task",
             "SWANLAB_API_KEY": task.body["conf"]["key"],
         }
-        with (place / "log").open("wb") as log:
+        with (task_folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [
                     *("unshare", *([] if os.getuid() == 0 else ["--map-root-user"])),
-                    *("--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _ENTER, "sh"),
+                    *("--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _ENTER_NAMESPACES, "sh"),
                     *map(str, (root, REPOSITORY, volume, code)),
-                    *(f"{name}={value}" for name, value in given.items()),
+                    *(f"{name}={value}" for name, value in variables.items()),
                     *("python", task.body["index"]),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -281,35 +284,35 @@ class Machine:
             )
         while True:
             with suppress(subprocess.TimeoutExpired):
-                code_of_exit = process.wait(0.02)
-                return ("COMPLETED", "") if code_of_exit == 0 else ("CRASHED", f"exit code {code_of_exit}")
+                exit_code = process.wait(0.02)
+                return ("COMPLETED", "") if exit_code == 0 else ("CRASHED", f"exit code {exit_code}")
             if task.stop.is_set() or self._is_time_up(task):
                 process.kill()
                 process.wait()
                 return "CRASHED", "the task's time is up"
 
     def environment(self, requirements: bytes) -> Path:
-        """A fresh virtual environment; one for all tasks with equal requirements."""
+        """Return a new virtual environment with these requirements; tasks with equal requirements share it."""
         folder = self._folder / f"python-{hashlib.sha256(requirements).hexdigest()[:12]}"
         if not folder.exists():
-            listed = self._folder / "requirements.txt"
-            listed.write_bytes(requirements)
+            requirements_file = self._folder / "requirements.txt"
+            requirements_file.write_bytes(requirements)
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(listed)]
+            install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(requirements_file)]
             subprocess.run(install, check=True)
         return folder
 
 
-_ENTER = """
+_ENTER_NAMESPACES = """
 set -eu
 root=$1 hidden=$2 volume=$3 code=$4
 shift 4
 mount -t tmpfs task "$root"
-for one in /*; do
-    if [ -L "$one" ]; then cp -P "$one" "$root"
-    elif [ -d "$one" ] && [ "$one" != /proc ] && [ "$one" != /data ]; then
-        mkdir "$root$one"
-        mount --rbind "$one" "$root$one"
+for entry in /*; do
+    if [ -L "$entry" ]; then cp -P "$entry" "$root"
+    elif [ -d "$entry" ] && [ "$entry" != /proc ] && [ "$entry" != /data ]; then
+        mkdir "$root$entry"
+        mount --rbind "$entry" "$root$entry"
     fi
 done
 mkdir "$root/proc" "$root/data"
@@ -319,7 +322,7 @@ mount --bind "$volume" "$root/data"
 mount -o remount,bind,ro "$root/data"
 chroot "$root" env -i -C "$code" "$@"
 """
-"""A machine of its own, by mount and process namespaces: the same files, but /data is the volume and one is hidden."""
+"""Script that runs a task in its own mount and process namespaces: its volume is at /data, and one folder is hidden."""
 
 
 class _Answer(Exception):

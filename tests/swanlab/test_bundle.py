@@ -1,4 +1,4 @@
-"""What is sent: the same bytes for the same tree, all that a run needs and nothing else, and never a secret."""
+"""Tests of the bundle: reproducible bytes, all files that a run needs and no others, and no secrets."""
 
 import io
 import os
@@ -19,9 +19,9 @@ from job import config as settings
 from job.errors import EXIT_DONE, EXIT_REFUSED, UserError
 from launch.swanlab.bundle import Bundle, make_bundle
 from launch.swanlab.cli import SPEC
-from launch.swanlab.leaks import secret_in
-from launch.swanlab.settle import settle
+from launch.swanlab.secret_scan import find_secret
 from launch.swanlab.spec import load_spec
+from launch.swanlab.task_config import load_task_config
 
 CONFIG = str(REPOSITORY / "configs" / "wiki-123m.yaml")
 PUBLIC = {"data.shards": "https://example.com/shards", "run.output": "/tmp/run"}
@@ -30,26 +30,26 @@ SECRETS = {
     "pem": ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
     "url": ("https://somebody:hunter2@example.com/x", "a password in a URL"),
     "signed": ("https://b.example.com/k?X-Amz-Signature=0123456789abcdef0123", "a signed URL"),
-    "amazon": ("AKIA" + "ABCDEFGHIJ234567", "an access key of Amazon"),
-    "tencent": ("AKID" + "a1B2c3D4" * 4, "an access key of Tencent Cloud"),
-    "hugging face": ("hf_" + "a1B2c3D4" * 4, "a token of Hugging Face"),
-    "github": ("ghp_" + "a1B2c3D4e" * 4, "a token of GitHub"),
+    "amazon": ("AKIA" + "ABCDEFGHIJ234567", "an Amazon access key"),
+    "tencent": ("AKID" + "a1B2c3D4" * 4, "a Tencent Cloud access key"),
+    "hugging face": ("hf_" + "a1B2c3D4" * 4, "a Hugging Face token"),
+    "github": ("ghp_" + "a1B2c3D4e" * 4, "a GitHub token"),
     "assigned": ("aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCY", "a password or key"),
     "in the environment": ("of-no-pattern-at-all-x", "the value of MY_STORE_SECRET"),
 }
 ENVIRONMENT = {"MY_STORE_SECRET": "of-no-pattern-at-all-x"}
 
 
-def bundle_of(repository: Path = REPOSITORY, credentials: dict[str, str] | None = None, **changes: str) -> Bundle:
+def sample_bundle(repository: Path = REPOSITORY, credentials: dict[str, str] | None = None, **changes: str) -> Bundle:
     spec = load_spec(SPEC)
     overrides = (PUBLIC | {name.replace("__", "."): value for name, value in changes.items()}).items()
-    config = settle(CONFIG, list(overrides), spec, False, {})
+    config = load_task_config(CONFIG, list(overrides), spec, False, {})
     return make_bundle(config, SPEC, spec, credentials or {}, repository, ENVIRONMENT)
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A copy of what a bundle is made of, to be spoilt."""
+    """A copy of the files that go into a bundle, for tests that change them."""
     copy = tmp_path / "repository"
     for folder in ("job", "configs"):
         shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -59,7 +59,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_equal_trees_give_equal_bytes(repository: Path) -> None:
-    first = bundle_of(repository).zip()
+    first = sample_bundle(repository).zip()
     other = repository.parent / "elsewhere" / "other"
     for path in sorted((path for path in repository.rglob("*") if path.is_file()), reverse=True):
         (other / path.relative_to(repository)).parent.mkdir(parents=True, exist_ok=True)
@@ -69,18 +69,18 @@ def test_equal_trees_give_equal_bytes(repository: Path) -> None:
         os.utime(path, (10**9, 10**9))
     (other / "job" / "__pycache__").mkdir()
     (other / "job" / "__pycache__" / "cli.pyc").write_bytes(b"x")
-    assert bundle_of(other).zip() == first
+    assert sample_bundle(other).zip() == first
 
 
-def test_any_change_of_the_code_or_the_config_changes_the_bytes(repository: Path) -> None:
-    first = bundle_of(repository).zip()
-    assert bundle_of(repository, train__learning_rate="0.001").zip() != first
+def test_change_of_code_or_config_changes_the_bytes(repository: Path) -> None:
+    first = sample_bundle(repository).zip()
+    assert sample_bundle(repository, train__learning_rate="0.001").zip() != first
     (repository / "job" / "report.py").open("a").write("\n")
-    assert bundle_of(repository).zip() != first
+    assert sample_bundle(repository).zip() != first
 
 
-def test_it_holds_what_a_run_needs_and_nothing_else() -> None:
-    archive = zipfile.ZipFile(io.BytesIO(bundle_of().zip()))
+def test_bundle_holds_only_what_a_run_needs() -> None:
+    archive = zipfile.ZipFile(io.BytesIO(sample_bundle().zip()))
     names = archive.namelist()
     assert {name.partition("/")[0] for name in names} == {
         *("job", "job.yaml", "requirements.txt", "swanlab.yaml", "swanlab_task.py")
@@ -93,17 +93,17 @@ def test_it_holds_what_a_run_needs_and_nothing_else() -> None:
     assert all(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())
 
 
-def test_the_config_goes_along_with_its_overrides(tmp_path: Path) -> None:
+def test_config_contains_the_overrides(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_bytes(bundle_of(train__learning_rate="0.00125").files["job.yaml"])
+    path.write_bytes(sample_bundle(train__learning_rate="0.00125").files["job.yaml"])
     config = settings.load(str(path))
     assert config.train.learning_rate == 0.00125
     assert config.data.shards == PUBLIC["data.shards"]
     assert config.model == settings.load(CONFIG).model
 
 
-def test_the_task_installs_our_pins_without_those_of_tests_and_demonstration() -> None:
-    lines = bundle_of().files["requirements.txt"].decode().splitlines()
+def test_requirements_are_the_pins_without_tests_and_demo() -> None:
+    lines = sample_bundle().files["requirements.txt"].decode().splitlines()
     wanted = {re.sub("[-_.]+", "-", line).lower() for line in lines if not line.startswith("#")}
     locked = {
         re.sub("[-_.]+", "-", line).lower() for line in (REPOSITORY / "requirements.lock").read_text().splitlines()
@@ -115,93 +115,102 @@ def test_the_task_installs_our_pins_without_those_of_tests_and_demonstration() -
 
 
 @pytest.mark.parametrize(("secret", "what"), SECRETS.values(), ids=SECRETS)
-def test_what_looks_like_a_secret_is_found_and_named_by_its_line(secret: str, what: str) -> None:
-    assert secret_in(f"learning_rate: 0.001\n# {secret}\n", ENVIRONMENT) == (2, what)
-    assert secret_in("tokens_per_second = 1000  # https://example.com/a@b:c", ENVIRONMENT) is None
+def test_secret_is_found_with_line_and_kind(secret: str, what: str) -> None:
+    assert find_secret(f"learning_rate: 0.001\n# {secret}\n", ENVIRONMENT) == (2, what)
+    assert find_secret("tokens_per_second = 1000  # https://example.com/a@b:c", ENVIRONMENT) is None
 
 
-def test_a_file_with_what_looks_like_a_secret_is_not_sent(repository: Path) -> None:
+def test_file_with_a_secret_is_not_sent(repository: Path) -> None:
     with (repository / "job" / "report.py").open("a") as target:
         target.write(f"# {ENVIRONMENT['MY_STORE_SECRET']}\n")
     with pytest.raises(UserError, match=r"^job/report\.py:\d+: looks like the value of MY_STORE_SECRET") as raised:
-        bundle_of(repository)
+        sample_bundle(repository)
     assert ENVIRONMENT["MY_STORE_SECRET"] not in str(raised.value)
 
 
-def test_code_with_the_name_of_a_secret_is_refused(repository: Path) -> None:
+def test_code_file_named_like_a_secret_is_refused(repository: Path) -> None:
     (repository / "job" / "secrets.py").write_text("x")
-    with pytest.raises(UserError, match=r"^job/secrets\.py: has the name"):
-        bundle_of(repository)
+    with pytest.raises(UserError, match=r"^job/secrets\.py: files of this name"):
+        sample_bundle(repository)
 
 
-def test_what_is_no_code_is_not_sent(repository: Path) -> None:
+def test_files_that_are_not_code_are_not_sent(repository: Path) -> None:
     names = [".env", "id_rsa", "credentials.json", ".netrc", "notes.txt", "wiki.jsonl", "mine.yaml"]
     for name in names:
         (repository / "job" / "data" / name).write_text("x")
     (repository / "job" / "linked.py").symlink_to(repository / "pyproject.toml")
-    bundle = bundle_of(repository)
+    bundle = sample_bundle(repository)
     assert {path for path in bundle.files if path.startswith("job/") and not path.endswith(".py")} == set()
     assert {f"job/data/{name}" for name in names} < set(bundle.excluded)
     assert bundle.excluded["job/linked.py"] == "a link"
 
 
-def test_an_entry_that_is_a_link_to_elsewhere_is_refused(repository: Path, tmp_path: Path) -> None:
+def test_entry_that_links_outside_the_folder_is_refused(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.py").write_text("pass")
     path = repository / "swanlab.yaml"
     path.write_text(SPEC.read_text())
     (repository / "swanlab_task.py").symlink_to(tmp_path / "elsewhere.py")
-    config = settle(CONFIG, list(PUBLIC.items()), load_spec(path), False, {})
-    with pytest.raises(UserError, match=r"^spec\.entry: 'swanlab_task\.py': is a link that leads out"):
+    config = load_task_config(CONFIG, list(PUBLIC.items()), load_spec(path), False, {})
+    with pytest.raises(UserError, match=r"^spec\.entry: 'swanlab_task\.py': is a link to a file outside"):
         make_bundle(config, path, load_spec(path), {}, repository, {})
 
 
-def test_a_config_value_that_looks_like_a_secret_is_refused_by_its_setting() -> None:
-    with pytest.raises(UserError, match=r"^data\.source: holds what looks like a password in a URL") as raised:
-        bundle_of(data__source="https://me:hunter2@example.com/wiki.json")
+def test_config_value_with_a_secret_is_refused_by_its_setting() -> None:
+    with pytest.raises(UserError, match=r"^data\.source: contains what looks like a password in a URL") as raised:
+        sample_bundle(data__source="https://me:hunter2@example.com/wiki.json")
     assert "hunter2" not in str(raised.value)
 
 
 def test_data_is_not_sent(repository: Path) -> None:
     (repository / "job" / "wiki.py").write_bytes(b"x" * (2**20 + 1))
-    with pytest.raises(UserError, match=r"^job/wiki\.py: is data, not code"):
-        bundle_of(repository)
+    with pytest.raises(UserError, match=r"^job/wiki\.py: has 1,048,577 bytes, which is data"):
+        sample_bundle(repository)
 
 
-def test_credentials_go_along_only_when_they_are_given() -> None:
-    assert "credentials.json" not in bundle_of().files
-    assert b'"AWS_ACCESS_KEY_ID": "a"' in bundle_of(credentials={"AWS_ACCESS_KEY_ID": "a"}).files["credentials.json"]
+def test_credentials_are_sent_only_on_request() -> None:
+    assert "credentials.json" not in sample_bundle().files
+    assert (
+        b'"AWS_ACCESS_KEY_ID": "a"' in sample_bundle(credentials={"AWS_ACCESS_KEY_ID": "a"}).files["credentials.json"]
+    )
 
 
-def refused(settled: Callable[[], Any]) -> str:
+def error_of(load_task_configd: Callable[[], Any]) -> str:
     with pytest.raises(UserError) as raised:
-        settled()
+        load_task_configd()
     return str(raised.value)
 
 
-def test_a_config_that_cannot_work_in_a_task_is_refused(tmp_path: Path) -> None:
+def test_config_that_cannot_work_in_a_task_is_refused(tmp_path: Path) -> None:
     cases = {
-        ("train.max_time", "4h"): "train.max_time: '4h': a task ends after 4 hours: expected 3h50m at most",
+        ("train.max_time", "4h"): (
+            "train.max_time: '4h': a task ends after 4 hours, setup included: expected at most 3h50m"
+        ),
         ("train.processes", "2"): "train.processes: 2: a task has one GPU",
-        ("data.shards", "data/shards"): "data.shards: 'data/shards': is a folder of this machine",
-        ("data.shards", "/data/WIKI_CN"): "spec.volumes: names no data set",
+        ("data.shards", "data/shards"): "data.shards: 'data/shards': is a folder on this machine",
+        ("data.shards", "/data/WIKI_CN"): "spec.volumes: lists no data set",
         ("data.shards", "s3://bucket/shards"): "data.shards: 's3://bucket/shards': a task has no credentials",
         ("run.output", "s3://bucket/run"): "run.output: 's3://bucket/run': a task has no credentials",
     }
     for (name, value), line in cases.items():
-        assert refused(lambda name=name, value=value: bundle_of(**{name.replace(".", "__"): value})).startswith(line)
-    assert refused(lambda: settle(None, [], load_spec(SPEC), False)).startswith("--config: is not set")
+        assert error_of(lambda name=name, value=value: sample_bundle(**{name.replace(".", "__"): value})).startswith(
+            line
+        )
+    assert error_of(lambda: load_task_config(None, [], load_spec(SPEC), False)).startswith("--config: is not set")
 
 
-def test_the_address_of_the_store_goes_along_since_the_task_has_no_environment() -> None:
+def test_store_address_is_taken_from_the_environment() -> None:
     environment = {"AWS_ENDPOINT_URL": "https://s3.example.com", "AWS_DEFAULT_REGION": "cn-north-1"}
     overrides = [*(PUBLIC | {"run.output": "s3://bucket/run"}).items()]
-    store = settle(CONFIG, overrides, load_spec(SPEC), True, environment).store
+    store = load_task_config(CONFIG, overrides, load_spec(SPEC), True, environment).store
     assert (store.endpoint_url, store.region) == ("https://s3.example.com", "cn-north-1")
     named = [*overrides, ("store.endpoint_url", "https://other.example.com")]
-    assert settle(CONFIG, named, load_spec(SPEC), True, environment).store.endpoint_url == "https://other.example.com"
+    assert (
+        load_task_config(CONFIG, named, load_spec(SPEC), True, environment).store.endpoint_url
+        == "https://other.example.com"
+    )
 
 
-def test_a_dry_run_shows_files_sizes_what_stays_and_the_task_and_needs_no_key() -> None:
+def test_dry_run_shows_files_and_task_without_an_api_key() -> None:
     words = [word for name, value in PUBLIC.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "launch.swanlab", "submit", "--dry-run", "--config", CONFIG, *words]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB_")}
@@ -215,9 +224,9 @@ def test_a_dry_run_shows_files_sizes_what_stays_and_the_task_and_needs_no_key() 
         assert shown in done.stdout
 
 
-def test_variables_that_are_not_set_cannot_go_along(launch: Launch) -> None:
-    said = launch("submit", "--config", CONFIG, "--with-credentials", "NO_SUCH_VARIABLE")
-    assert (said.code, said.err) == (
+def test_unset_credential_variable_is_refused(launch: Launch) -> None:
+    result = launch("submit", "--config", CONFIG, "--with-credentials", "NO_SUCH_VARIABLE")
+    assert (result.code, result.err) == (
         EXIT_REFUSED,
-        "--with-credentials: 'NO_SUCH_VARIABLE': is not set in this environment\n",
+        "--with-credentials: 'NO_SUCH_VARIABLE': is not set in this environment; set it, or remove its name\n",
     )

@@ -1,4 +1,4 @@
-"""launch/swanlab.yaml: the one that comes with the code is right, and every mistake in one is one line."""
+"""Tests of the task spec: launch/swanlab.yaml is valid, and every mistake in a spec is a one-line error."""
 
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,18 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("metadata", None, "metadata: is missing"),
     ("metadata", "WikiLLM", "metadata: 'WikiLLM': expected"),
     ("metadata.name", None, "metadata.name: is missing"),
-    ("metadata.name", "  ", "metadata.name: ' ': expected a text that is not empty"),
+    ("metadata.name", "  ", "metadata.name: ' ': expected a non-empty text"),
     ("metadata.name", 5, "metadata.name: 5: expected"),
     ("metadata.combo", "A100-8", "metadata.combo: 'A100-8': expected 'RTX3090-1' or 'H800-1'"),
     ("metadata.gpu", "H800", "metadata.gpu: 'H800': unknown key"),
     ("spec", None, "spec: is missing"),
     ("spec.python", "3.12", "spec.python: '3.12': expected"),
-    ("spec.python", 3.11, 'spec.python: 3.11: YAML reads this as a number; write "3.11"'),
+    ("spec.python", 3.11, "spec.python: 3.11: YAML reads this as a number; put it in quotes"),
     ("spec.python", "3.10", "spec.python: '3.10': expected \"3.11\""),
     ("spec.entry", "no.py", "spec.entry: 'no.py': there is no such file"),
     ("spec.entry", "../train.py", "spec.entry: '../train.py': expected a path relative"),
     ("spec.entry", "/train.py", "spec.entry: '/train.py': expected a path relative"),
-    ("spec.volumes", [{"id": "9sqjot"}, {"id": "9sqjou"}], "spec.volumes: expected one volume at most"),
+    ("spec.volumes", [{"id": "9sqjot"}, {"id": "9sqjou"}], "spec.volumes: expected at most one volume (data set)"),
     ("spec.volumes", [{"name": "WIKI_CN"}], "spec.volumes.0.id: is missing"),
     ("spec.volumes", [{"id": "9sqjo"}], "spec.volumes.0.id: '9sqjo': expected the six characters"),
     ("spec.volumes", [{"id": "9sqjot", "path": "/data"}], "spec.volumes.0.path: '/data': unknown key"),
@@ -53,15 +53,15 @@ MISTAKES: list[tuple[str, Any, str]] = [
 ]
 
 
-def write(folder: Path, text: str) -> Path:
+def write_spec(folder: Path, text: str) -> Path:
     (folder / "train.py").touch()
     path = folder / "swanlab.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def changed(name: str, value: Any) -> str:
-    """The good spec with one key changed, or left out."""
+def changed_spec(name: str, value: Any) -> str:
+    """Return the good spec with one key changed, or removed if `value` is None."""
     tree: dict[str, Any] = yaml.safe_load(yaml.safe_dump(GOOD))
     group, _, key = name.rpartition(".")
     (tree[group] if group else tree).update({key or name: value})
@@ -70,33 +70,33 @@ def changed(name: str, value: Any) -> str:
     return yaml.safe_dump(tree)
 
 
-def test_the_spec_that_comes_with_the_code_is_right() -> None:
+def test_shipped_spec_is_valid() -> None:
     assert load_spec(SPEC).spec.entry == "swanlab_task.py"
 
 
-def test_a_good_spec_is_read(tmp_path: Path) -> None:
-    spec = load_spec(write(tmp_path, yaml.safe_dump(GOOD)))
+def test_valid_spec_is_read(tmp_path: Path) -> None:
+    spec = load_spec(write_spec(tmp_path, yaml.safe_dump(GOOD)))
     assert spec.metadata.combo == "H800-1"
     assert [volume.id for volume in spec.spec.volumes] == ["9sqjot"]
     assert spec.spec.exclude == ("WIKI_CN",)
 
 
 @pytest.mark.parametrize("written", ["116670", "012345", "0x12ab", "120000", "'116670'"])
-def test_an_id_is_taken_as_it_is_written_though_yaml_would_read_a_number(tmp_path: Path, written: str) -> None:
-    text = changed("spec.volumes", [{"id": "9sqjot"}]).replace("9sqjot", written)
-    spec = load_spec(write(tmp_path, text))
+def test_id_that_looks_like_a_number_stays_text(tmp_path: Path, written: str) -> None:
+    text = changed_spec("spec.volumes", [{"id": "9sqjot"}]).replace("9sqjot", written)
+    spec = load_spec(write_spec(tmp_path, text))
     assert [volume.id for volume in spec.spec.volumes] == [written.strip("'")]
 
 
-def test_a_key_without_a_value_is_as_if_it_was_not_there(tmp_path: Path) -> None:
-    spec = load_spec(write(tmp_path, changed("spec.volumes", []).replace("volumes: []", "volumes:")))
+def test_key_without_value_is_ignored(tmp_path: Path) -> None:
+    spec = load_spec(write_spec(tmp_path, changed_spec("spec.volumes", []).replace("volumes: []", "volumes:")))
     assert spec.spec.volumes == ()
 
 
 @pytest.mark.parametrize(("name", "value", "line"), MISTAKES, ids=[f"{name}={value}" for name, value, _ in MISTAKES])
-def test_every_mistake_is_one_line_that_names_the_key(name: str, value: Any, line: str, tmp_path: Path) -> None:
+def test_mistake_is_one_line_that_names_the_key(name: str, value: Any, line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
-        load_spec(write(tmp_path, changed(name, value)))
+        load_spec(write_spec(tmp_path, changed_spec(name, value)))
     assert str(raised.value).startswith(line)
     assert "\n" not in str(raised.value)
 
@@ -104,12 +104,13 @@ def test_every_mistake_is_one_line_that_names_the_key(name: str, value: Any, lin
 @pytest.mark.parametrize(
     "text", ["kind: Folder\nkind: Folder\n", "a: [", "- 1\n", ""], ids=["twice", "broken", "list", "empty"]
 )
-def test_what_is_no_spec_is_one_line_too(text: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_spec_is_one_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--spec: "):
-        load_spec(write(tmp_path, text))
+        load_spec(write_spec(tmp_path, text))
 
 
-def test_a_wrong_spec_ends_the_command_with_78(tmp_path: Path, launch: Launch) -> None:
-    said = launch("submit", "--spec", str(write(tmp_path, changed("spec.gpus", 8))), "--config", "configs/demo.yaml")
-    assert (said.code, said.err.count("\n")) == (EXIT_REFUSED, 1)
-    assert said.err.startswith("spec.gpus: 8: unknown key")
+def test_invalid_spec_exits_with_78(tmp_path: Path, launch: Launch) -> None:
+    spec = write_spec(tmp_path, changed_spec("spec.gpus", 8))
+    result = launch("submit", "--spec", str(spec), "--config", "configs/demo.yaml")
+    assert (result.code, result.err.count("\n")) == (EXIT_REFUSED, 1)
+    assert result.err.startswith("spec.gpus: 8: unknown key")

@@ -1,4 +1,4 @@
-"""What looks like a secret, in the name of a file, in a text, or because this machine's environment calls it one."""
+"""Find text and file names that look like secrets, by pattern or by the values of this machine's environment."""
 
 import os
 import re
@@ -15,41 +15,44 @@ _NAMES = (
 _PATTERNS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "a password in a URL": r"://[^/@\s:'\"{}*]+:[^/@\s'\"{}*]+@",
-    "an access key of Amazon": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
-    "an access key of Tencent Cloud": r"\bAKID[0-9A-Za-z]{32}\b",
-    "an access key of Alibaba Cloud": r"\bLTAI[0-9A-Za-z]{12,30}\b",
-    "a token of Hugging Face": r"\bhf_[0-9A-Za-z]{30,}\b",
-    "a token of GitHub": r"\bgh[pousr]_[0-9A-Za-z]{36}\b|\bgithub_pat_\w{40,}",
+    "an Amazon access key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a Tencent Cloud access key": r"\bAKID[0-9A-Za-z]{32}\b",
+    "an Alibaba Cloud access key": r"\bLTAI[0-9A-Za-z]{12,30}\b",
+    "a Hugging Face token": r"\bhf_[0-9A-Za-z]{30,}\b",
+    "a GitHub token": r"\bgh[pousr]_[0-9A-Za-z]{36}\b|\bgithub_pat_\w{40,}",
     "a password or key": (
         r"(?i)(secret|passw(or)?d|api_?key|access_?key|(auth|session|access)_?token)\w*['\"]?\s*[:=]\s*['\"]?"
         r"(?=[\w/+.~-]*\d)[\w/+.~-]{16,}(?![\w(\[])"
     ),
 }
 _PARAMETER = re.compile(r"[?&]([\w.-]+)=[\w%/+.~-]{16,}")
-"""Of a URL, with a value as long as that of a signature."""
-_LEAST_CHARACTERS = 16
-"""Of a variable's value: a shorter one may stand in a file by chance."""
+"""A query parameter of a URL whose value is as long as a signature."""
+_MIN_VALUE_CHARACTERS = 16
+"""Shortest value of a secret variable that is searched for. A shorter one may occur in a file by chance."""
 
 
-def secret_name(name: str) -> bool:
-    """Whether a file of this name, without its folder, is one that holds secrets."""
+def is_secret_file_name(name: str) -> bool:
+    """Return True if files of this name (without the folder) usually hold secrets."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in _NAMES)
 
 
-def secret_in(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
-    """The first line of `text` that looks like a secret, counted from 1, and like what; never the secret itself."""
+def find_secret(text: str, environment: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
+    """Return the number (from 1) of the first line that looks like a secret, and the kind of secret; None if none does.
+
+    The secret itself is never returned.
+    """
     values = {
         value: f"the value of {name}"
         for value, name in secrets_of(environment).items()
-        if len(value) >= _LEAST_CHARACTERS
+        if len(value) >= _MIN_VALUE_CHARACTERS
     }
     for number, line in enumerate(text.splitlines(), 1):
-        for value, what in values.items():
+        for value, kind in values.items():
             if value in line:
-                return number, what
+                return number, kind
         if secret_parameters(_PARAMETER.findall(line)):
             return number, "a signed URL"
-        for what, pattern in _PATTERNS.items():
+        for kind, pattern in _PATTERNS.items():
             if re.search(pattern, line):
-                return number, what
+                return number, kind
     return None
