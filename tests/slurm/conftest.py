@@ -1,4 +1,4 @@
-"""A cluster for the tests of a file."""
+"""Fixture for the Slurm tests: one cluster for each test file."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
-"""A real Slurm of two nodes on this machine: Debian's daemons, with files, ports, hostnames and addresses of their own.
+"""A real two-node Slurm on this machine: Debian's daemons with their own files, ports, hostnames and addresses.
 
-`python -m tests.slurm.slurm_cluster` starts one for a person, tells how to reach it, and ends it at Ctrl-C. As root.
+`python -m tests.slurm.slurm_cluster` (as root) starts one, prints how to reach it, and stops it at Ctrl-C.
 """
 
 import contextlib
@@ -22,26 +22,32 @@ from tests.image.stand_in import install
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
+CRASHED = REPOSITORY / "build" / "slurmd-crashed"
+"""File that is there if a daemon has crashed, for the Makefile: jobs that it was starting have failed."""
 CPUS, GPUS, MEMORY_MB = 32, 8, 256_000
-"""What each node claims to have."""
+"""Resources that each node reports."""
 KILL_WAIT_SECONDS = 30
-"""Between SIGTERM and SIGKILL, as at most sites."""
+"""Time between SIGTERM and SIGKILL, as at most sites."""
 NODE_LOST_SECONDS = 20
-"""Slurm gives up a node that has been silent for so long."""
+"""Slurm marks a node as down after this time without an answer."""
+ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+)
+"""States of a job that has ended. There are many passing states; a busy Slurm shows even SIGNALING."""
 _PACKAGES = ("slurm-wlm", "munge", "charliecloud", "hostname")
 _READY_SECONDS = 60
 _AS_HOST = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
 class SlurmCluster:
-    """Runs inside the block; at its end, no process of it or its jobs is left."""
+    """A cluster that runs inside a `with` block. At its end all processes of the daemons and jobs are gone."""
 
     def __init__(self, nodes: int = 2) -> None:
         install(*_PACKAGES)
         os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
-        # Loopback addresses are free to take; names of nodes are those of cgroups, which all clusters share.
+        # Any loopback address can be used. The names must be unique, because all clusters share the cgroups.
         network = [random.SystemRandom().randrange(1, 250) for _ in range(2)]
         self.addresses = {
             "n{}-{}-{}".format(*network, index): "127.{}.{}.{}".format(*network, index) for index in range(1, nodes + 1)
@@ -51,7 +57,7 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Slurm's own commands need to find it."""
+        """Variables with which Slurm's commands find this cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     # ---- Start and end ----
@@ -83,28 +89,42 @@ class SlurmCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_node(self, node: str) -> None:
-        """Starts a node's daemon."""
+        """Start the daemon of a node."""
         self._start(node, [*self._as_host(node), "slurmd", "-D", "-N", node])
 
+    def restart_crashed_nodes(self) -> None:
+        """Start the daemons again that ended by themselves, as systemd does: slurmd 22.05 now and then crashes."""
+        for node in self.nodes:
+            daemon = self._daemons.get(node)
+            if daemon is not None and daemon.poll() is not None:
+                CRASHED.parent.mkdir(exist_ok=True)
+                CRASHED.touch()
+                del self._daemons[node]
+                self.start_node(node)
+
     def kill_node(self, node: str) -> None:
-        """Ends a node as a power cut would: its daemon and all that runs on it, at one moment."""
+        """Kill the daemon of a node and all processes on the node at once, as a power failure does."""
         daemon = self._daemons.pop(node)
         host = _host_of(daemon.pid)
-        here = [psutil.Process(daemon.pid)]
+        processes = [psutil.Process(daemon.pid)]
         if host not in (None, _host_of(os.getpid())):
-            here += [one for one in psutil.process_iter() if one.pid != daemon.pid and _host_of(one.pid) == host]
-        for end in (psutil.Process.suspend, psutil.Process.kill):
-            for process in here:
+            processes += [
+                process
+                for process in psutil.process_iter()
+                if process.pid != daemon.pid and _host_of(process.pid) == host
+            ]
+        for action in (psutil.Process.suspend, psutil.Process.kill):
+            for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    end(process)
+                    action(process)
         daemon.wait()
-        psutil.wait_procs(here, timeout=5)
+        psutil.wait_procs(processes, timeout=5)
 
     def await_ready(self) -> None:
-        """Returns when all nodes take jobs."""
+        """Wait until all nodes accept jobs."""
 
         def ready() -> bool:
-            states = self.ask("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", check=False).split()
+            states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", check=False).split()
             return len(states) == len(self.nodes) and all(
                 state in ("idle", "mixed", "allocated", "completing") for state in states
             )
@@ -113,8 +133,8 @@ class SlurmCluster:
 
     # ---- Jobs ----
 
-    def ask(self, *command: str, check: bool = True, **environment: str) -> str:
-        """What one of Slurm's commands prints; it sees `environment` as well."""
+    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+        """Run one of Slurm's commands with additional environment variables and return its output."""
         ended = subprocess.run(
             command, env=os.environ | self.environment | environment, capture_output=True, text=True, timeout=60
         )
@@ -122,28 +142,30 @@ class SlurmCluster:
         return ended.stdout if ended.returncode == 0 else ended.stderr
 
     def submit(self, *arguments: str | Path, **environment: str) -> str:
-        """The id of a job that is submitted with `sbatch`."""
-        return self.ask("sbatch", "--parsable", *map(str, arguments), **environment).strip()
+        """Submit a job with `sbatch` and return its id."""
+        self.restart_crashed_nodes()
+        return self.run("sbatch", "--parsable", *map(str, arguments), **environment).strip()
 
-    def tell(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job, as ``{"JobState": "RUNNING", ...}``."""
-        words = self.ask("scontrol", "show", "job", job).split()
+    def show_job(self, job: str) -> dict[str, str]:
+        """Return Slurm's fields of a job, such as ``{"JobState": "RUNNING", ...}``."""
+        words = self.run("scontrol", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def await_end(self, job: str, seconds: float = 300) -> dict[str, str]:
-        """What Slurm knows of a job when it has ended for good: neither runs nor waits to be started again."""
+        """Wait until a job has ended and will not be restarted, and return Slurm's fields of the job."""
 
         def ended() -> bool:
-            return self.tell(job)["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+            self.restart_crashed_nodes()
+            return self.show_job(job)["JobState"] in ENDED
 
         await_true(ended, f"the end of job {job}", seconds, self.logs)
-        return self.tell(job)
+        return self.show_job(job)
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
+        """Return the ends of the daemons' logs."""
         return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.log")))
 
-    # ---- Inside ----
+    # ---- Private parts ----
 
     def _start(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -156,7 +178,7 @@ class SlurmCluster:
             )
 
     def _as_host(self, name: str) -> list[str]:
-        """What a command is put behind to have a hostname of its own, and to know those of the nodes."""
+        """Return the words to put before a command so that it has this hostname and can resolve the nodes' names."""
         hosts = self.folder / "hosts"
         return ["unshare", "--uts", "--mount", "--propagation=slave", "bash", "-c", _AS_HOST, "_", name, str(hosts)]
 
@@ -168,10 +190,10 @@ class SlurmCluster:
         (folder / "munge" / "key-file").chmod(0o600)
         names = "".join(f"{address} {name}\n" for name, address in self.addresses.items())
         (folder / "hosts").write_text(f"127.0.0.1 localhost control\n{names}")
-        for index in range(GPUS):  # of a range for experiments: Slurm only looks whether they exist
+        for index in range(GPUS):  # Device numbers for experiments. Slurm only checks that the files exist.
             os.mknod(folder / f"gpu{index}", stat.S_IFCHR | 0o600, os.makedev(60, index))
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Type=h100 File={folder}/gpu[0-{GPUS - 1}]\n")
-        # Version 1 of cgroups where it is there: it finds the children that a job has left behind.
+        # Use cgroups version 1 if available, because it finds child processes that a job has left behind.
         freezer = os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         ports = _free_ports(len(self.nodes) + 1)
@@ -179,12 +201,12 @@ class SlurmCluster:
 ClusterName=test
 SlurmctldHost=control(127.0.0.1)
 SlurmctldPort={ports.pop()}
-# The port where the nodes of a run meet comes from its job's number, and all clusters here share the ports.
+# The rendezvous port of a run is derived from its job id, and all clusters on this machine share the ports.
 FirstJobId={random.SystemRandom().randrange(1, 60_000)}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# Credentials live shortly, because a requeued job waits until those of its last start are over.
+# Credentials expire soon, because a requeued job waits until those of its last start have expired.
 AuthInfo=socket={folder}/munge/socket,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -204,7 +226,7 @@ CommunicationParameters=NoCtldInAddrAny
 ReturnToService=2
 KillWait={KILL_WAIT_SECONDS}
 SlurmdTimeout={NODE_LOST_SECONDS}
-# A job that has ended can be asked about for an hour.
+# Ended jobs can be queried for an hour.
 MinJobAge=3600
 MailProg=/bin/true
 SlurmdParameters=config_overrides
@@ -218,24 +240,24 @@ PartitionName=low Nodes=ALL PriorityTier=1 MaxTime=INFINITE State=UP
 
 
 def _host_of(pid: int) -> Path | None:
-    """What processes with the same hostname have in common."""
+    """Return the namespace that processes with the same hostname share; None if the process is gone."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/ns/uts").readlink()
     return None
 
 
 def await_true(
-    condition: Callable[[], bool], what: str, seconds: float = 30, explain: Callable[[], str] = lambda: ""
+    condition: Callable[[], bool], event: str, seconds: float = 30, explain: Callable[[], str] = lambda: ""
 ) -> None:
-    """Returns as soon as `condition` holds."""
+    """Wait until `condition` returns True; fail after `seconds` with the text of `explain`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}\n{explain()}"
+        assert time.monotonic() < deadline, f"{event} did not happen within {seconds} s\n{explain()}"
         time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel gives to outgoing connections."""
+    """Return unused ports below those that the kernel gives to outgoing connections."""
     free = []
     for port in random.SystemRandom().sample(range(10_000, 20_000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Stand-ins for Slurm's programs, of one node and in a folder that comes first in PATH: they may fail, hang or lie."""
+"""Stand-ins for Slurm's programs on one node, in a folder that is first in PATH. They can fail or hang."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 from printed_commands import REPOSITORY
 
 ENROOT = r"docker://(([[:alnum:]_.!~*'()%;:&=+$,-@]+)@)?(([^#]+)#)?([[:lower:][:digit:]/._-]+)(:([[:alnum:]._:-]+))?"
-"""The names of images that enroot takes, from 3.0.1 on."""
+"""Names of images that enroot accepts since version 3.0.1."""
 SRUN = r"""#!/bin/bash
-# One task on this machine. With an image it tells how pyxis and enroot read its name, and starts no container.
+# Runs one task on this machine. With an image it prints how pyxis and enroot parse its name, and starts no container.
 [[ -e $0.broken ]] && { echo "srun: error: Unable to create step for job 1: Job/step already completing" >&2; exit 1; }
 image='' enroot=$(cat "$0.names")
 while [[ $1 == --* ]]; do
@@ -40,7 +40,7 @@ _SHELL = "#!/bin/bash\n"
 
 
 class Site:
-    """A folder to submit from, a cluster of stand-ins, and the log of one job."""
+    """A folder from which to submit, the stand-ins for a cluster, and the log of one job."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.log = folder, folder / "bin", folder / "wikillm-1.log"
@@ -56,21 +56,21 @@ class Site:
             (folder / name).touch()
 
     def program(self, name: str, script: str) -> Path:
-        """Makes a program of this name do what a script of bash says."""
+        """Create or replace a stand-in program, which runs this bash script."""
         path = self.bin / name
         path.write_text(script if script.startswith("#!") else _SHELL + script + "\n")
         path.chmod(0o755)
         return path
 
-    def asked(self, name: str) -> list[str]:
-        """The words with which a program that records them was called, call by call."""
+    def calls(self, name: str) -> list[str]:
+        """Return the arguments of each call of a program that records them, one line for each call."""
         path = self.folder / name
         return path.read_text().splitlines() if path.exists() else []
 
     def start(self, *words: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.Popen[bytes]:
-        """Starts the script; what it prints is appended to the log."""
-        kept = ("PATH", "HOME", "LANG", "TMPDIR")
-        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        """Start launch/slurm.sh; its output is appended to the log."""
+        inherited = ("PATH", "HOME", "LANG", "TMPDIR")
+        environment = {name: os.environ[name] for name in inherited if name in os.environ}
         environment |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHON": str(self.bin / "python")}
         environment |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NAME": "wikillm"}
         environment |= {"HOME": str(self.folder), "SCRATCH": str(self.folder / "scratch")} | variables
@@ -79,21 +79,21 @@ class Site:
             return subprocess.Popen(command, cwd=cwd or self.folder, env=environment, stdout=log, stderr=log)
 
     def run(self, *words: str | Path, cwd: Path | None = None, **variables: str) -> int:
-        """The script's exit code."""
+        """Run launch/slurm.sh and return its exit code."""
         return self.start(*words, cwd=cwd, **variables).wait(timeout=120)
 
     @property
     def lines(self) -> list[str]:
-        """What the log has so far."""
+        """Lines of the log so far."""
         return self.log.read_text().splitlines()
 
-    def said(self) -> list[str]:
-        """What the script says, but that it starts."""
-        own = [line.partition(": job 1: ")[2] for line in self.lines if line.startswith("slurm.sh: job 1: ")]
-        return [line for line in own if not line.startswith(("start ", "the entrypoint starts"))]
+    def messages(self) -> list[str]:
+        """Return the messages of launch/slurm.sh, without those about a start."""
+        messages = [line.partition(": job 1: ")[2] for line in self.lines if line.startswith("slurm.sh: job 1: ")]
+        return [message for message in messages if not message.startswith(("start ", "the entrypoint starts"))]
 
     def await_line(self, line: str) -> None:
-        """Returns when the log has it."""
+        """Wait until the log contains `line`."""
         deadline = time.monotonic() + 60
         while line not in self.log.read_text():
             assert time.monotonic() < deadline, f"{line!r} is not in\n{self.log.read_text()}"

@@ -1,6 +1,6 @@
-"""What launch/slurm.sh makes of how the nodes of a job end, and of what happens to it, on a real Slurm.
+"""Test on a real Slurm how launch/slurm.sh reacts to exit codes, signals, time limits and missing programs.
 
-The entrypoint is a stand-in that ends as told. All jobs are submitted at once, since each waits most of its time.
+The entrypoint is a stand-in that runs the script of each case. All jobs are submitted at once: they mostly wait.
 """
 
 import os
@@ -21,67 +21,79 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 @dataclass(frozen=True)
 class Case:
-    """A job on two nodes."""
+    """A job on two nodes and its expected end."""
 
     behaviour: str
-    """A script, run on each of them; see stand_in.sh."""
+    """Bash script that runs on each node, see stand_in.sh."""
     restarts: int = 0
     state: str = "COMPLETED"
+    """Slurm's final state of the job."""
     code: str = "0:0"
-    says: tuple[str, ...] = ()
-    """What the last lines of the log tell, in this order."""
+    """Slurm's exit code of the job, as code:signal."""
+    messages: tuple[str, ...] = ()
+    """Messages of launch/slurm.sh in the log, in this order."""
     options: tuple[str, ...] = ()
-    """For sbatch."""
+    """Options for sbatch."""
     variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables of sbatch."""
     command: str = "train"
 
 
-STOPPED, OUTSIDE = "stopped, to be continued", "ended from outside (exit code 75)"
+STOPPED, OUTSIDE = "stopped, to be continued", "cancelled, requeued or preempted (exit code 75)"
 WARNED = "warned: the limit is near"
-USELESS = "not started again, since that could not help (exit code {})"
+USELESS = "not restarted, because a restart cannot help (exit code {})"
 DISTURBED = "(( start > 1 )) && exit 0; await {}; sleep 12; exit 75"
 CASES = {
     "a finished run": Case("exit 0"),
     "a refused configuration": Case("exit 78", 0, "FAILED", "78:0", (USELESS.format(78),)),
     "no progress": Case("exit 70", 0, "FAILED", "70:0", (USELESS.format(70),)),
-    "stopped twice": Case("(( start < 3 )) && exit 75; exit 0", 2, says=(STOPPED, STOPPED)),
+    "stopped twice": Case("(( start < 3 )) && exit 75; exit 0", 2, messages=(STOPPED, STOPPED)),
     "nodes that stop one after the other": Case(
-        "(( start > 1 )) && exit 0; sleep $(( node * 2 )); exit 75", 1, says=(STOPPED,)
+        "(( start > 1 )) && exit 0; sleep $(( node * 2 )); exit 75", 1, messages=(STOPPED,)
     ),
     "refused on one node, hanging on the other": Case(
         "(( node == 1 )) && exit 78; sleep 300", 0, "FAILED", "78:0", (USELESS.format(78),)
     ),
     "killed on one node": Case(
-        "(( start > 1 )) && exit 0; (( node == 1 )) && kill -KILL $$; exit 1", 1, says=("crashed (exit code 137)",)
+        "(( start > 1 )) && exit 0; (( node == 1 )) && kill -KILL $$; exit 1", 1, messages=("crashed (exit code 137)",)
+    ),
+    "killed before the entrypoint starts": Case(
+        "exit 0", 1, messages=("crashed (exit code 137)",), variables={"KILLED_BEFORE_IT_STARTS": "1"}
     ),
     "crashes in a row": Case(
         *("exit 3", 1, "FAILED", "3:0"),
-        ("crashed (exit code 3)", "crashed (exit code 3)", "not started again: 2 crashes in a row"),
+        ("crashed (exit code 3)", "crashed (exit code 3)", "not restarted: 2 crashes in a row (MAX_CRASHES=1)"),
         variables={"MAX_CRASHES": "1"},
     ),
     "crashes with a checkpoint between them": Case(
         "case $start in 1 | 3) exit 1 ;; 2) exit 75 ;; *) exit 0 ;; esac",
         3,
-        says=("crashed (exit code 1)", STOPPED, "crashed (exit code 1)"),
+        messages=("crashed (exit code 1)", STOPPED, "crashed (exit code 1)"),
         variables={"MAX_CRASHES": "1"},
     ),
-    "restarts without end": Case(
-        "exit 75", 1, "FAILED", "75:0", (STOPPED, STOPPED, "not started again: 1 restarts"), (), {"MAX_RESTARTS": "1"}
+    "restarts up to the limit": Case(
+        "exit 75",
+        1,
+        "FAILED",
+        "75:0",
+        (STOPPED, STOPPED, "not restarted: MAX_RESTARTS=1 is reached"),
+        (),
+        {"MAX_RESTARTS": "1"},
     ),
     "warned of the limit": Case(
-        DISTURBED.format("USR1 scancel --batch --signal=USR1 $SLURM_JOB_ID"), 1, says=(WARNED, STOPPED)
+        DISTURBED.format("USR1 scancel --batch --signal=USR1 $SLURM_JOB_ID"), 1, messages=(WARNED, STOPPED)
     ),
-    "warned, and dying of it": Case(
+    "killed by the warning": Case(
         "(( start > 1 )) && exit 0; (( node == 0 )) && scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60",
         1,
-        says=(WARNED, STOPPED),
+        messages=(WARNED, STOPPED),
     ),
-    "asked by a person for a checkpoint": Case(
-        DISTURBED.format("USR1 scancel --signal=USR1 $SLURM_JOB_ID"), 1, says=(STOPPED,)
+    "checkpoint requested by a person": Case(
+        DISTURBED.format("USR1 scancel --signal=USR1 $SLURM_JOB_ID"), 1, messages=(STOPPED,)
     ),
-    "cancelled": Case(DISTURBED.format("TERM scancel $SLURM_JOB_ID"), 0, "CANCELLED", says=(OUTSIDE,)),
+    "cancelled": Case(DISTURBED.format("TERM scancel $SLURM_JOB_ID"), 0, "CANCELLED", messages=(OUTSIDE,)),
     "parts of a corpus, one much smaller": Case("(( node == 0 )) && exit 0; sleep 70", command="prepare"),
-    "requeued by a person": Case(DISTURBED.format("TERM scontrol requeue $SLURM_JOB_ID"), 1, says=(OUTSIDE,)),
+    "requeued by a person": Case(DISTURBED.format("TERM scontrol requeue $SLURM_JOB_ID"), 1, messages=(OUTSIDE,)),
     "over the limit": Case(
         DISTURBED.format("TERM true"),
         *(1, "COMPLETED", "0:0", (WARNED, STOPPED), ("--time=1", "--signal=B:USR1@10")),
@@ -103,7 +115,7 @@ def submit(
     command: str = "train",
     **variables: str,
 ) -> str:
-    """The id of a job on two nodes; its log is `name`.log in `folder`."""
+    """Submit a job on two nodes and return its id. Its log is `name`.log in `folder`."""
     config = folder / f"{name}.sh"
     config.write_text(behaviour)
     resources = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1")
@@ -116,15 +128,15 @@ def submit(
 
 @pytest.fixture(scope="module", autouse=True)
 def jobs(cluster: SlurmCluster, folder: Path) -> dict[str, str]:
-    """Ids of all jobs, by their names."""
+    """Ids of the jobs of all cases, by the name of the case."""
     return {
         name: submit(cluster, folder, name, case.behaviour, *case.options, command=case.command, **case.variables)
         for name, case in CASES.items()
     }
 
 
-def said(folder: Path, name: str) -> list[str]:
-    """What launch/slurm.sh itself has to say, from the end of the first start on."""
+def messages(folder: Path, name: str) -> list[str]:
+    """Return the messages of launch/slurm.sh in a log, without those about a start."""
     lines = re.findall(r"^slurm\.sh: job \w+: (.*)$", (folder / f"{name}.log").read_text(), re.MULTILINE)
     return [line for line in lines if not line.startswith("start ")]
 
@@ -146,7 +158,7 @@ def said(folder: Path, name: str) -> list[str]:
         (["check"], 1, "-m job check --config configs/wiki-123m.yaml"),
     ],
 )
-def test_the_script_works_as_it_stands(
+def test_unedited_script_runs_the_command(
     arguments: list[str], nodes: int, expected: str, cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     job = cluster.submit(
@@ -159,9 +171,7 @@ def test_the_script_works_as_it_stands(
     assert sorted(lines) == ([expected] if nodes == 1 else [f"{node}: {expected}" for node in range(nodes)])
 
 
-def test_a_step_knows_its_end_its_resources_and_the_credentials_but_its_arguments_do_not(
-    cluster: SlurmCluster, tmp_path: Path
-) -> None:
+def test_step_gets_end_time_resources_and_hidden_credentials(cluster: SlurmCluster, tmp_path: Path) -> None:
     credentials = tmp_path / "credentials"
     credentials.write_text(f"AWS_SECRET_ACCESS_KEY={SECRET}\n")
     behaviour = f"""
@@ -179,7 +189,7 @@ def test_a_step_knows_its_end_its_resources_and_the_credentials_but_its_argument
         lines = (tmp_path / f"environment-{node}").read_text().splitlines()
         environment = dict(line.split("=", 1) for line in lines if "=" in line)
         ends_at = subprocess.check_output(["date", "+%s", "--date", found["EndTime"]], text=True)
-        # The job was over at once, but began when it did.
+        # The job ended at once, so its end time by Slurm is before its time limit.
         began_at = subprocess.check_output(["date", "+%s", "--date", found["StartTime"]], text=True)
         assert int(environment["SLURM_JOB_END_TIME"]) == int(began_at) + 300 > int(ends_at)
         assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
@@ -191,9 +201,7 @@ def test_a_step_knows_its_end_its_resources_and_the_credentials_but_its_argument
         assert arguments == ["-m", "job", "train", "--config", f"{tmp_path}/job.sh", "--train.x", "a b"]
 
 
-def test_a_task_of_an_array_that_is_started_again_leaves_the_others_in_peace(
-    cluster: SlurmCluster, tmp_path: Path
-) -> None:
+def test_requeued_array_task_does_not_affect_the_others(cluster: SlurmCluster, tmp_path: Path) -> None:
     behaviour = "(( SLURM_ARRAY_TASK_ID == 1 && start == 1 )) && exit 75; sleep 10; exit 0"
     array = submit(cluster, tmp_path, "array", behaviour, "--array=0-1", f"--output={tmp_path}/%a.log")
     restarts = []
@@ -201,11 +209,11 @@ def test_a_task_of_an_array_that_is_started_again_leaves_the_others_in_peace(
         found = cluster.await_end(f"{array}_{task}")
         assert found["JobState"] == "COMPLETED", (tmp_path / f"{task}.log").read_text()
         restarts.append(int(found["Restarts"]))
-    assert found["JobId"] == array  # the last task has the array's own id: requeuing that would be for all of them
+    assert found["JobId"] == array  # The last task has the array's id, and requeueing that would requeue all tasks.
     assert restarts == [0, 1]
 
 
-def test_preempted_work_is_started_again_by_slurm_alone(tmp_path: Path) -> None:
+def test_preempted_job_is_restarted_by_slurm_alone(tmp_path: Path) -> None:
     with SlurmCluster() as cluster:
         behaviour = DISTURBED.format(f"TERM touch {tmp_path}/ready")
         job = submit(cluster, tmp_path, "job", behaviour, "--partition=low")
@@ -213,24 +221,24 @@ def test_preempted_work_is_started_again_by_slurm_alone(tmp_path: Path) -> None:
         cluster.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         found = cluster.await_end(job)
         assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "job.log").read_text()
-        assert said(tmp_path, "job") == [OUTSIDE]
+        assert messages(tmp_path, "job") == [OUTSIDE]
 
 
-# ---- What it runs it in ----
+# ---- Containers ----
 
 
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [
-        ({"PYTHON": "/nowhere/python"}, [], "RUNTIME=none needs /nowhere/python: make setup, or set PYTHON"),
+        ({"PYTHON": "/nowhere/python"}, [], "RUNTIME=none needs /nowhere/python: run make setup, or set PYTHON"),
         ({"RUNTIME": "pyxis"}, [], "RUNTIME=pyxis: this srun has no --container-image"),
-        ({"RUNTIME": "apptainer"}, [], "RUNTIME=apptainer: no apptainer here"),
-        ({"RUNTIME": "charliecloud"}, [], "RUNTIME=charliecloud: IMAGE=registry.example.com/wikillm:latest is not the"),
+        ({"RUNTIME": "apptainer"}, [], "RUNTIME=apptainer: apptainer is not in PATH"),
+        ({"RUNTIME": "charliecloud"}, [], "RUNTIME=charliecloud: IMAGE=registry.example.com/wikillm:latest is not a"),
         ({"RUNTIME": "docker"}, [], "RUNTIME=docker: expected pyxis, apptainer, charliecloud or none"),
         ({}, ["configs/nowhere.yaml"], f"no config file configs/nowhere.yaml in {REPOSITORY}"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line_and_is_not_tried_again(
+def test_missing_program_or_file_is_one_line_and_not_retried(
     variables: dict[str, str], arguments: list[str], message: str, cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     options = ("--gpus-per-node=0", f"--output={tmp_path}/log", f"--chdir={REPOSITORY}")
@@ -243,7 +251,7 @@ def test_what_is_missing_is_said_in_one_line_and_is_not_tried_again(
 
 FAKES = {
     "apptainer": '#!/bin/bash\nprintf "%s\\n" "$@"\n',
-    # Slurm's own but for what the plugin adds; enroot is as strict about names.
+    # Slurm's srun with the options that pyxis adds. It checks image names as strictly as enroot.
     "srun": """#!/bin/bash
         enroot=$(cat "$0.names")
         for one; do
@@ -274,7 +282,7 @@ COMMAND = ["python", "-m", "job", "train", "--config", "/app/configs/demo.yaml",
         ("pyxis", "/images/c.sqsh", ["--container-image=/images/c.sqsh", "--container-mounts=MOUNTS"]),
     ],
 )  # fmt: skip
-def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
+def test_containers_get_config_scratch_and_the_same_command(
     runtime: str, image: str, expected: list[str], cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     srun = subprocess.check_output(["which", "srun"], text=True).strip()
@@ -293,7 +301,7 @@ def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
     assert cluster.await_end(job)["ExitCode"] == "0:0", (tmp_path / "log").read_text()
     lines = (tmp_path / "log").read_text().splitlines()[1:]
     mounts = f"{REPOSITORY}/configs:/app/configs,{private}:/scratch,/data,/x:/y"
-    wanted = [one.replace("MOUNTS", mounts) for one in expected]
+    wanted = [word.replace("MOUNTS", mounts) for word in expected]
     assert lines[-len(COMMAND) :] == COMMAND
     first = lines.index(INSIDE[0])
     assert lines[first : first + len(INSIDE)] == list(INSIDE)
@@ -301,16 +309,16 @@ def test_containers_get_the_config_a_scratch_folder_and_the_same_command(
     assert private.stat().st_mode & 0o777 == 0o700
 
 
-# ---- Again, or not ----
+# ---- Restart or not ----
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_job_is_started_again_when_and_only_when_that_can_help(
+def test_job_restarts_only_if_that_can_help(
     name: str, jobs: dict[str, str], cluster: SlurmCluster, folder: Path
 ) -> None:
     case, found = CASES[name], cluster.await_end(jobs[name])
     log = (folder / f"{name}.log").read_text()
     assert (int(found["Restarts"]), found["JobState"]) == (case.restarts, case.state), log
     assert found["ExitCode"] == case.code or case.state == "CANCELLED", log
-    assert said(folder, name) == list(case.says), log
+    assert messages(folder, name) == list(case.messages), log
     assert len(re.findall(r"^slurm\.sh: job \d+: start ", log, re.MULTILINE)) == case.restarts + 1

@@ -1,6 +1,6 @@
-"""launch/slurm.sh trains on two nodes of a real Slurm, with a real store: disturbed or not, the same weights.
+"""Train on two nodes of a real Slurm with a real store: a disturbed run ends with the weights of an undisturbed one.
 
-A run that is to be disturbed is frozen after some steps, so that the test does not depend on who is faster.
+Each test freezes the run after some steps before it disturbs it, so that the result does not depend on timing.
 """
 
 import re
@@ -16,11 +16,12 @@ from typing import Any
 import psutil
 import pytest
 from slurm_cluster import REPOSITORY, SCRIPT, SlurmCluster, await_true
-from small_run import DataSet, checkpoint_urls, prepare_sample, stored, write_settings
+from small_run import DataSet, checkpoint_urls, stored, write_settings
 
 from job.data.tokenizer import store_tokenizer
 from job.demo.server import S3Server
 from job.demo.walk import SAMPLE
+from job.runs.attempts import Attempts
 from job.runs.checkpoint import open_checkpoint
 from job.runs.run import read_run
 from tests.image.stand_in import FOLDER, export_rootfs
@@ -34,7 +35,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 @dataclass
 class Run:
-    """A run over two nodes, one process on each."""
+    """A training run on two nodes, with one process on each."""
 
     output: str
     settings: Path
@@ -45,43 +46,45 @@ class Run:
 
     @property
     def log(self) -> str:
-        """What its jobs have written so far."""
+        """Output of its jobs so far."""
         path = self.folder / "log"
         return path.read_text() if path.exists() else ""
 
     @property
     def weights(self) -> dict[str, str]:
-        """Check sums of the last checkpoint's parameters and moments."""
+        """SHA-256 by file name for the weights and optimizer state of the last checkpoint."""
         last = open_checkpoint(checkpoint_urls(self.output)[-1])
         assert last.state.step == STEPS
         return {name: file.sha256 for name, file in last.files.items() if "safetensors" in name}
 
     def submit(self, *options: str, words: tuple[str, ...] = ()) -> str:
-        """The id of a job that trains it: `options` are for sbatch, `words` for the entrypoint."""
-        here = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={self.folder}/log")
+        """Submit a job that trains the run, with `options` for sbatch and `words` for the entrypoint; return its id."""
+        resources = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={self.folder}/log")
         variables = {"PYTHON": sys.executable, "SCRATCH": f"{self.folder}/scratch"} | self.variables
-        return self.cluster.submit(*here, f"--chdir={REPOSITORY}", *options, SCRIPT, self.settings, *words, **variables)
+        return self.cluster.submit(
+            *resources, f"--chdir={REPOSITORY}", *options, SCRIPT, self.settings, *words, **variables
+        )
 
     @contextmanager
     def frozen(self, job: str, line: str = f"0: step {FROZEN_AFTER}/") -> Iterator[None]:
-        """From when the log has a `line` that begins so until the end of the block, its processes stand still."""
+        """Suspend the workers when the log has a line that begins with `line`, and resume them after the block."""
         await_true(lambda: f"\n{line}" in self.log, line, _SECONDS, lambda: self.log)
-        workers = [one for one in psutil.process_iter() if _is_worker(one, job)]
-        for one in workers:
-            one.suspend()
+        workers = [process for process in psutil.process_iter() if _is_worker(process, job)]
+        for worker in workers:
+            worker.suspend()
         assert len(workers) == 2
         assert f"step {STEPS}/" not in self.log
         yield
-        for one in workers:
+        for worker in workers:
             with suppress(psutil.NoSuchProcess):
-                one.resume()
+                worker.resume()
 
     def await_log(self, line: str) -> None:
-        """Returns when the log has it."""
+        """Wait until the log matches the pattern `line`."""
         await_true(lambda: re.search(line, self.log) is not None, line, _SECONDS, lambda: self.log)
 
     def await_success(self, job: str) -> int:
-        """Returns when the job is done: after how many restarts."""
+        """Wait until the job is done and return the number of its restarts."""
         found = self.cluster.await_end(job, _SECONDS)
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), self.log
         return int(found["Restarts"])
@@ -94,15 +97,10 @@ def _is_worker(process: psutil.Process, job: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def data_set(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return prepare_sample(s3_server, tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def new_run(
     cluster: SlurmCluster, s3_server: S3Server, data_set: DataSet, tmp_path_factory: pytest.TempPathFactory
 ) -> NewRun:
-    """Makes a run; its settings may be changed."""
+    """A function that makes a run; its arguments change settings."""
 
     def make(**changes: Any) -> Run:
         folder, output = tmp_path_factory.mktemp("run"), f"{s3_server.create_bucket(f'run-{token_hex(4)}')}/run"
@@ -114,14 +112,14 @@ def new_run(
 
 @pytest.fixture(scope="module", autouse=True)
 def over_the_limit(new_run: NewRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Run]]:
-    """A run that is started again by its time limit, which takes minutes: the other tests fill them."""
+    """A run that is requeued at its time limit. This takes minutes, so it runs beside the other tests."""
     run = new_run(tracking={"mode": "offline", "log_dir": str(tmp_path_factory.mktemp("swanlog"))})
     job = run.submit("--time=2", "--signal=B:USR1@30")
 
     def wait() -> Run:
         with run.frozen(job):
             run.await_log("warned: the limit is near")
-        run.restarts = run.await_success(job)  # a machine that is slow may come to the limit once more
+        run.restarts = run.await_success(job)  # A slow machine may reach the limit again.
         return run
 
     with ThreadPoolExecutor() as pool:
@@ -135,41 +133,41 @@ def undisturbed(new_run: NewRun) -> Run:
     return run
 
 
-def test_it_is_zero_2_on_two_nodes(undisturbed: Run) -> None:
+def test_run_uses_zero_2_on_two_nodes(undisturbed: Run) -> None:
     record = read_run(undisturbed.output)
     assert record is not None
-    assert record.config["train"]["strategy"] == "zero2"
+    attempt = Attempts(undisturbed.output).newest()
+    assert attempt is not None and attempt.choices is not None
+    assert (record.config["train"]["strategy"], attempt.choices["strategy"]) == ("auto", "zero2")
     assert open_checkpoint(checkpoint_urls(undisturbed.output)[-1]).state.step == STEPS
 
 
 def image() -> dict[str, str]:
-    """The variables that put a run into the image."""
+    """Return the variables that run the job in the image."""
     return {"RUNTIME": "charliecloud", "IMAGE": str(export_rootfs(FOLDER / "rootfs"))}
 
 
-@pytest.mark.timeout(1200)  # there may be no image yet
+@pytest.mark.timeout(1200)  # The image may have to be built first.
 @pytest.mark.parametrize("variables", [dict, image], ids=["the virtual environment", "the image"])
-def test_a_requeued_run_ends_as_an_undisturbed_one(
+def test_requeued_run_ends_with_the_same_weights(
     variables: Callable[[], dict[str, str]], new_run: NewRun, undisturbed: Run
 ) -> None:
     run = new_run()
     run.variables = variables()
     job = run.submit()
     with run.frozen(job):
-        run.cluster.ask("scontrol", "requeue", job)
+        run.cluster.run("scontrol", "requeue", job)
         run.await_log("CANCELLED AT .* DUE TO JOB REQUEUE")
     assert run.await_success(job) == 1
-    assert "ended from outside (exit code 75)" in run.log
+    assert "cancelled, requeued or preempted (exit code 75)" in run.log
     assert run.weights == undisturbed.weights
 
 
-def test_a_cancelled_run_saves_stays_stopped_and_is_continued_by_the_next_job(
-    new_run: NewRun, undisturbed: Run
-) -> None:
+def test_cancelled_run_is_saved_and_continued_by_the_next_job(new_run: NewRun, undisturbed: Run) -> None:
     run = new_run()
     job = run.submit()
     with run.frozen(job):
-        run.cluster.ask("scancel", job)
+        run.cluster.run("scancel", job)
         run.await_log("CANCELLED AT")
     found = run.cluster.await_end(job)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), run.log
@@ -179,30 +177,30 @@ def test_a_cancelled_run_saves_stays_stopped_and_is_continued_by_the_next_job(
     assert run.weights == undisturbed.weights
 
 
-def test_a_run_outlives_the_loss_of_either_node(new_run: NewRun, undisturbed: Run) -> None:
+def test_run_survives_the_loss_of_either_node(new_run: NewRun, undisturbed: Run) -> None:
     def lose(node: int, run: Run) -> None:
         with SlurmCluster() as run.cluster:
             job = run.submit()
             with run.frozen(job, f"0: step {FROZEN_AFTER} | saved"):
                 run.cluster.kill_node(run.cluster.nodes[node])
-            await_true(lambda: run.cluster.tell(job)["Restarts"] == "1", "a restart", _SECONDS, lambda: run.log)
+            await_true(lambda: run.cluster.show_job(job)["Restarts"] != "0", "a restart", _SECONDS, lambda: run.log)
             run.cluster.start_node(run.cluster.nodes[node])
-            assert run.await_success(job) == 1
+            assert run.await_success(job) >= 1  # A busy node may answer too late, which restarts the job again.
 
     runs = [new_run(checkpoint={"every": FROZEN_AFTER}) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lose, range(2), runs))  # at the same time, since each waits most of its own
+        list(pool.map(lose, range(2), runs))  # At the same time, because both mostly wait.
     assert [run.weights for run in runs] == [undisturbed.weights] * 2
 
 
-def test_a_bad_setting_is_refused_by_all_nodes_and_not_tried_again(new_run: NewRun) -> None:
+def test_bad_setting_is_refused_by_all_nodes_and_not_retried(new_run: NewRun) -> None:
     run = new_run()
     found = run.cluster.await_end(run.submit(words=("--train.micro_batch_size", "-3")))
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "78:0", "0"), run.log
     assert re.findall(r"^(\d): train\.micro_batch_size: ", run.log, re.MULTILINE) in (["0", "1"], ["1", "0"])
 
 
-def test_an_array_prepares_the_shards_of_a_single_process(
+def test_array_prepares_the_same_shards_as_one_process(
     cluster: SlurmCluster, data_set: DataSet, bucket: str, tmp_path: Path
 ) -> None:
     store_tokenizer(data_set.tokenizer, f"{bucket}/tokenizer")
@@ -224,9 +222,7 @@ def test_an_array_prepares_the_shards_of_a_single_process(
     assert array_files == single_files
 
 
-def test_a_run_warned_of_its_time_limit_is_requeued_and_stays_one_run(
-    over_the_limit: Future[Run], undisturbed: Run
-) -> None:
+def test_run_at_its_time_limit_is_requeued_and_stays_one_run(over_the_limit: Future[Run], undisturbed: Run) -> None:
     run = over_the_limit.result()
     record = read_run(run.output)
     assert record is not None

@@ -1,4 +1,4 @@
-"""launch/slurm.sh where Slurm's programs fail, hang, lie or refuse, with stand-ins for them."""
+"""Test launch/slurm.sh with stand-ins for Slurm's programs that fail, hang, refuse or answer nonsense."""
 
 import re
 import signal
@@ -16,13 +16,13 @@ TIMES = {
     "TOMORROW": str(NOW + 86_400),
     "THEN": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(NOW + 30_000)),
 }
-"""Words in the answers of stand-ins and in variables."""
-NOBODY = "nobody says when the job ends (squeue: {}): only Slurm's warning stops the run in time"
-USELESS = "not started again, since that could not help (exit code 78)"
-# For a hanging program: it waits half a second, whatever it is told.
-IMPATIENT = 'while [[ $1 == --* ]]; do shift; done; exec /usr/bin/timeout 0.5 "${@:2}"'
-# Waits until it is told to stop, and says so.
-WAITS = '[[ $1 == -c ]] && exit; trap "exit 75" USR1; echo ready; while :; do sleep 0.05; done'
+"""Placeholders in the answers of stand-ins and in variables."""
+UNKNOWN_END = "unknown end time of the job (squeue: {}): only Slurm's warning stops the run in time"
+USELESS = "not restarted, because a restart cannot help (exit code 78)"
+# Stand-in for `timeout`, used with a hanging program: it waits half a second, whatever the given time is.
+SHORT_TIMEOUT = 'while [[ $1 == --* ]]; do shift; done; exec /usr/bin/timeout 0.5 "${@:2}"'
+# Stand-in for python: it prints "ready" and waits for USR1.
+WAIT_FOR_USR1 = '[[ $1 == -c ]] && exit; trap "exit 75" USR1; echo ready; while :; do sleep 0.05; done'
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.mark.parametrize(
-    ("squeue", "environment", "expected", "says"),
+    ("squeue", "environment", "expected", "messages"),
     [
         ("echo SOON N/A", {}, "SOON", []),
         ("echo THEN N/A", {}, "SOON", []),
@@ -48,61 +48,61 @@ def site(tmp_path: Path) -> Site:
         ("echo 4294967295", {}, "unset", []),
         ("echo 0", {}, "unset", []),
         ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", {}, "unset",
-            [NOBODY.format("no answer")]),
-        ("exit 0", {"SLURM_JOB_END_TIME": ""}, "unset", [NOBODY.format("no answer")]),
-        ("sleep 600", {}, "unset", [NOBODY.format("no answer")]),
-        ("echo 14:40", {}, "unset", [NOBODY.format("14:40")]),
-        ("echo 2026-11-28T25:99", {}, "unset", [NOBODY.format("2026-11-28T25:99")]),
-        ("echo 1700000000", {}, "unset", [NOBODY.format("1700000000")]),
+            [UNKNOWN_END.format("no answer")]),
+        ("exit 0", {"SLURM_JOB_END_TIME": ""}, "unset", [UNKNOWN_END.format("no answer")]),
+        ("sleep 600", {}, "unset", [UNKNOWN_END.format("no answer")]),
+        ("echo 14:40", {}, "unset", [UNKNOWN_END.format("14:40")]),
+        ("echo 2026-11-28T25:99", {}, "unset", [UNKNOWN_END.format("2026-11-28T25:99")]),
+        ("echo 1700000000", {}, "unset", [UNKNOWN_END.format("1700000000")]),
     ],
 )  # fmt: skip
-def test_only_a_time_to_come_is_the_jobs_end(
-    squeue: str, environment: dict[str, str], expected: str, says: list[str], site: Site
+def test_only_a_future_time_is_the_end_of_the_job(
+    squeue: str, environment: dict[str, str], expected: str, messages: list[str], site: Site
 ) -> None:
     for word, value in TIMES.items():
         squeue = squeue.replace(word, value)
     environment = {name: TIMES.get(value, value) for name, value in environment.items()}
     site.program("squeue", squeue)
     if "sleep" in squeue:
-        site.program("timeout", IMPATIENT)
+        site.program("timeout", SHORT_TIMEOUT)
     site.program("python", '[[ $1 == -c ]] || echo "ends at ${SLURM_JOB_END_TIME-unset}"')
     assert site.run(**environment) == 0, site.lines
     assert site.lines[-1] == f"ends at {TIMES.get(expected, expected)}"
-    assert site.said() == says
+    assert site.messages() == messages
 
 
-def test_a_warning_at_the_start_is_reported_and_a_later_one_stops(site: Site) -> None:
-    site.program("python", WAITS)
+def test_warning_at_the_start_is_ignored_and_a_later_one_stops(site: Site) -> None:
+    site.program("python", WAIT_FOR_USR1)
     job = site.start(SLURM_JOB_END_TIME=str(int(time.time()) + 240))
     site.await_line("ready")
     job.send_signal(signal.SIGUSR1)
-    site.await_line("goes on without a warning")
-    assert re.match(r"the limit is [12]\d\d s from now, nearer than --signal warns of it", site.said()[0])
-    job.send_signal(signal.SIGUSR1)  # Slurm warns once: this one is a person's
+    site.await_line("ignoring the warning")
+    assert re.match(r"the time limit is only [12]\d\d s away, less than the time of --signal", site.messages()[0])
+    job.send_signal(signal.SIGUSR1)  # Slurm warns only once, so this one is from a person.
     assert job.wait(timeout=60) == 75
-    assert site.said()[1:] == ["warned: the limit is near", "stopped, to be continued"]
-    assert site.asked("scontrol") == ["requeue 1"]
+    assert site.messages()[1:] == ["warned: the limit is near", "stopped, to be continued"]
+    assert site.calls("scontrol") == ["requeue 1"]
 
 
 @pytest.mark.parametrize("end", ["", "TOMORROW"])
-def test_a_warning_that_cannot_be_early_is_obeyed(end: str, site: Site) -> None:
-    site.program("python", WAITS)
+def test_warning_with_a_distant_or_unknown_limit_stops_the_job(end: str, site: Site) -> None:
+    site.program("python", WAIT_FOR_USR1)
     job = site.start(SLURM_JOB_END_TIME=TIMES.get(end, end))
     site.await_line("ready")
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == 75
-    assert site.said() == ["warned: the limit is near", "stopped, to be continued"]
+    assert site.messages() == ["warned: the limit is near", "stopped, to be continued"]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said", "asked"),
-    [(3, "stopped, to be continued", ["requeue 1"]), (3000, "ended from outside (exit code 75)", [])],
+    ("seconds", "message", "requeues"),
+    [(3, "stopped, to be continued", ["requeue 1"]), (3000, "cancelled, requeued or preempted (exit code 75)", [])],
 )
-def test_without_an_answer_the_clock_tells_the_limit_from_a_cancelled_job(
-    seconds: int, said: str, asked: list[str], site: Site
+def test_clock_distinguishes_limit_and_cancel_without_squeue(
+    seconds: int, message: str, requeues: list[str], site: Site
 ) -> None:
     site.program("squeue", "exit 1")
-    site.program("python", WAITS)
+    site.program("python", WAIT_FOR_USR1)
     ends_at = int(time.time()) + seconds
     job = site.start(SLURM_JOB_END_TIME=str(ends_at))
     site.await_line("ready")
@@ -110,26 +110,26 @@ def test_without_an_answer_the_clock_tells_the_limit_from_a_cancelled_job(
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=60) == 75
-    assert site.said()[-1] == said
-    assert site.asked("scontrol") == asked
+    assert site.messages()[-1] == message
+    assert site.calls("scontrol") == requeues
 
 
 # ---- What it runs ----
 
 
-def test_a_step_gets_all_gpus_of_its_job_and_a_contradiction_is_told(site: Site) -> None:
+def test_step_gets_all_gpus_and_a_contradiction_is_reported(site: Site) -> None:
     site.program("squeue", "echo NONE gres:gpu:1,gres:gpu:h100:2")
     site.program("python", '[[ $1 == -c ]] || env | grep -E "GPU|TRES"')
-    asked = {"SLURM_GPUS_PER_NODE": "1", "SLURM_GPUS": "2", "SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS_PER_SOCKET": "1"}
-    asked |= {"SLURM_TRES_PER_TASK": "gres/gpu:1", "SLURM_NTASKS_PER_GPU": "1"}
-    assert site.run(**asked, SLURM_GPUS_ON_NODE="2") == 0
+    variables = {"SLURM_GPUS_PER_NODE": "1", "SLURM_GPUS": "2", "SLURM_GPUS_PER_TASK": "1"}
+    variables |= {"SLURM_GPUS_PER_SOCKET": "1", "SLURM_TRES_PER_TASK": "gres/gpu:1", "SLURM_NTASKS_PER_GPU": "1"}
+    assert site.run(**variables, SLURM_GPUS_ON_NODE="2") == 0
     assert site.lines[-1] == "SLURM_GPUS_ON_NODE=2"
-    assert site.said() == [
-        "GPUs of a node: --gpus-per-node and --gres contradict each other (gres:gpu:1,gres:gpu:h100:2): Slurm gives 2"
+    assert site.messages() == [
+        "GPUs: --gpus-per-node and --gres contradict each other (gres:gpu:1,gres:gpu:h100:2): each node has 2"
     ]
     site.program("squeue", "echo NONE gres:gpu:2,gres:gpu:2")
     site.log.unlink()
-    assert site.run() == 1  # grep finds nothing
+    assert site.run() == 1  # grep finds nothing.
     assert "contradict" not in site.log.read_text()
 
 
@@ -142,7 +142,7 @@ def test_a_step_gets_all_gpus_of_its_job_and_a_contradiction_is_told(site: Site)
         ({"REPOSITORY": "{elsewhere}", "command": "{repository}/launch/slurm.sh"}, 78),
     ],
 )
-def test_a_job_from_another_folder_finds_the_repository_or_says_so(
+def test_job_from_another_folder_finds_the_repository_or_fails(
     settings: dict[str, str], code: int, site: Site, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -153,21 +153,21 @@ def test_a_job_from_another_folder_finds_the_repository_or_says_so(
     if code == 0:
         assert site.lines[-1] == f"{site.folder}:/mine -m job train --config {site.folder}/other.yaml"
     else:
-        remedy = "sbatch it from the repository, or set REPOSITORY"
-        assert site.said() == [f"REPOSITORY={elsewhere} has no job/__main__.py: {remedy}"]
-    assert site.asked("scontrol") == []
+        remedy = "submit from the repository, or set REPOSITORY"
+        assert site.messages() == [f"REPOSITORY={elsewhere} has no job/__main__.py: {remedy}"]
+    assert site.calls("scontrol") == []
 
 
-def test_in_the_repository_nothing_is_added_to_pythons_path(site: Site) -> None:
+def test_pythonpath_is_unchanged_in_the_repository(site: Site) -> None:
     site.program("python", '[[ $1 == -c ]] || echo "${PYTHONPATH-unset}"')
     assert site.run() == 0
     assert site.lines[-1] == "unset"
 
 
 @pytest.mark.parametrize("name", ["MAX_RESTARTS", "MAX_CRASHES"])
-def test_a_number_that_is_none_is_refused(name: str, site: Site) -> None:
+def test_setting_that_is_not_a_number_is_refused(name: str, site: Site) -> None:
     assert site.run(**{name: "many"}) == 78
-    assert site.said() == [f"{name}=many: expected a whole number"]
+    assert site.messages() == [f"{name}=many: expected a whole number"]
 
 
 # ---- Images ----
@@ -190,11 +190,12 @@ def test_a_number_that_is_none_is_refused(name: str, site: Site) -> None:
         ("/images/c.sqsh", "file /images/c.sqsh"),
     ],
 )
-def test_an_image_has_the_name_that_enroot_understands(image: str, expected: str, site: Site) -> None:
+def test_image_name_is_converted_for_enroot(image: str, expected: str, site: Site) -> None:
     assert site.run(RUNTIME="pyxis", IMAGE=image) == 0, site.lines
     assert site.lines[-1] == expected
-    told = [line for line in site.said() if line.startswith("IMAGE has a digest, which enroot takes as a tag: ")]
-    assert len(told) == image.count("@sha256:")
+    note = "IMAGE has a digest, which enroot expects in place of the tag: "
+    notes = [message for message in site.messages() if message.startswith(note)]
+    assert len(notes) == image.count("@sha256:")
 
 
 @pytest.mark.parametrize(
@@ -208,43 +209,43 @@ def test_an_image_has_the_name_that_enroot_understands(image: str, expected: str
         ("/images/c.sif", "/images/c.sif"),
     ],
 )
-def test_an_image_has_the_name_that_apptainer_understands(image: str, expected: str, site: Site) -> None:
+def test_image_name_is_converted_for_apptainer(image: str, expected: str, site: Site) -> None:
     site.program("apptainer", 'printf "%s\\n" "$@"')
     assert site.run(RUNTIME="apptainer", IMAGE=image) == 0, site.lines
     assert expected in site.lines
 
 
-def test_a_name_that_enroot_refuses_is_no_crash(site: Site) -> None:
+def test_image_name_that_enroot_refuses_is_not_a_crash(site: Site) -> None:
     assert site.run(RUNTIME="pyxis", IMAGE="a.example/B:1") == 78
     assert "Invalid image reference: docker://a.example#B:1" in site.log.read_text()
-    assert site.said() == ["not started again: the entrypoint did not start (exit code 1), for the reason above"]
-    assert site.asked("scontrol") == []
+    assert site.messages() == ["not restarted: the entrypoint did not start (exit code 1), see the reason above"]
+    assert site.calls("scontrol") == []
 
 
-# ---- Again, or not ----
+# ---- Restart or not ----
 
 
-def test_a_program_that_cannot_be_imported_is_refused_and_not_a_crash(site: Site) -> None:
+def test_program_that_cannot_be_imported_is_not_a_crash(site: Site) -> None:
     error = "ModuleNotFoundError: No module named 'job'"
     python = site.program("python", f'echo Traceback >&2; echo "{error}" >&2; exit 1')
     assert site.run() == 78
     cause = f"{python} on a node cannot import job: {error}"
-    assert site.said() == [cause, USELESS]
-    assert site.asked("scontrol") == []
+    assert site.messages() == [cause, USELESS]
+    assert site.calls("scontrol") == []
 
 
-def test_a_step_that_cannot_start_is_a_crash_only_after_one_that_could(site: Site) -> None:
+def test_step_that_cannot_start_is_a_crash_only_after_a_start(site: Site) -> None:
     (site.bin / "srun.broken").touch()
     assert site.run() == 78
-    assert site.said() == ["not started again: the entrypoint did not start (exit code 1), for the reason above"]
-    assert site.asked("scontrol") == []
+    assert site.messages() == ["not restarted: the entrypoint did not start (exit code 1), see the reason above"]
+    assert site.calls("scontrol") == []
     (site.bin / "srun.broken").unlink()
     site.program("python", "[[ $1 == -c ]] || exit 75")
     assert site.run() == 75
     (site.bin / "srun.broken").touch()
     assert site.run(SLURM_RESTART_COUNT="1") == 1
-    assert site.said()[-1] == "crashed (exit code 1)"
-    assert site.asked("scontrol") == ["requeue 1"] * 2
+    assert site.messages()[-1] == "crashed (exit code 1)"
+    assert site.calls("scontrol") == ["requeue 1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -252,17 +253,17 @@ def test_a_step_that_cannot_start_is_a_crash_only_after_one_that_could(site: Sit
     [(tool, "exit 2") for tool in ("stat", "awk", "grep", "tail", "readlink")]
     + [(tool, "echo nonsense") for tool in ("stat", "awk", "tail", "readlink")],
 )
-def test_a_tool_without_a_sensible_answer_ends_no_run(tool: str, answer: str, site: Site) -> None:
-    site.log.write_text("srun: error: n1: task 0: Exited with exit code 78\n")  # of an earlier start
+def test_failing_shell_tool_does_not_end_the_run(tool: str, answer: str, site: Site) -> None:
+    site.log.write_text("srun: error: n1: task 0: Exited with exit code 78\n")  # from an earlier start
     site.program(tool, answer)
     site.program("python", "[[ $1 == -c ]] || exit 3")
     assert site.run(SLURM_RESTART_COUNT="2") == 3
-    assert site.said() == ["crashed (exit code 3)"]
-    assert site.asked("scontrol") == ["requeue 1"]
+    assert site.messages() == ["crashed (exit code 3)"]
+    assert site.calls("scontrol") == ["requeue 1"]
 
 
 REFUSES = "echo 'Requested operation is presently disabled for job 1' >&2; exit 1"
-IN_ADVANCE = "to submit several in advance: see the first lines of launch/slurm.sh"
+IN_ADVANCE = "to submit several jobs in advance, see the first lines of launch/slurm.sh"
 
 
 @pytest.mark.parametrize(
@@ -277,23 +278,24 @@ IN_ADVANCE = "to submit several in advance: see the first lines of launch/slurm.
     ],
 )
 @pytest.mark.parametrize("scontrol", [REFUSES, "sleep 600"])
-def test_a_refused_requeue_prints_the_command_that_continues_the_run(
+def test_refused_requeue_prints_the_command_that_continues(
     environment: dict[str, str], expected: str, scontrol: str, site: Site
 ) -> None:
     if "sleep" in scontrol:
-        site.program("timeout", IMPATIENT)
+        site.program("timeout", SHORT_TIMEOUT)
     site.program("squeue", f"[[ $* != *PENDING* ]] && echo NONE N/A {site.folder}/launch/slurm.sh other.yaml")
     site.program("scontrol", scontrol)
     site.program("python", "[[ $1 == -c ]] || exit 75")
     secret = ("--data.source", "https://me:pass@host/a?sig=planted")
     assert site.run("other.yaml", "--run.name", "a b", *secret, **environment) == 75
-    told, hint = site.lines[-2:]
+    message, hint = site.lines[-2:]
     assert hint.endswith(IN_ADVANCE)
-    assert f"cannot be requeued here. To continue the run, with the other options of this job: {expected} " in told
+    advice = "cannot be requeued here. To continue the run, add the other options of this job to:"
+    assert f"{advice} {expected} " in message
     assert "planted" not in site.log.read_text() and "pass@" not in site.log.read_text()
 
 
-# Of a chain, of another person's purpose, of another chain, and of Slurm before it told the state of a dependency.
+# Jobs of the chain, with another name, of another chain, and as older versions of Slurm print dependencies.
 QUEUE = """[[ $* == *PENDING* ]] || { echo NONE N/A; exit; }
 echo '2|wikillm|afternotok:1(unfulfilled)'
 echo '3|wikillm|afternotok:1(unfulfilled),afternotok:2(unfulfilled)'
@@ -305,17 +307,17 @@ echo '8|wikillm|'"""
 
 
 @pytest.mark.parametrize(("code", "cancelled"), [(0, []), (70, ["2 3 7"]), (78, ["2 3 7"]), (75, [])])
-def test_a_chain_is_cancelled_when_another_start_does_not_help(code: int, cancelled: list[str], site: Site) -> None:
+def test_chain_is_cancelled_if_a_restart_cannot_help(code: int, cancelled: list[str], site: Site) -> None:
     site.program("squeue", QUEUE)
     site.program("scontrol", REFUSES)
     site.program("python", f"[[ $1 == -c ]] || exit {code}")
     assert site.run() == code
-    assert site.asked("scancel") == cancelled
+    assert site.calls("scancel") == cancelled
     if code == 75:
-        assert site.said()[-1] == "cannot be requeued here: job 2, which waits for this one, continues the run"
+        assert site.messages()[-1] == "cannot be requeued here: job 2, which waits for this one, continues the run"
 
 
-def test_a_refused_setting_cancels_the_chain_too(site: Site) -> None:
+def test_refused_setting_cancels_the_chain(site: Site) -> None:
     site.program("squeue", QUEUE)
     assert site.run("nowhere.yaml") == 78
-    assert site.asked("scancel") == ["2 3 7"]
+    assert site.calls("scancel") == ["2 3 7"]
