@@ -1,14 +1,16 @@
-"""What `python -m job check --place` finds out about a place from its files in this folder.
+"""Check the launch files for `python -m job check --place PLACE`.
 
-    slurm.py        slurm.sh
-    kubernetes.py   the folders of kubernetes/, as pods.py renders them
-    swanlab.py      swanlab.yaml and the account
+    slurm.py        checks slurm.sh
+    kubernetes.py   checks the folders of kubernetes/, which pods.py renders
+    swanlab.py      checks swanlab.yaml and the account
 
-`job.preflight.other_places` loads this by its name; the image has no launch/, and does without.
+`job.preflight.other_places` imports this package by its name, because `job` must also work without launch/, which the
+image does not contain.
 """
 
 from job.config import Config
 from job.data.manifest import Manifest
+from job.errors import UserError
 from job.preflight.findings import Findings
 from job.preflight.target import KUBERNETES_FOLDER, SLURM_SCRIPT, SWANLAB_SPEC, Target
 
@@ -21,23 +23,23 @@ def check_place(
     manifest: Manifest | None,
     checkpoint_bytes: int | None,
 ) -> tuple[Target | None, Config]:
-    """Check the files of a place; return the nodes that they ask for, and the settings that hold there.
+    """Check the launch files of a place; return the nodes that they request and the settings used there.
 
     Args:
-        findings: takes the rows.
-        config: all settings.
+        findings: receives one row for each check.
+        config: the settings.
         place: ``slurm``, ``kubernetes``, ``kubernetes/<folder>`` or ``swanlab``.
-        config_path: the file of the settings, for what to do about it.
-        manifest: of the data set, if there is one.
-        checkpoint_bytes: of one checkpoint, if that is known.
+        config_path: the file with the settings, shown in remedies.
+        manifest: manifest of the data set, if it exists.
+        checkpoint_bytes: size of one checkpoint, if it is known.
     """
     kind, _, folder = place.partition("/")
     if kind == "slurm":
         from launch.checks.slurm import DEFAULT_CONFIG, check_slurm
 
         if config_path is None:
-            found = f"none is named: {SLURM_SCRIPT} takes {DEFAULT_CONFIG}, and these are the defaults"
-            findings.unsure("config", found, "name it with --config")
+            found = f"no file is given: the defaults were checked, but {SLURM_SCRIPT} uses {DEFAULT_CONFIG}"
+            findings.unsure("config", found, "give the file with --config")
         return check_slurm(findings, config, SLURM_SCRIPT), config
     if kind == "swanlab":
         from launch.checks.swanlab import check_swanlab
@@ -50,3 +52,17 @@ def check_place(
     if target is not None and manifest is not None and checkpoint_bytes is not None:
         check_scratch(findings, in_pods, path, manifest, checkpoint_bytes)
     return target, in_pods
+
+
+def makes_data_set(place: str) -> bool:
+    """Return True if the Job of ``kubernetes/<folder>`` runs `prepare`, which makes the data set that training needs.
+
+    Return False if the folder cannot be rendered: `check_place` says why.
+    """
+    from launch.checks.pods import render
+
+    kind, _, folder = place.partition("/")
+    try:
+        return kind == "kubernetes" and render(KUBERNETES_FOLDER / (folder or "single")).command == "prepare"
+    except (UserError, OSError):
+        return False

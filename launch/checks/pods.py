@@ -1,7 +1,7 @@
-"""What a folder of launch/kubernetes comes to: the Job, also where it stands in a JobSet or a TrainJob's runtime.
+"""Render a folder of launch/kubernetes and find its Job, also inside a JobSet or the runtime of a TrainJob.
 
-Rendered by kubectl or kustomize: what a folder comes to follows from its base, its patches and the wiring. A user who
-applies it has one of the two.
+kubectl or kustomize renders it, because the result follows from the base, the patches and the wiring. Users who apply
+the folder have one of the two programs.
 """
 
 import os
@@ -26,105 +26,110 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pods:
-    """What is of interest in a rendered folder."""
+    """The parts of a rendered folder that the checks read."""
 
     documents: list[Tree]
     job: Tree
-    """The Job's spec."""
+    """Spec of the Job."""
     jobset: Tree | None = None
-    """The spec of the JobSet, or of the one that the Trainer makes of a TrainJob; None for a Job."""
+    """Spec of the JobSet, or of the JobSet that the Trainer makes from a TrainJob; None for a plain Job."""
     trainjob: Tree | None = None
-    """The TrainJob's spec, if there is one."""
+    """Spec of the TrainJob, if there is one."""
 
     @property
     def pod(self) -> Tree:
-        """The pod's spec."""
+        """Spec of the pod."""
         return tree(self.job, "template", "spec")
 
     @property
     def container(self) -> Tree:
-        """The one that runs the entrypoint."""
+        """The container that runs the entrypoint."""
         return next(iter(self.pod.get("containers") or [{}]))
 
     @property
     def command(self) -> str | None:
-        """What the entrypoint is asked for; None if nothing is."""
+        """First argument of the entrypoint, such as ``train``; None without arguments."""
         return next(iter(self.container.get("args") or []), None)
 
     @property
     def environment(self) -> dict[str, Tree]:
-        """Its variables by name, each as it is given."""
-        return {one["name"]: one for one in self.container.get("env") or []}
+        """Entries of the container's `env` by the name of the variable."""
+        return {variable["name"]: variable for variable in self.container.get("env") or []}
 
     @property
     def nodes(self) -> int:
-        """How many pods there are."""
+        """Number of pods."""
         counts = (tree(self.trainjob or {}, "trainer").get("numNodes"), self.job.get("completions"))
         return int(next((count for count in counts if count), 1))
 
     @property
     def gpus(self) -> int:
-        """GPUs of a pod."""
+        """Number of GPUs of each pod."""
         return int(tree(self.container, "resources", "limits").get("nvidia.com/gpu", 0))
 
     @property
     def processes(self) -> int:
-        """Training processes of a pod, unless `train.processes` says otherwise."""
+        """Number of training processes of each pod, unless `train.processes` is set."""
         return int(tree(self.trainjob or {}, "trainer").get("numProcPerNode") or max(1, self.gpus))
 
     def volume_at(self, path: str) -> Tree | None:
-        """The volume that is mounted there."""
-        mounts = {one["mountPath"]: one["name"] for one in self.container.get("volumeMounts") or []}
-        return next((one for one in self.pod.get("volumes") or [] if one["name"] == mounts.get(path)), None)
+        """Return the volume that is mounted at `path`; None if there is none."""
+        names = {mount["mountPath"]: mount["name"] for mount in self.container.get("volumeMounts") or []}
+        return next((volume for volume in self.pod.get("volumes") or [] if volume["name"] == names.get(path)), None)
 
 
 def render(folder: Path) -> Pods:
-    """What the folder renders to.
+    """Render a folder.
 
     Raises:
-        UserError: there is no such folder, it cannot be rendered, or it makes nothing that runs.
+        UserError: there is no such folder, it cannot be rendered, or the result contains no Job.
     """
     if not (folder / "kustomization.yaml").is_file():
         raise UserError(
-            "--place", f"kubernetes/{folder.name}", "no such folder", f"there are {', '.join(_to_be_applied())}"
+            "--place",
+            f"kubernetes/{folder.name}",
+            "no such folder",
+            f"choose one of {', '.join(_applicable_folders())}",
         )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     programs = (("kubectl", "kustomize"), ("kustomize", "build"))
-    command = next(([found, word] for name, word in programs if (found := shutil.which(name, path=path))), None)
+    command = next(([program, word] for name, word in programs if (program := shutil.which(name, path=path))), None)
     if command is None:
-        raise UserError("PATH", None, "neither kubectl nor kustomize is there", "install kubectl 1.27 or later")
+        raise UserError("PATH", None, "contains neither kubectl nor kustomize", "install kubectl 1.27 or later")
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=_RENDER_SECONDS, check=False)
     if done.returncode:
         raise UserError(str(folder), None, f"cannot be rendered: {done.stderr.strip()}", "correct what it names")
-    documents = [one for one in yaml.safe_load_all(done.stdout) if one]
-    specs = {one.get("kind"): one.get("spec") for one in documents}
+    documents = [document for document in yaml.safe_load_all(done.stdout) if document]
+    specs = {document.get("kind"): document.get("spec") for document in documents}
     if "Job" in specs:
         return Pods(documents, specs["Job"])
     trainjob = specs.get("TrainJob")
     jobset = specs.get("JobSet") if trainjob is None else tree(specs.get("TrainingRuntime") or {}, "template", "spec")
     jobs = (jobset or {}).get("replicatedJobs") or []
     if jobset is None or not jobs:
-        expected = "it makes neither a Job, nor a JobSet, nor a TrainJob with a TrainingRuntime"
-        raise UserError(str(folder), None, expected, f"take one of {', '.join(_to_be_applied())}")
+        expected = "it renders to no Job, JobSet, or TrainJob with a TrainingRuntime"
+        raise UserError(str(folder), None, expected, f"choose one of {', '.join(_applicable_folders())}")
     return Pods(documents, jobs[0]["template"]["spec"], jobset, trainjob)
 
 
-def _to_be_applied() -> list[str]:
-    """The names of the folders that can be applied: those that end with the wiring, as the others are parts of them."""
-    trees = {
+def _applicable_folders() -> list[str]:
+    """Return the names of the folders that can be applied: those that use the wiring. The others are parts of them."""
+    kustomizations = {
         path.parent.name: yaml.safe_load(path.read_text()) for path in KUBERNETES_FOLDER.glob("*/kustomization.yaml")
     }
-    return sorted(name for name, whole in trees.items() if "../wiring" in (whole.get("transformers") or []))
+    return sorted(
+        name for name, content in kustomizations.items() if "../wiring" in (content.get("transformers") or [])
+    )
 
 
-def tree(whole: Tree, *path: str) -> Tree:
-    """What is below these keys; empty where there is nothing."""
+def tree(root: Tree, *path: str) -> Tree:
+    """Return the mapping below these keys; empty if a key is missing."""
     for key in path:
-        whole = whole.get(key) or {}
-    return whole
+        root = root.get(key) or {}
+    return root
 
 
 def quantity(text: object) -> int | None:
-    """Bytes of a quantity such as 32Gi; None where there is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT]|)", str(text))
-    return None if found is None else int(Decimal(found[1]) * _UNITS[found[2]])
+    """Return the bytes of a Kubernetes quantity such as ``32Gi``; None if `text` is not a quantity."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT]|)", str(text))
+    return None if match is None else int(Decimal(match[1]) * _UNITS[match[2]])

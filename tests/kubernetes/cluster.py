@@ -1,7 +1,7 @@
-"""What a cluster makes of a manifest: a JobSet of a TrainJob, a Job of that, pods with names, labels and environment.
+"""Render manifests and derive what a cluster makes from them: the JobSet, the Job, and pods with their environment.
 
-Stand-ins for the controllers that do so, which cannot run in a test. They do what is documented for the fields that our
-manifests use, and refuse those that they don't know. What becomes of pods that end is in `controllers`.
+The functions stand in for Kubernetes' controllers, which cannot run in a test. They do what is documented for the
+fields that our manifests use, and refuse other fields. Restarts are in `controllers`.
 """
 
 import os
@@ -18,33 +18,34 @@ from trainer import jobset_of_trainjob
 
 Manifest = dict[str, Any]
 Render = Callable[..., list[Manifest]]
-"""As `render_changed`, without its first argument."""
+"""Type of `render_changed` without its first argument."""
 
 KUBECTL = Path(sys.executable).parent / "kubectl"
 FOLDERS = Path(__file__).parents[2] / "launch" / "kubernetes"
 IMAGE = yaml.safe_load((FOLDERS / "base" / "kustomization.yaml").read_text())["images"][0]["newName"]
-"""The name that the manifests have for it, without a tag."""
+"""Name of the image in the rendered manifests, without a tag."""
 OF_ONE_JOB = ("single", "multi-node", "prepare", "spot")
-"""The folders that make a Job; of the others, `jobset` makes a JobSet and `trainjob` a TrainJob."""
+"""Folders that render to a Job."""
 RESTARTED_AS_ONE = ("jobset", "trainjob")
+"""Folders that render to a JobSet and a TrainJob."""
 OVERLAYS = (*OF_ONE_JOB, *RESTARTED_AS_ONE)
 
 
 def render(folder: Path) -> list[Manifest]:
-    """What `kubectl apply -k` would send to the cluster."""
+    """Return the manifests that `kubectl apply -k` would send to the cluster."""
     done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
 
 def render_changed(folder: Path, base: str, settings: Manifest, **changes: Any) -> list[Manifest]:
-    """What a folder of a user's own renders to, which changes one of ours and lies anywhere.
+    """Render a user's own folder that changes one of our folders.
 
     Args:
-        folder: is made.
-        base: the name of ours.
-        settings: of the run, in place of ours.
-        changes: fields of kustomization.yaml; folders of ours are named as `base`.
+        folder: path of the user's folder, which is created.
+        base: name of our folder.
+        settings: settings of the run, which replace ours.
+        changes: fields of the user's kustomization.yaml. Our folders are given by name, as in `base`.
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True))
@@ -65,27 +66,27 @@ def render_changed(folder: Path, base: str, settings: Manifest, **changes: Any) 
 
 
 def only(kind: str, manifests: list[Manifest]) -> Manifest:
-    """The one object of its kind."""
-    [found] = [one for one in manifests if one["kind"] == kind]
-    return found
+    """Return the only manifest of this kind."""
+    [manifest] = [manifest for manifest in manifests if manifest["kind"] == kind]
+    return manifest
 
 
 def jobset_of(manifests: list[Manifest]) -> Manifest | None:
-    """The JobSet, or the one that the Trainer makes of a TrainJob; None where the manifests make a Job."""
-    kinds = {one["kind"] for one in manifests}
+    """Return the JobSet, also the one that the Trainer makes from a TrainJob; None if the manifests make a Job."""
+    kinds = {manifest["kind"] for manifest in manifests}
     if "TrainJob" in kinds:
         return jobset_of_trainjob(only("TrainJob", manifests), only("TrainingRuntime", manifests))
     return only("JobSet", manifests) if "JobSet" in kinds else None
 
 
 def subdomain_of(jobset: Manifest) -> str:
-    """The name of the Service that its controller creates: the JobSet's own, unless it has another."""
+    """Return the name of the Service that the JobSet controller creates: by default the JobSet's name."""
     name: str = jobset["spec"]["network"].get("subdomain", jobset["metadata"]["name"])
     return name
 
 
 def job_of(manifests: list[Manifest]) -> Manifest:
-    """The Job; of a JobSet the one that its controller creates, with the name and labels that it gets from there."""
+    """Return the Job; for a JobSet the Job that its controller creates, with its name and labels."""
     jobset = jobset_of(manifests)
     if jobset is None:
         return only("Job", manifests)
@@ -109,7 +110,7 @@ def job_of(manifests: list[Manifest]) -> Manifest:
 
 
 def service_of(manifests: list[Manifest]) -> Manifest:
-    """The headless Service; of a JobSet the one that its controller creates."""
+    """Return the headless Service; for a JobSet the Service that its controller creates."""
     jobset = jobset_of(manifests)
     if jobset is None:
         return only("Service", manifests)
@@ -130,7 +131,7 @@ def service_of(manifests: list[Manifest]) -> Manifest:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod as the Job's controller creates it for a completion index."""
+    """A pod as the Job controller creates it for a completion index."""
 
     index: int
     hostname: str
@@ -139,7 +140,7 @@ class Pod:
 
     @property
     def address(self) -> str:
-        """Its name for other pods of the namespace, where its Service publishes it."""
+        """DNS name of the pod for other pods in the namespace, which its Service publishes."""
         return f"{self.hostname}.{self.spec['subdomain']}"
 
     @property
@@ -149,28 +150,32 @@ class Pod:
         return container
 
     def environment(self, secrets: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """What its container finds there, without the image's own."""
-        found = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
+        """Return the container's environment variables, without those of the image.
+
+        Args:
+            secrets: variables by name for each Secret of the namespace.
+        """
+        variables = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
         for source in self.container.get("envFrom", []):
             name, optional = source["secretRef"]["name"], source["secretRef"].get("optional", False)
             assert optional or name in secrets, "CreateContainerConfigError"
-            found |= secrets.get(name, {})
-        for one in self.container["env"]:
-            found[one["name"]] = self._value(one, found)
-        return found | {"JOB_COMPLETION_INDEX": str(self.index), "HOSTNAME": self.hostname}
+            variables |= secrets.get(name, {})
+        for entry in self.container["env"]:
+            variables[entry["name"]] = self._value(entry, variables)
+        return variables | {"JOB_COMPLETION_INDEX": str(self.index), "HOSTNAME": self.hostname}
 
     def _value(self, variable: Manifest, known: Mapping[str, str]) -> str:
         if "value" in variable:
-            return re.sub(r"\$\(([^)]+)\)", lambda found: known.get(found[1], found[0]), variable["value"])
+            return re.sub(r"\$\(([^)]+)\)", lambda match: known.get(match[1], match[0]), variable["value"])
         path = re.fullmatch(
             r"metadata\.(?:labels|annotations)\['(.+)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"]
         )
         assert path is not None, variable
-        return self.labels.get(path[1], "")  # the index is a label and an annotation
+        return self.labels.get(path[1], "")  # The completion index is both a label and an annotation.
 
 
 def pods_of(job: Manifest, uid: str = "uid-of-the-job") -> list[Pod]:
-    """The pods of an Indexed Job, one for each of its completions."""
+    """Return the pods of an Indexed Job, one for each completion."""
     name, spec = job["metadata"]["name"], job["spec"]
     assert spec["completionMode"] == "Indexed"
     labels = spec["template"]["metadata"]["labels"] | {
@@ -188,16 +193,21 @@ def pods_of(job: Manifest, uid: str = "uid-of-the-job") -> list[Pod]:
     ]
 
 
+def pods(manifests: list[Manifest]) -> list[Pod]:
+    """Return the pods that the manifests make, one for each node."""
+    return pods_of(job_of(manifests))
+
+
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether all labels of the selector are there."""
+    """Return True if `labels` contain all labels of the selector."""
     return selector.items() <= labels.items()
 
 
-# ---- What stands anywhere in a manifest ----
+# ---- Reading manifests ----
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field below `node`, as its dotted path and its value."""
+    """Yield the dotted path and the value of every field below `node`."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in children:
         yield f"{path}.{key}", value
@@ -205,7 +215,7 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bytes_of(quantity: str | int) -> int:
-    """A quantity of memory or disk."""
-    found = re.fullmatch(r"([1-9]\d*)(|Ki|Mi|Gi|Ti)", str(quantity))
-    assert found is not None, f"{quantity!r} is no whole number of bytes, Ki, Mi, Gi or Ti"
-    return int(found[1]) * 1024 ** ("", "Ki", "Mi", "Gi", "Ti").index(found[2])
+    """Return the bytes of a quantity of memory or disk."""
+    match = re.fullmatch(r"([1-9]\d*)(|Ki|Mi|Gi|Ti)", str(quantity))
+    assert match is not None, f"{quantity!r} is not a whole number of bytes, Ki, Mi, Gi or Ti"
+    return int(match[1]) * 1024 ** ("", "Ki", "Mi", "Gi", "Ti").index(match[2])

@@ -1,3 +1,5 @@
+"""Fixtures for the Kubernetes tests: every folder that can be applied, and the manifests that it renders to."""
+
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,17 +16,17 @@ def _rendered(folder: str) -> str:
 
 @pytest.fixture(params=cluster.OVERLAYS)
 def folder(request: pytest.FixtureRequest) -> str:
-    """The name of each folder that can be applied, in turn."""
+    """The name of a folder that can be applied; a test runs once for each folder."""
     return str(request.param)
 
 
 @pytest.fixture
 def manifests(folder: str) -> list[Manifest]:
-    """What that folder renders to."""
+    """The manifests that the folder renders to."""
     return list(yaml.safe_load_all(_rendered(folder)))
 
 
 @pytest.fixture
 def render_changed(tmp_path: Path) -> Render:
-    """`cluster.render_changed` in a folder of the test's own."""
+    """`cluster.render_changed` for a temporary folder."""
     return partial(cluster.render_changed, tmp_path / "own")

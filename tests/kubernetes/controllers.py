@@ -1,7 +1,7 @@
-"""What becomes of a Job or JobSet whose pods end, or whose nodes die: stand-ins for Kubernetes' controllers.
+"""Stand-ins for Kubernetes' controllers of Jobs and JobSets, which decide about restarts when pods end or nodes die.
 
-As in Kubernetes, a pod of a dead node is `Terminating` and not replaced until it has failed, and an index waits longer
-after each pod that has failed, also after those that are not counted.
+As in Kubernetes, a pod of a dead node is `Terminating` and is not replaced until it has failed. The wait of an index
+grows after each failed pod, also after those that do not count as crashes.
 """
 
 import re
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from cluster import Manifest
 
-_FIRST_BACK_OFF_SECONDS, _LONGEST_BACK_OFF_SECONDS = 10, 600
+_FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 10, 600
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a Job is not done any more, as its condition says."""
+    """Why a Job has failed, as in its condition."""
 
     reason: str
     message: str
@@ -23,31 +23,37 @@ class Failed:
 
 @dataclass
 class JobController:
-    """Stands in for the controller of Jobs: hears how each pod ended, and says whether the Job has failed by that."""
+    """Stand-in for the Job controller: it is told how each pod ended, and decides whether the Job has failed."""
 
     job: Manifest
     failures: Counter[int] = field(default_factory=Counter)
-    """Pods that have failed and were counted, by completion index."""
+    """Number of failed pods that count as crashes, by completion index."""
     ignored: Counter[int] = field(default_factory=Counter)
-    """Pods that have failed and were not counted, by completion index."""
+    """Number of failed pods that do not count, by completion index."""
     terminating: set[int] = field(default_factory=set)
     """Indexes whose pod cannot end, because its node has died."""
 
     def pod_failed(self, index: int, exit_code: int | None, is_disrupted: bool = False) -> Failed | None:
-        """Of a pod that ended with a code other than 0, or with none; None: another one takes its place."""
+        """Record a failed pod; return why the Job has failed, or None if the pod is replaced.
+
+        Args:
+            index: completion index of the pod.
+            exit_code: a code other than 0, or None if the pod reported none.
+            is_disrupted: True if the pod's node was drained, removed or lost.
+        """
         spec = self.job["spec"]
         for number, rule in enumerate(spec["podFailurePolicy"]["rules"]):
-            why = self._match(rule, index, exit_code, is_disrupted)
-            if why and rule["action"] == "Ignore":
+            reason = self._match(rule, index, exit_code, is_disrupted)
+            if reason and rule["action"] == "Ignore":
                 self.ignored[index] += 1
                 return None
-            if why:
+            if reason:
                 assert rule["action"] == "FailJob", rule
-                return Failed("PodFailurePolicy", f"{why} matching FailJob rule at index {number}")
+                return Failed("PodFailurePolicy", f"{reason} matching FailJob rule at index {number}")
         self.failures[index] += 1
         if "backoffLimitPerIndex" in spec:
-            over = [one for one, times in self.failures.items() if times > spec["backoffLimitPerIndex"]]
-            if len(over) > spec["maxFailedIndexes"]:
+            failed = [failed for failed, times in self.failures.items() if times > spec["backoffLimitPerIndex"]]
+            if len(failed) > spec["maxFailedIndexes"]:
                 return Failed(
                     "MaxFailedIndexesExceeded", "Job has exceeded the specified maximal number of failed indexes"
                 )
@@ -64,45 +70,45 @@ class JobController:
         assert codes["operator"] == "In"
         if exit_code not in codes["values"]:
             return None
-        where = f"Container {codes['containerName']} for pod default/{name}-{index}-x7k2p"
-        return f"{where} failed with exit code {exit_code}"
+        container = f"Container {codes['containerName']} for pod default/{name}-{index}-x7k2p"
+        return f"{container} failed with exit code {exit_code}"
 
     def back_off_seconds(self, index: int) -> float:
-        """How long after its last pod has failed the index gets the next one."""
+        """Return the wait between the last failed pod of an index and its next pod."""
         failed = self.failures + self.ignored
         times = failed[index] if "backoffLimitPerIndex" in self.job["spec"] else failed.total()
-        return 0 if not times else min(_FIRST_BACK_OFF_SECONDS * 2 ** (times - 1), _LONGEST_BACK_OFF_SECONDS)
+        return 0 if not times else min(_FIRST_BACK_OFF_SECONDS * 2 ** (times - 1), _MAX_BACK_OFF_SECONDS)
 
-    # ---- A node that has died ----
+    # ---- Dead nodes ----
 
     def node_died(self, index: int) -> None:
-        """Five minutes later its pod has DisruptionTarget and is deleted, and nobody says that its container ended."""
+        """Record that a pod's node has died: its pod is being deleted, but nothing reports that its container ended."""
         assert self.job["spec"]["podReplacementPolicy"] == "Failed"
         self.terminating.add(index)
 
     def is_replaced(self, index: int) -> bool:
-        """Whether the index gets a new pod in place of the one that it had."""
+        """Return True if the index gets a new pod."""
         return index not in self.terminating
 
     def delete_by_force(self, index: int) -> None:
-        """Changes nothing: the pod has the Job's finalizer until it has failed, and it is still said to run."""
+        """Force-delete a pod. This changes nothing: the Job's finalizer keeps the pod until it has failed."""
 
     def node_is_out_of_service(self, index: int) -> Failed | None:
-        """The node has the taint, or its object is gone: the collector of pods declares the pod as failed."""
+        """Record that the node has the out-of-service taint or was deleted, so that its pod is marked as failed."""
         self.terminating.remove(index)
         return self.pod_failed(index, None, is_disrupted=True)
 
 
 @dataclass
 class JobSetController:
-    """Stands in for the controller of JobSets: hears how its Job failed, and says whether all of it starts anew."""
+    """Stand-in for the JobSet controller: it is told how its Job failed, and decides whether all pods restart."""
 
     jobset: Manifest
     restarts: int = 0
-    """That were counted."""
+    """Number of restarts that count."""
 
     def job_failed(self, failed: Failed) -> bool:
-        """True: all Jobs are created anew; False: the JobSet has failed."""
+        """Return True if all Jobs are created again, or False if the JobSet has failed."""
         policy = self.jobset["spec"]["failurePolicy"]
         action = next((rule["action"] for rule in policy["rules"] if self._matches(rule, failed)), "RestartJobSet")
         if action == "RestartJobSetAndIgnoreMaxRestarts":

@@ -1,4 +1,4 @@
-"""The oldest and the newest Kubernetes, and models of what they don't know: JobSet and Kubeflow Trainer."""
+"""Versions of Kubernetes' schemas to test with, and models for kinds that they lack (JobSet and Kubeflow Trainer)."""
 
 import kubernetes_validate
 from cluster import Manifest
@@ -11,13 +11,13 @@ MODELS = {
     "TrainJob": TrainerV1alpha1TrainJob,
     "TrainingRuntime": TrainerV1alpha1TrainingRuntime,
 }
-"""Kinds that Kubernetes' own schemas don't know."""
+"""Models of the kinds that Kubernetes' own schemas do not contain."""
 OLDEST, NEWEST = "1.29", kubernetes_validate.latest_version()
 
 
-def known(manifest: Manifest) -> Manifest:
-    """What is left of it when a model made from the published OpenAPI of its kind has read it."""
+def known_fields(manifest: Manifest) -> Manifest:
+    """Return the fields of the manifest that the published OpenAPI model of its kind knows."""
     model = MODELS[manifest["kind"]].from_dict(manifest)
     assert model is not None
-    left: Manifest = model.to_dict()
-    return left
+    fields: Manifest = model.to_dict()
+    return fields

@@ -1,7 +1,7 @@
-"""A stand-in for the controller of Kubeflow Trainer 2: the JobSet that it makes of a TrainJob and its TrainingRuntime.
+"""Stand-in for the controller of Kubeflow Trainer 2, which makes a JobSet from a TrainJob and its TrainingRuntime.
 
-It does what the plugins `torch` and `jobset` of the Trainer do, for the fields that our manifests use, and refuses a
-runtime as its webhook does.
+It does what the Trainer's plugins `torch` and `jobset` do, for the fields that our manifests use, and refuses the
+runtimes that the Trainer's webhook refuses.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ _ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 
 def jobset_of_trainjob(trainjob: Manifest, runtime: Manifest) -> Manifest:
-    """The JobSet, which has the TrainJob's name."""
+    """Return the JobSet that the Trainer makes. It has the TrainJob's name."""
     reference, name = trainjob["spec"]["runtimeRef"], trainjob["metadata"]["name"]
     assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
     spec = runtime["spec"]["template"]["spec"]
@@ -27,7 +27,7 @@ def jobset_of_trainjob(trainjob: Manifest, runtime: Manifest) -> Manifest:
     policy = runtime["spec"]["mlPolicy"]
     assert policy["torch"] == {}
     nodes = (trainer or {}).get("numNodes", policy.get("numNodes", 1))
-    if trainer is not None:  # without it there is no container whose environment it would set
+    if trainer is not None:  # Without a `trainer` the Trainer sets no environment.
         container = container | {"env": [*container["env"], *_environment(name, nodes, trainer, container)]}
     pod = job["template"]["spec"] | {"containers": [container]}
     job = job | {"parallelism": nodes, "completions": nodes, "template": job["template"] | {"spec": pod}}
@@ -41,10 +41,10 @@ def jobset_of_trainjob(trainjob: Manifest, runtime: Manifest) -> Manifest:
 
 
 def _environment(name: str, nodes: int, trainer: Manifest, container: Manifest) -> list[Manifest]:
-    """The variables for torchrun."""
+    """Return the environment variables for torchrun, as a container's `env`."""
     processes = str(trainer.get("numProcPerNode", "auto"))
     resources = container["resources"]
-    gpus = sum(count for what, count in resources["limits"].items() if "gpu" in what)
+    gpus = sum(count for resource, count in resources["limits"].items() if "gpu" in resource)
     if processes == "auto" and not gpus:
         processes = str(max(1, int(resources["requests"]["cpu"])))
     rank = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
