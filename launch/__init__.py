@@ -1,1 +1,1 @@
-"""How a run is started on each place, and the tools for it."""
+"""Launch specs for each place (Slurm, Kubernetes, SwanLab, SkyPilot, Docker Compose, Kaggle, Colab) and their tools."""

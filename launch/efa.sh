@@ -1,10 +1,14 @@
 #!/bin/sh
-# Installs Amazon's EFA into an image that is being built: efa.sh VERSION; without a version it does nothing.
+# Install Amazon's EFA support while the image is built. The Dockerfile calls this script.
 #
-# Its installer brings libfabric and the plugin by which NCCL uses it (aws-ofi-nccl), and needs Ubuntu. It was never run
-# in a test of this project, only its absence: compare its line of `python -m job check` with what NCCL_DEBUG=INFO says.
+#   Usage   sh efa.sh VERSION     (with an empty VERSION it does nothing)
 #
-#   EFA_FROM   where the installer lies   https://efa-installer.amazonaws.com
+#   Variable   Meaning                       Default
+#   EFA_FROM   address of the installer      https://efa-installer.amazonaws.com
+#
+# The installer needs Ubuntu. It installs libfabric and the plugin with which NCCL uses it (aws-ofi-nccl). The tests of
+# this project cover only an image without EFA. With EFA, compare the line of `python -m job check` with the output of
+# NCCL_DEBUG=INFO.
 set -eu
 
 version=${1:-}
@@ -27,14 +31,14 @@ import shutil, sys, urllib.request
 with urllib.request.urlopen(sys.argv[1], timeout=60) as answer, open(sys.argv[2], "wb") as file:
     shutil.copyfileobj(answer, file)
 END
-    die "$from cannot be fetched ($(tail -n 1 "$folder/why")): correct the version, or build where it can be reached"
-tar -xzf "$folder/installer.tar.gz" -C "$folder" || die "$from is no archive"
-apt-get update || die "apt gives no lists of packages, which the installer needs"
-# The kernel's module and its limits are the host's; what it would verify is the hardware.
+    die "$from cannot be fetched ($(tail -n 1 "$folder/why")): correct the version, or build on a machine that reaches it"
+tar -xzf "$folder/installer.tar.gz" -C "$folder" || die "$from is not a tar.gz archive: correct the version"
+apt-get update || die "apt cannot read the package lists that the installer needs, see above: try another --build-arg=APT_MIRROR=URL"
+# The host provides the kernel module and the limits, and the check would need the hardware.
 (cd "$folder/aws-efa-installer" && ./efa_installer.sh --yes --skip-kmod --skip-limit-conf --no-verify) ||
-    die "the installer $version does not install on this base, see above"
+    die "the installer $version fails on this base image, see above: try another version"
 plugin=$(find /opt/amazon -name 'libnccl-net*.so' -print | head -n 1)
-[ -n "$plugin" ] || die "the installer $version brings no plugin for NCCL: take a newer one"
+[ -n "$plugin" ] || die "the installer $version contains no NCCL plugin: use a newer version"
 dirname "$plugin" >/etc/ld.so.conf.d/efa-nccl.conf
 ldconfig
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*

@@ -1,5 +1,7 @@
 #!/bin/sh
-# Tokenizer, shards and three steps of training on a CPU, on the bundled sample, in a folder that is removed: what a build ends with.
+# Smoke test at the end of the image build: make a tokenizer and shards from the bundled sample and train three steps.
+#
+#   Usage   sh launch/smoke.sh     (in the image, or in a folder with `job` and `configs`; it deletes its files)
 set -eu
 
 folder=$(mktemp -d)

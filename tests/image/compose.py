@@ -1,8 +1,8 @@
-"""launch/compose.yaml on the stand-in engine, by the real Docker Compose, each time as a project of its own.
+"""Run launch/compose.yaml with the real Docker Compose on the stand-in engine, each time as a separate project.
 
-A local image with the S3 server of the package index stands under the name of SeaweedFS's own: the same release of the
-same program, with busybox, as Alpine has it, from which theirs is made. Of their entrypoint it has the one branch that
-is taken. No network of Docker's is made: the store has its loopback device alone, which the job joins as elsewhere.
+A local image replaces SeaweedFS's image: it contains the same release of the program from the package index, busybox
+(which Alpine, the base of the real image, also has), and the used branch of the real entrypoint. No Docker network is
+created: the store has only its loopback device, which the job shares as in the real setup.
 """
 
 import json
@@ -28,18 +28,18 @@ _APPLETS = ("sh", "wget")
 
 
 def header() -> dict[str, str]:
-    """The commands of the file's header, by what stands before them."""
+    """Return the commands in the header of launch/compose.yaml by their label, such as Apply."""
     text = re.sub(r"\\\n# +", " ", SPEC.read_text(encoding="utf-8"))
     return dict(re.findall(r"^#   (\w[\w ]*?)  +(\S.*?)(?:   .*)?$", text, re.MULTILINE))
 
 
 class Project:
-    """A copy of the file in a folder like the repository, with configs/ of its own, under a name that nobody has."""
+    """A copy of launch/compose.yaml with its own configs/ folder and a unique project name."""
 
     def __init__(self, folder: Path, docker: Engine, image: str) -> None:
         self.folder, self.docker = folder, docker
         self.name = f"wikillm-{secrets.token_hex(4)}"
-        # Of its own, since Compose makes a container anew when its image's name means another image.
+        # Each project has its own image name: Compose recreates containers when their image name means another image.
         self._image = f"{self.name}:tried"
         docker("tag", image, self._image)
         self.configs = folder / "configs"
@@ -52,27 +52,27 @@ class Project:
         changes = {
             "store": "network_mode: none",
             "prepare": f"image: {self._image}",
-            # There is no GPU here.
+            # This machine has no GPU.
             "train": f"image: {self._image}\n    deploy: !reset null",
         }
         services = "".join(f"  {service}:\n    {change}\n" for service, change in changes.items())
         (folder / "launch" / "here.yaml").write_text(f"services:\n{services}", encoding="utf-8")
         files = ["--file=launch/compose.yaml", "--file=launch/here.yaml", f"--project-name={self.name}"]
-        # In place of the words `docker compose -f launch/compose.yaml`.
+        # A shell function that replaces the words `docker compose -f launch/compose.yaml`.
         self._docker = f'docker() {{ shift 3; command {shlex.join([str(COMPOSE), *files])} "$@"; }}'
 
     def remove(self) -> None:
-        """Removes all that was made."""
-        if (self.folder / "launch" / ".env").exists():  # without it, nothing starts
+        """Remove all containers, volumes and images of the project."""
+        if (self.folder / "launch" / ".env").exists():  # Without this file nothing was started.
             self("down", "--volumes", "--timeout=0")
         self.docker("image", "rm", self._image)
 
     def __call__(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs `docker compose` with both files."""
+        """Run `docker compose` with both files."""
         return self.shell(shlex.join(["docker", "compose", "-f", "launch/compose.yaml", *words]), check)
 
     def shell(self, command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs a command of the header as it stands there, but for this project and with what is different here."""
+        """Run a command of the header unchanged, but for this project and with the changes for this machine."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", f"{self._docker}\n{command}"],
             cwd=self.folder,
@@ -88,7 +88,7 @@ class Project:
 
     @contextmanager
     def following(self, command: str) -> Iterator[IO[str]]:
-        """What a command of the header prints, while it runs; at the end of the block it is ended."""
+        """Start a command of the header and give its output; the command is killed at the end of the block."""
         with subprocess.Popen(
             ["bash", "-euc", f"{self._docker.replace('command', 'exec')}\n{command}"],
             cwd=self.folder,
@@ -104,7 +104,7 @@ class Project:
                 process.kill()
 
     def state(self, service: str) -> dict[str, Any]:
-        """What the engine says of a service's container."""
+        """Return the engine's description of a service's container."""
         container = self("ps", "--all", "--quiet", service).stdout.strip()
         state: dict[str, Any] = json.loads(self.docker("inspect", container).stdout)[0]
         return state

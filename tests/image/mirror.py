@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that stands for a mirror, and remembers what it was asked for."""
+"""Stand-in for a package mirror: an HTTP server on this machine that records the requested paths."""
 
 import subprocess
 import threading
@@ -8,20 +8,20 @@ from urllib.parse import urlsplit
 
 
 class Mirror:
-    """The server, inside the block, on a port that the kernel gives it.
+    """The server, running inside a `with` block on a free port.
 
     Args:
-        archive: where what is asked for is found, as ``http://deb.debian.org``; None: nothing is.
+        archive: address to which requests are redirected, such as ``http://deb.debian.org``; None: answer with 404.
     """
 
     def __init__(self, archive: str | None) -> None:
-        self.asked: list[str] = []
-        """The paths, in their order."""
-        asked = self.asked
+        self.requested: list[str] = []
+        """Paths of the requests so far."""
+        requested = self.requested
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                asked.append(self.path)
+                requested.append(self.path)
                 self.send_response(404 if archive is None else 302)
                 if archive is not None:
                     self.send_header("Location", f"{archive}{self.path}")
@@ -36,7 +36,7 @@ class Mirror:
 
     @staticmethod
     def of_debian() -> "Mirror":
-        """Sends on to the archive that this machine's apt uses, so all its files are there, under other addresses."""
+        """Return a mirror that redirects to the archive which this machine's apt uses."""
         targets = ["apt-get", "indextargets", "--format=$(REPO_URI)", "Created-By: Packages", "Component: main"]
         lines = subprocess.run(targets, capture_output=True, text=True, check=True).stdout.splitlines()
         archive = urlsplit(next(line for line in lines if line.rstrip("/").endswith("/debian")))

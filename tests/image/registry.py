@@ -1,4 +1,4 @@
-"""A real container registry (Debian's docker-registry) on this machine, with nothing in it."""
+"""A real, empty container registry (Debian's docker-registry) on this machine."""
 
 import json
 import re
@@ -15,7 +15,7 @@ _MANIFESTS = "application/vnd.docker.distribution.manifest.v2+json, application/
 
 
 class Registry:
-    """The server, inside the block, on a port that the kernel gives it."""
+    """The server, running inside a `with` block on a free port."""
 
     def __init__(self, folder: Path) -> None:
         install("docker-registry")
@@ -35,12 +35,12 @@ class Registry:
                 ["docker-registry", "serve", self._settings], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         deadline = time.monotonic() + _START_SECONDS
-        while (found := re.search(r"listening on (127\.0\.0\.1:\d+)", self._log.read_text())) is None:
+        while (match := re.search(r"listening on (127\.0\.0\.1:\d+)", self._log.read_text())) is None:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._process.kill()
                 raise RuntimeError(f"docker-registry did not start:\n{self._log.read_text()}")
             time.sleep(0.05)
-        self.address = found[1]
+        self.address = match[1]
         return self
 
     def __exit__(
@@ -50,9 +50,9 @@ class Registry:
         self._process.wait()
 
     def digest(self, name: str, tag: str) -> str:
-        """What the registry itself says that the tag stands for."""
+        """Return the digest to which the registry resolves the tag."""
         url = f"http://{self.address}/v2/{name}/manifests/{tag}"
         with urllib.request.urlopen(
             urllib.request.Request(url, method="HEAD", headers={"Accept": _MANIFESTS})
-        ) as found:
-            return found.headers["Docker-Content-Digest"]
+        ) as answer:
+            return answer.headers["Docker-Content-Digest"]

@@ -1,11 +1,11 @@
-"""A container engine and the image, on a bare Debian that reaches no registry.
+"""Start a container engine and build the image on a bare Debian machine that reaches no registry.
 
-A Debian made by debootstrap stands under the name of the image's base, and the build of torch that this machine's pip
-finds stands for CUDA's, if it is another one. All else is real: the Dockerfile, `make build`, the locked hashes.
-What has been made is kept in one folder, and the next start takes seconds.
+A Debian made by debootstrap replaces the base image, and the torch build that this machine's pip finds replaces the
+CUDA build if it differs. Everything else is real: the Dockerfile, `make build` and the locked hashes. All results are
+kept in one folder, so that the next start takes seconds.
 
-    python -m tests.image.stand_in image          builds, and prints the image's name
-    python -m tests.image.stand_in rootfs DIR     puts the image's files into a folder, for what runs without an engine
+    python -m tests.image.stand_in image          build the image and print its name
+    python -m tests.image.stand_in rootfs DIR     write the image's files into a folder, for runs without an engine
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from typing import IO
 REPOSITORY = Path(__file__).parent.parent.parent
 FOLDER = Path(os.environ.get("WIKILLM_STAND_IN", "/var/tmp/wikillm-stand-in"))
 SECRET = "this line reaches no layer of the image"
-"""Stands in the certificate bundle that a build gets as a secret."""
+"""Line in the certificate bundle that a build gets as a secret."""
 _REFERENCE = {"REGISTRY": "stand-in.invalid", "IMAGE": "wikillm", "TAG": "local"}
 _WHEELS = "stand-in.invalid/wheels"
 _START_SECONDS = 60
@@ -33,13 +33,13 @@ _STOP_SECONDS = 30
 
 
 class Engine:
-    """The Docker command on a daemon of ours; called with words, it runs them and must succeed."""
+    """The Docker client for our own daemon. Calling it runs a docker command, which must succeed unless check=False."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.host = f"unix://{folder / 'docker.sock'}"
         self.command = ["/usr/bin/docker", "--host", self.host]
-        # The machine's own Docker client, if any, may be one without BuildKit.
+        # Another Docker client on this machine may lack BuildKit.
         self.environment = {"DOCKER_HOST": self.host, "ENGINE": self.command[0]}
 
     def __call__(
@@ -53,7 +53,7 @@ class Engine:
         return done
 
     def make(self, target: str, **variables: str) -> str:
-        """What a target of the image's prints on standard output, on this engine."""
+        """Run a command of launch/image.sh on this engine and return its standard output."""
         return subprocess.run(
             [REPOSITORY / "launch/image.sh", target],
             env=os.environ | self.environment | {"ALLOW_DIRTY": "1"} | variables,
@@ -66,19 +66,19 @@ class Engine:
 
 @contextmanager
 def engine(folder: Path = FOLDER) -> Iterator[Engine]:
-    """A Docker daemon on a folder of its own, shared by all who hold it; the last one stops it."""
+    """Give a Docker daemon with its own folder. All users of the folder share it, and the last one stops it."""
     install("docker.io", "debootstrap")
     folder.mkdir(parents=True, exist_ok=True)
     docker = Engine(folder)
     with (folder / "users").open("w") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
         try:
-            with _alone(folder / "start"):
+            with _locked(folder / "start"):
                 if docker("version", check=False).returncode:
                     _start(docker)
             yield docker
         finally:
-            with _alone(folder / "start"):
+            with _locked(folder / "start"):
                 try:
                     fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -88,13 +88,13 @@ def engine(folder: Path = FOLDER) -> Iterator[Engine]:
 
 
 def build_image(docker: Engine, **variables: str) -> str:
-    """Builds the image as `make build` does, and returns its name; without a change that takes seconds.
+    """Build the image as `make build` does and return its name. Without changes this takes seconds.
 
     Args:
-        variables: those of launch/image.sh.
+        variables: variables of launch/image.sh.
     """
     base = import_base(docker)
-    with _alone(docker.folder / "build"):
+    with _locked(docker.folder / "build"):
         wheels = _import_wheels(docker)
         bundle = _certificates(docker.folder / "certificates.pem")
         variables = {
@@ -109,8 +109,8 @@ def build_image(docker: Engine, **variables: str) -> str:
 
 
 def import_base(docker: Engine) -> str:
-    """The name of the image's base, under which a Debian stands from now on."""
-    with _alone(docker.folder / "build"):
+    """Create the stand-in for the base image if needed, and return the base's name."""
+    with _locked(docker.folder / "build"):
         base, _, _ = _build_argument("BASE_IMAGE").partition("@")
         if docker("image", "inspect", base, check=False).returncode:
             _import_base(docker, base)
@@ -118,7 +118,7 @@ def import_base(docker: Engine) -> str:
 
 
 def export_rootfs(folder: Path) -> Path:
-    """The image's files in a folder, which is made, or made anew if it holds those of another image."""
+    """Write the image's files into a folder, unless it has the files of this image already; return the folder."""
     written = folder.with_name(f"{folder.name}.image-id")
     with engine() as docker:
         image = build_image(docker)
@@ -140,7 +140,12 @@ def export_rootfs(folder: Path) -> Path:
 
 
 def install(*packages: str) -> None:
-    """Debian's packages, those that are missing; none of their services is started."""
+    """Install missing Debian packages without starting their services."""
+    with _locked(Path("/var/lock/wikillm-apt")):  # apt's own lock timeout does not cover `update`.
+        _install(*packages)
+
+
+def _install(*packages: str) -> None:
     query = ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *packages]
     present = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     missing = [package for package in packages if f"{package} installed" not in present]
@@ -160,7 +165,7 @@ def install(*packages: str) -> None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -170,7 +175,7 @@ def _start(docker: Engine) -> None:
     folder = docker.folder
     command = ["/usr/sbin/dockerd", f"--host={docker.host}", f"--pidfile={folder / 'dockerd.pid'}"]
     command += [f"--data-root={folder / 'data'}", f"--exec-root={folder / 'exec'}", "--storage-driver=overlay2"]
-    # It changes nothing of the machine's network, so containers use that of the machine.
+    # The daemon does not change the machine's network, so containers use the machine's network.
     command += ["--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none"]
     (folder / "dockerd.pid").unlink(missing_ok=True)
     with (folder / "dockerd.log").open("wb") as log:
@@ -184,7 +189,7 @@ def _start(docker: Engine) -> None:
 
 
 def _stop(folder: Path) -> None:
-    """Ends the daemon by its id, and with it containerd and what containers there are; nothing stays mounted."""
+    """Stop the daemon by its process id, with containerd and all containers, and unmount everything in the folder."""
     if not (folder / "dockerd.pid").exists():
         return
     pid = int((folder / "dockerd.pid").read_text())
@@ -192,7 +197,7 @@ def _stop(folder: Path) -> None:
     deadline = time.monotonic() + _STOP_SECONDS
     while (folder / "dockerd.pid").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    # A child of this process stays until it is collected; of another process, it does not concern us.
+    # If the daemon is a child of this process, collect its exit status. Otherwise its parent does.
     with suppress(ChildProcessError):
         os.waitpid(pid, 0)
     mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
@@ -202,13 +207,13 @@ def _stop(folder: Path) -> None:
 
 
 def _build_argument(name: str) -> str:
-    found = re.search(rf"^ARG {name}=(\S+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
-    assert found is not None, f"the Dockerfile has no ARG {name} with a default"
-    return found[1]
+    match = re.search(rf"^ARG {name}=(\S+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
+    assert match is not None, f"the Dockerfile has no ARG {name} with a default"
+    return match[1]
 
 
 def _import_base(docker: Engine, name: str) -> None:
-    """A minimal Debian of this machine's release, from the mirror that its apt uses."""
+    """Import a minimal Debian of this machine's release, from the mirror that its apt uses."""
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     targets = ["apt-get", "indextargets", "--format=$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"]
     lines = subprocess.run(targets, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -218,14 +223,14 @@ def _import_base(docker: Engine, name: str) -> None:
     shutil.rmtree(root, ignore_errors=True)
     words = ["--variant=minbase", "--include=ca-certificates", codename, str(root), mirror]
     subprocess.run(["debootstrap", *words], stdout=subprocess.DEVNULL, check=True)
-    for needless in (root / "var/cache/apt/archives").glob("*.deb"):
-        needless.unlink()
+    for package in (root / "var/cache/apt/archives").glob("*.deb"):
+        package.unlink()
     _import(docker, root, name)
     shutil.rmtree(root)
 
 
 def _import_wheels(docker: Engine) -> str:
-    """An image that holds the lock for this machine's build of torch, and that wheel where no index has it."""
+    """Create an image with the lock file for this machine's torch build, and its wheel if no index has it."""
     lock = (REPOSITORY / "requirements-image.lock").read_text()
     wheel = _torch_wheel(docker.folder / "wheels", lock)
     root = docker.folder / "wheels-root"
@@ -243,18 +248,18 @@ def _import_wheels(docker: Engine) -> str:
 
 
 def _torch_wheel(folder: Path, lock: str) -> Path:
-    """The wheel of torch that pip finds here for the locked version: CUDA's from the index, or one for CPUs."""
+    """Return the torch wheel that pip finds here for the locked version: the CUDA build or a CPU build."""
     version = re.search(r"^torch==(\S+)", lock, re.MULTILINE)
     assert version is not None
-    beginning = f"torch-{version[1]}[+-]*.whl"
-    if not list(folder.glob(beginning)):
+    pattern = f"torch-{version[1]}[+-]*.whl"
+    if not list(folder.glob(pattern)):
         download = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), f"torch=={version[1]}"]
         subprocess.run([sys.executable, *download], check=True)
-    return next(folder.glob(beginning))
+    return next(folder.glob(pattern))
 
 
 def _for_cpu(lock: str, wheel: Path) -> str:
-    """The lock without CUDA's packages and with the one hash of this wheel; every other line stays."""
+    """Return the lock file without the CUDA packages, and with only this wheel's hash for torch."""
     kept = []
     for block in re.findall(r"^\S.*\n(?:[ \t]+.*\n)*", lock, re.MULTILINE):
         if block.startswith("torch=="):
@@ -272,7 +277,7 @@ def _import(docker: Engine, root: Path, name: str) -> None:
 
 
 def _certificates(path: Path) -> Path:
-    """What this machine trusts, with a line by which the bundle is known wherever it turns up."""
+    """Write this machine's certificates with the line SECRET, by which the tests recognize the bundle."""
     own = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
     path.write_text(f"{own.read_text()}\n# {SECRET}\n")
     return path

