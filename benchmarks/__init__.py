@@ -1,1 +1,1 @@
-"""Measurements: each prints its table, and README.md keeps what was seen."""
+"""Benchmarks: each module prints a table; README.md keeps the results."""

@@ -1,37 +1,31 @@
-"""How much memory the loss takes, forward and backward: the plain loss, and the chunked one.
+"""Measure the memory of the plain loss and of the chunked loss, forward and backward.
 
     python -m benchmarks.loss_memory
 
-Each case runs in a process of its own; its memory is the high-water mark of that process's resident set, less the mark
-before the loss (interpreter, torch and the loss's inputs): what remains are temporaries and gradients. The plain case
-takes about 8 GB.
+Each case runs in its own process. Its memory is the peak resident memory of that process minus the peak before the loss
+(interpreter, torch and the inputs of the loss), so it counts temporary tensors and gradients. The plain loss takes
+about 8 GB.
 """
 
 import argparse
 import datetime
-import resource
 import subprocess
 import sys
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.machine import cpu_name
+from benchmarks.machine import cpu_name, peak_bytes
 from job.model.loss import default_chunk_tokens, linear_cross_entropy
 
 VOCAB_SIZE, HIDDEN_SIZE = 151_936, 512
 CASES = [("plain", 4_096), ("chunked", 4_096), ("chunked", 16_384)]
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def measure(loss_name: str, tokens: int) -> None:
-    """One case, in this process: prints the bytes above the baseline."""
+    """Run one case in this process and print the bytes of memory that it added to the peak."""
     hidden = torch.randn(tokens, HIDDEN_SIZE, requires_grad=True)
-    # In place: a temporary here would raise the mark, and hide as much of what the loss takes.
+    # Multiply in place: a temporary tensor here would raise the peak and so hide memory of the loss.
     weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE).mul_(0.02).requires_grad_()
     labels = torch.randint(VOCAB_SIZE, (tokens,))
     baseline_bytes = peak_bytes()
@@ -43,13 +37,13 @@ def measure(loss_name: str, tokens: int) -> None:
 
 
 def report() -> None:
-    """The table of all cases."""
+    """Measure all cases and print the table."""
     print(
         f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads, {datetime.date.today()}: "
         f"vocabulary {VOCAB_SIZE:,}, hidden size {HIDDEN_SIZE}, fp32, forward and backward; chunks of "
         f"{default_chunk_tokens(VOCAB_SIZE, torch.device('cpu'))} tokens\n"
     )
-    print("| loss | tokens | peak memory beyond its inputs |\n|---|---|---|")
+    print("| loss | tokens | peak memory in addition to its inputs |\n|---|---|---|")
     for loss_name, tokens in CASES:
         command = [sys.executable, "-m", "benchmarks.loss_memory", "--case", loss_name, str(tokens)]
         taken_bytes = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

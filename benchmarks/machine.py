@@ -1,23 +1,23 @@
-"""What is measured on, and how much of its memory a process takes; needs nothing but Linux."""
+"""Read the name of this machine's CPU and the memory of a process from Linux's /proc."""
 
 from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The processor's, as it calls itself."""
+    """Return the model name of the CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "a CPU")
 
 
 def memory_bytes(line: str, pid: int | str = "self") -> int:
-    """What the kernel says of a process' memory: ``VmRSS``, resident now, or ``VmHWM``, the most it ever had resident.
+    """Return the memory of a process in bytes: ``VmRSS`` is its resident memory now, ``VmHWM`` the peak.
 
-    ``ru_maxrss`` starts at the parent's peak, and does not do.
+    ``ru_maxrss`` cannot replace it, because in a child process it starts at the peak of the parent.
     """
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(1024 * int(one.split()[1]) for one in status.splitlines() if one.startswith(f"{line}:"))
+    return next(1024 * int(row.split()[1]) for row in status.splitlines() if row.startswith(f"{line}:"))
 
 
 def peak_bytes(pid: int | str = "self") -> int:
-    """The most memory that a process ever had resident."""
+    """Return the peak resident memory of a process in bytes."""
     return memory_bytes("VmHWM", pid)

@@ -1,12 +1,12 @@
-"""What a second process costs: the steps of ZeRO-2 and DDP against one process and plain PyTorch, and where they go.
+"""Measure the cost of a second process: steps of ZeRO-2 and DDP compared with one process and with plain PyTorch.
 
     python -m benchmarks.ranks [--micro-batches 1] [--rounds 3]
 
-The same model, global batch and AdamW for all, one thread for each process, fp32 on the CPU; the cases take turns, each
-in fresh processes. A step's time is that of the slowest rank; CPU time, of all threads and ranks together, says what it
-costs on a machine that others use too. Two processes that exchange nothing, with half the batch each, show what the
-machine gives to two: what is beyond that is the exchange and its bookkeeping. Where it goes is told by cProfile on the
-first rank, on steps of their own, for it slows Python down.
+All cases use the same model, global batch and AdamW, one thread per process, and fp32 on the CPU. They take turns, each
+time in new processes. The time of a step is that of the slowest rank. CPU time is the sum over all threads and ranks;
+it shows the cost of a step even if other work runs on the machine. Two processes that exchange nothing, with half the
+batch each, show how fast two processes can be on this machine: the time beyond that is the exchange and its
+bookkeeping. cProfile on rank 0 shows where the time goes. It profiles additional steps, because it slows Python down.
 """
 
 import argparse
@@ -35,7 +35,10 @@ CASES: dict[str, tuple[str, int]] = {
     "ddp, 2 processes": ("ddp", 2),
     "zero2, 2 processes": ("zero2", 2),
 }
-"""How a case is called, what it runs, and in how many processes; it is compared with the first of as many."""
+"""For each case, by name: its implementation and its number of processes.
+
+A case is compared with the first case that has the same number of processes.
+"""
 PLACES = ("model", "backward", "exchange", "gradient norm", "AdamW", "DeepSpeed", "accelerate", "other")
 
 
@@ -43,13 +46,13 @@ PLACES = ("model", "backward", "exchange", "gradient norm", "AdamW", "DeepSpeed"
 
 
 def work(way: str, sizes: Mapping[str, int]) -> None:
-    """Measures; the first process prints seconds of each step, and of a step by place, as JSON."""
+    """Measure the steps in this process; rank 0 prints the seconds of each step, and by place in a step, as JSON."""
     import torch
     import torch.distributed as dist
 
     from job.launcher.processes import leave
     from job.log_setup import silence_libraries
-    from job.model.architecture import LanguageModel, build_model
+    from job.model.language_model import LanguageModel, build_model
     from job.model.spec import ModelSpec
 
     silence_libraries()
@@ -66,15 +69,17 @@ def work(way: str, sizes: Mapping[str, int]) -> None:
     random = torch.Generator().manual_seed(rank)
     shape = micro_batch_size, sizes["context"]
     tokens = [torch.randint(VOCAB_SIZE, shape, generator=random) for _ in range(sizes["micro_batches"])]
-    pairs, targets = [(one, one.roll(-1, 1)) for one in tokens], sizes["batch"] * sizes["context"]
+    pairs, targets = [(ids, ids.roll(-1, 1)) for ids in tokens], sizes["batch"] * sizes["context"]
     if way in ("plain", "torch-ddp"):
         dist.init_process_group("gloo")
         step = _plain_step(model, pairs, targets, is_ddp=way == "torch-ddp")
     else:
-        from job.training.engine import AdamW, Engine, Strategy, start_accelerator
+        from job.training.accelerator import Strategy, start_accelerator
+        from job.training.engine import Engine
+        from job.training.optimizer_settings import OptimizerSettings
 
         strategy = Strategy(way, "fp32", world_size, micro_batch_size, sizes["micro_batches"], 1.0)
-        engine = Engine(start_accelerator(strategy), model, strategy, AdamW(0.1, 0.9, 0.999, 1e-8))
+        engine = Engine(start_accelerator(strategy), model, strategy, OptimizerSettings("adamw", 0.1, 0.9, 0.999, 1e-8))
 
         def step() -> None:
             engine.step(pairs, targets, 1e-4)
@@ -85,9 +90,9 @@ def work(way: str, sizes: Mapping[str, int]) -> None:
         dist.barrier()
         profile.runcall(step)
     if rank == 0:
-        found = places(pstats.Stats(profile).stats)  # type: ignore[attr-defined]
+        profiled_seconds = places(pstats.Stats(profile).stats)  # type: ignore[attr-defined]
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        by_place = {name: spent / PROFILED_STEPS for name, spent in found.items()}
+        by_place = {name: seconds / PROFILED_STEPS for name, seconds in profiled_seconds.items()}
         seconds, cpu_seconds = zip(*measured, strict=True)
         times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
         print(json.dumps({"parameters": parameters, "places": by_place, **times}), flush=True)
@@ -96,7 +101,7 @@ def work(way: str, sizes: Mapping[str, int]) -> None:
 
 
 def _plain_step(model: Any, pairs: Any, targets: int, is_ddp: bool) -> Callable[[], None]:
-    """A step as one writes it by hand."""
+    """Return a step written in plain PyTorch, with its DDP if `is_ddp`."""
     import torch
     import torch.distributed as dist
 
@@ -120,7 +125,7 @@ def _plain_step(model: Any, pairs: Any, targets: int, is_ddp: bool) -> Callable[
 
 
 def _measured(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of a step on the rank that takes longest, and CPU seconds on all of them; they begin together."""
+    """Run a step on all ranks at once; return its seconds on the slowest rank and the CPU seconds of all ranks."""
     import torch
     import torch.distributed as dist
 
@@ -135,21 +140,21 @@ def _measured(step: Callable[[], None]) -> tuple[float, float]:
 
 
 def places(stats: Mapping[Any, Any]) -> Counter[str]:
-    """Seconds of a profile by place; what is not written in Python counts where it was called."""
-    found = Counter[str]()
+    """Return the seconds of a profile by place; a function not written in Python counts for its caller's file."""
+    totals = Counter[str]()
     for (file, _, name), (_, _, own_seconds, _, callers) in stats.items():
         if file == "~" and callers:
             for (calling_file, _, _), (_, _, seconds, _) in callers.items():
-                found[place(calling_file, name)] += seconds
+                totals[place(calling_file, name)] += seconds
         else:
-            found[place(file, name)] += own_seconds
-    return found
+            totals[place(file, name)] += own_seconds
+    return totals
 
 
 def place(file: str, name: str) -> str:
-    """Which of `PLACES` a function called from, or written in, `file` belongs to."""
-    of_name = {"c10d": "exchange", "run_backward": "backward", "_fused_adamw": "AdamW"}
-    of_file = {
+    """Return which of `PLACES` a function belongs to, by its name and by the file it is in or called from."""
+    by_name = {"c10d": "exchange", "run_backward": "backward", "_fused_adamw": "AdamW"}
+    by_file = {
         "/deepspeed/": "DeepSpeed",
         "/accelerate/": "accelerate",
         "/torch/nn/utils/": "gradient norm",
@@ -160,8 +165,8 @@ def place(file: str, name: str) -> str:
         "/job/model/": "model",
     }
     return next(
-        (where for part, where in of_name.items() if part in name),
-        next((where for part, where in of_file.items() if part in file), "other"),
+        (where for part, where in by_name.items() if part in name),
+        next((where for part, where in by_file.items() if part in file), "other"),
     )
 
 
@@ -169,7 +174,7 @@ def place(file: str, name: str) -> str:
 
 
 def measure(case: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What the first process of a case prints."""
+    """Run a case in new processes and return the measurements that rank 0 prints."""
     from job.config import Config
     from job.launcher.device import ON_CPU
     from job.launcher.supervisor import worker_environment
@@ -183,7 +188,7 @@ def measure(case: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def report(sizes: Mapping[str, int], rounds: int) -> None:
-    """Prints both tables."""
+    """Measure all cases in turns and print both tables."""
     import torch
 
     measured: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES}
@@ -191,7 +196,7 @@ def report(sizes: Mapping[str, int], rounds: int) -> None:
         for case, runs in measured.items():
             runs.append(measure(case, sizes))
     medians, used = (
-        {case: statistics.median(one for run in runs for one in run[key]) for case, runs in measured.items()}
+        {case: statistics.median(value for run in runs for value in run[key]) for case, runs in measured.items()}
         for key in ("seconds", "cpu_seconds")
     )
     firsts: dict[int, str] = {}
@@ -199,33 +204,33 @@ def report(sizes: Mapping[str, int], rounds: int) -> None:
         firsts.setdefault(processes, case)
     print(
         f"torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores, {datetime.date.today()}: "
-        f"{measured['plain PyTorch'][0]['parameters']:,} parameters, {sizes['batch']} x {sizes['context']} tokens a "
-        f"step, in {sizes['micro_batches']} micro-batches a process; medians of {rounds} x {sizes['steps']} steps\n"
+        f"{measured['plain PyTorch'][0]['parameters']:,} parameters, {sizes['batch']} x {sizes['context']} tokens per "
+        f"step, {sizes['micro_batches']} micro-batches per process; medians of {rounds} x {sizes['steps']} steps\n"
     )
-    print("| | a step | to plain PyTorch | CPU time of a step | beyond plain PyTorch |\n|---|---|---|---|---|")
+    print("| | step | ÷ plain PyTorch | CPU time per step | more than plain PyTorch |\n|---|---|---|---|---|")
     for case, (_, processes) in CASES.items():
         plain = firsts[processes]
         print(
             f"| {case} | {medians[case]:.3f} s | {medians[case] / medians[plain]:.2f} | {used[case]:.3f} s | "
             f"{used[case] - used[plain]:+.3f} s, {used[case] / used[plain] - 1:+.1%} |"
         )
-    print("\n| seconds of a step, profiled | " + " | ".join(PLACES) + " |\n|---|" + "---|" * len(PLACES))
+    print("\n| seconds per profiled step | " + " | ".join(PLACES) + " |\n|---|" + "---|" * len(PLACES))
     for case, runs in measured.items():
         cells = [statistics.median(run["places"].get(where, 0.0) for run in runs) for where in PLACES]
         print(f"| {case} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
 
 
 def main() -> None:
-    """Measures, or is one of the processes."""
+    """Print the tables, or do the work of one process if `--worker` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs=2, metavar=("WAY", "SIZES"), help="measure, as one of the processes")
+    parser.add_argument("--worker", nargs=2, metavar=("WAY", "SIZES"), help="run as one of the processes")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, over all processes")
-    parser.add_argument("--micro-batches", type=int, default=1, help="of each process: gradient accumulation")
-    parser.add_argument("--steps", type=int, default=6, help="measured in each process")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a step, over all processes")
+    parser.add_argument("--micro-batches", type=int, default=1, help="gradient accumulation steps")
+    parser.add_argument("--steps", type=int, default=6, help="steps to measure in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each case is run")
     arguments = vars(parser.parse_args())
     worker, rounds = arguments.pop("worker"), arguments.pop("rounds")
     if worker:

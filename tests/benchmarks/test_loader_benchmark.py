@@ -1,4 +1,4 @@
-"""The measurement of the data path: its line is as slow as it says, its sums are right, and it comes to its tables."""
+"""Tests of `benchmarks.loader`: its simulated link has the given speed, its sums are right, it prints its tables."""
 
 import socket
 import subprocess
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import loader
+from benchmarks.slow_link import LongLine
 
 pytestmark = pytest.mark.benchmarks
 
@@ -19,7 +20,7 @@ SMALL = "--shards 2 --shard-mib 1 --buffer-shards 1 --step-tokens 65536 --epochs
 
 @pytest.fixture
 def store() -> Iterator[str]:
-    """Answers everything with `CONTENT`."""
+    """URL of a server that answers every connection with `CONTENT`."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer() -> None:
@@ -38,18 +39,18 @@ def store() -> Iterator[str]:
 
 def ask(url: str) -> bytes:
     host, port = url.removeprefix("http://").split(":")
-    found = b""
+    answer = b""
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"please")
         while piece := connection.recv(2**16):
-            found += piece
-    return found
+            answer += piece
+    return answer
 
 
-def test_a_long_line_changes_nothing_and_is_no_faster_than_it_says(store: str) -> None:
-    with loader.LongLine(store, latency_seconds=0.1, bytes_per_second=8e6) as line:
+def test_simulated_link_keeps_content_and_has_its_speed(store: str) -> None:
+    with LongLine(store, latency_seconds=0.1, bytes_per_second=8e6) as link:
         answers: list[bytes] = []
-        askers = [threading.Thread(target=lambda: answers.append(ask(line.endpoint_url))) for _ in range(2)]
+        askers = [threading.Thread(target=lambda: answers.append(ask(link.endpoint_url))) for _ in range(2)]
         began = time.monotonic()
         for asker in askers:
             asker.start()
@@ -57,12 +58,12 @@ def test_a_long_line_changes_nothing_and_is_no_faster_than_it_says(store: str) -
             asker.join(30)
         taken_seconds = time.monotonic() - began
         assert answers == [CONTENT, CONTENT]
-        assert line.carried_bytes == 2 * len(CONTENT)
-    # Connecting and answering are late each, and both answers share the line.
+        assert link.carried_bytes == 2 * len(CONTENT)
+    # The connection and the answer are delayed by the latency each, and both answers share the link.
     assert taken_seconds >= 2 * 0.1 + 2 * len(CONTENT) / 8e6
 
 
-def test_a_step_waits_for_its_slowest_rank_and_the_first_batch_is_apart() -> None:
+def test_step_waits_for_its_slowest_rank() -> None:
     assert loader.slowest([[9.0, 1.0, 2.0], [8.0, 3.0, 1.0]]) == [3.0, 2.0]
     ready, late = [True, True, True], [False, False, True]
     seen = [
@@ -73,18 +74,18 @@ def test_a_step_waits_for_its_slowest_rank_and_the_first_batch_is_apart() -> Non
     assert loader.Watched(scene, seen, 0, 0).share("waited") == "5.00%, at most 0.300 s"
 
 
-def test_both_ways_to_cut_a_batch_are_measured(tmp_path) -> None:
+def test_both_ways_of_cutting_a_batch_are_measured(tmp_path) -> None:
     loader.write_data_set(f"{tmp_path}/data", 2, 40_000)
     for way in (("ours", 1), ("torch", 0)):
         measured = loader.cut(*way, f"{tmp_path}/data", f"{tmp_path}/cache", 8, 3)
         assert all(0 < seconds < 60 for seconds in measured.values())
 
 
-def test_it_comes_to_its_table() -> None:
+def test_benchmark_prints_its_table() -> None:
     command = [sys.executable, "-m", "benchmarks.loader", "waiting", *SMALL.split(), "--cache-buffers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    cells = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.count(" | ") == 1)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert finished.returncode == 0, finished.stderr
+    cells = dict(line.strip("| ").split(" | ") for line in finished.stdout.splitlines() if line.count(" | ") == 1)
     assert cells["steps"] == "4"
-    assert cells["shards fetched, of both ranks"] == "2"
-    assert cells["most disk taken"] == cells["`data.cache_bytes`"] == "2 MiB"
+    assert cells["shards downloaded by both ranks"] == "2"
+    assert cells["peak size of the cache on disk"] == cells["`data.cache_bytes`"] == "2 MiB"

@@ -1,4 +1,4 @@
-"""The measurements of `prepare` run to their tables, on text that is new and of the size asked for."""
+"""Tests of `benchmarks.prepare` and `benchmarks.identify`: the text has the requested size, and both print tables."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_corpus_has_the_bytes_asked_for_in_records_that_are_numbered(tmp_path: Path) -> None:
+def test_corpus_has_the_requested_bytes_in_numbered_records(tmp_path: Path) -> None:
     written = write_corpus(tmp_path / "corpus.jsonl", SAMPLE, 300_000)
     records = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum(len(record["text"].encode()) for record in records) == written
@@ -25,7 +25,7 @@ def test_a_corpus_has_the_bytes_asked_for_in_records_that_are_numbered(tmp_path:
     assert [record["id"] for record in records] == [str(number + 1) for number in range(len(records))]
 
 
-def test_articles_are_new_and_their_characters_those_of_the_corpus() -> None:
+def test_articles_are_new_with_the_characters_of_the_corpus() -> None:
     articles = new_articles(TEXTS, seed=1)
     made = [next(articles) for _ in range(200)]
     assert len(set(made)) == 200 and not set(made) & set(TEXTS)
@@ -37,7 +37,7 @@ def test_articles_are_new_and_their_characters_those_of_the_corpus() -> None:
     assert [next(again) for _ in range(200)] == made
 
 
-def test_the_memory_of_a_process_that_was_started_is_counted_after_its_end() -> None:
+def test_memory_of_an_ended_child_process_is_counted() -> None:
     peaks = Peaks()
     fill = "import sys; held = b'x' * 2**26; print(len(held), flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", fill], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -51,7 +51,7 @@ def test_the_memory_of_a_process_that_was_started_is_counted_after_its_end() -> 
 
 
 @pytest.mark.parametrize("only", [["compare", "scale"], ["memory"]])
-def test_it_runs_to_its_tables(only: list[str], tmp_path: Path) -> None:
+def test_benchmark_prints_its_tables(only: list[str], tmp_path: Path) -> None:
     train_tokenizer(TEXTS, 1000, tmp_path / "tokenizer")
     command = [sys.executable, "-m", "benchmarks.prepare", "--tokenizer", str(tmp_path / "tokenizer"), "--times", "1"]
     command += ["--megabytes", "0.3", "--processes", "1", "2", "--sizes", "0.0003", "--only", *only]
@@ -67,7 +67,7 @@ def test_it_runs_to_its_tables(only: list[str], tmp_path: Path) -> None:
         (one, two), (single, double) = rows[:2], rows[2:]
         for row in (one, two):
             assert abs(row[5] - row[4] / row[1]) < 0.2 + 0.02 * row[5]
-            assert row[2] < row[1]  # with the reading it takes longer
+            assert row[2] < row[1]  # Reading the JSON file takes time, so the rate with it is lower.
         assert (single[0], single[2], double[0]) == (1, 1, 2)
         assert abs(double[2] - double[1] / single[1]) < 0.1
 
