@@ -1,4 +1,4 @@
-"""Every command of both READMEs: run as it stands there, in a fresh shell, or excused by a reason beside it."""
+"""The commands of the READMEs and the docs: each is run unchanged in a fresh shell, or a comment says why it is not."""
 
 import ast
 import json
@@ -16,9 +16,10 @@ from job.data.prepare import Recipe, prepare
 from job.data.tokenizer import train_tokenizer
 from job.demo.walk import SAMPLE
 
-PAGES = ("README.md", "README.zh.md")
-COMMANDS = [block for block in blocks_of(PAGES[0]) if block.kind == "bash"]
+ENGLISH = ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*[!h].md")))]
+COMMANDS = [block for page in ENGLISH for block in blocks_of(page) if block.kind == "bash"]
 RUN_HERE = [block for block in COMMANDS if not block.needs and block.after is None]
+SLOW_SECONDS = 900
 MINE = """\
 run: {output: data/runs/mine}
 data: {shards: data/shards, cache_dir: cache}
@@ -27,12 +28,12 @@ train: {context_length: 32, micro_batch_size: 2, global_batch_size: 8, warmup_st
 checkpoint: {every: 10}
 tracking: {mode: disabled}
 """
-"""What a reader has in configs/mine.yaml."""
+"""A reader's own configs/mine.yaml."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with a reader's own settings and a small data set."""
+    """A checkout with a reader's own settings file and a small data set."""
     folder = checkout(tmp_path_factory.mktemp("checkout"))
     (folder / "configs" / "mine.yaml").write_text(MINE)
     texts = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -42,10 +43,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_block_is_text_or_commands_that_run_or_are_excused(page: str) -> None:
+def chinese(page: str) -> str:
+    return f"{page.removesuffix('.md')}.zh.md"
+
+
+@pytest.mark.parametrize("page", [name for page in ENGLISH for name in (page, chinese(page))])
+def test_every_block_is_text_runs_or_has_a_reason_not_to(page: str) -> None:
     blocks = blocks_of(page)
-    assert {block.kind for block in blocks} == {"bash", "text"}
+    assert {block.kind for block in blocks} <= {"bash", "text"}
     for block in blocks:
         assert set(block.needs) <= REASONS.keys(), block.text
         assert block.after in (None, "demo")
@@ -53,47 +58,60 @@ def test_every_block_is_text_or_commands_that_run_or_are_excused(page: str) -> N
             assert not re.search(r"^(make|python|\.venv/|export|sbatch|kubectl)\b", block.text, re.M)
 
 
-def test_the_two_pages_have_the_same_commands_and_reasons() -> None:
-    english, chinese = (
-        [(block.commands, block.needs, block.after) for block in blocks_of(page) if block.kind == "bash"]
-        for page in PAGES
+@pytest.mark.parametrize("page", ENGLISH)
+def test_both_languages_have_the_same_commands_and_reasons(page: str) -> None:
+    in_english, in_chinese = (
+        [(block.commands, block.needs, block.after, block.is_slow) for block in blocks_of(name) if block.kind == "bash"]
+        for name in (page, chinese(page))
     )
-    assert english == chinese
+    assert in_english == in_chinese
 
 
-@pytest.mark.parametrize("block", RUN_HERE, ids=lambda block: block.text.split("\n")[0][:40])
-def test_a_block_runs_as_it_stands_in_a_fresh_shell(place: Path, block: Block) -> None:
+@pytest.mark.parametrize(
+    "block", [block for block in RUN_HERE if not block.is_slow], ids=lambda block: block.text.split("\n")[0][:40]
+)
+def test_block_runs_unchanged_in_a_fresh_shell(place: Path, block: Block) -> None:
     run_in_fresh_shell(block.text, place)
 
 
-def test_what_is_excused_is_shell_and_its_settings_exist(
+@pytest.mark.recovery
+@pytest.mark.timeout(SLOW_SECONDS)
+@pytest.mark.parametrize(
+    "block", [block for block in RUN_HERE if block.is_slow], ids=lambda block: block.text.split("\n")[0][:40]
+)
+def test_slow_block_runs_unchanged_in_an_empty_checkout(tmp_path: Path, block: Block) -> None:
+    printed = run_in_fresh_shell(block.text, checkout(tmp_path), SLOW_SECONDS)
+    assert "长城" in printed
+
+
+def test_blocks_not_run_are_valid_shell_with_known_settings(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    excused = [block for block in COMMANDS if block.needs]
-    for block in excused:
+    skipped = [block for block in COMMANDS if block.needs]
+    for block in skipped:
         assert subprocess.run(["bash", "-n"], input=block.text, text=True).returncode == 0, block.text
         lines = block.text.replace("\\\n", " ").splitlines()
-        for line in [one for one in lines if "-m job " in one]:
+        for line in [line for line in lines if "-m job " in line]:
             words = shlex.split(line.partition("-m job ")[2], comments=True)
             arguments = parse(words)
             settings.load(arguments.config_path, arguments.overrides)
-        for line in lines:  # a bare `python` is none without an active environment
+        for line in lines:  # A bare `python` works only in an active environment.
             assert not re.search(r"(^|\s)python3? ", line), line
     with capsys.disabled():
-        reasons = sorted({reason for block in excused for reason in block.needs})
-        counts = {reason: sum(reason in block.needs for block in excused) for reason in reasons}
-        said = "; ".join(f"{reason} ({counts[reason]}): {REASONS[reason]}" for reason in reasons)
-        print(f"\n{len(RUN_HERE)} blocks run, {len(excused)} are excused: {said}")
+        reasons = sorted({reason for block in skipped for reason in block.needs})
+        counts = {reason: sum(reason in block.needs for block in skipped) for reason in reasons}
+        listed = "; ".join(f"{reason} ({counts[reason]}): {REASONS[reason]}" for reason in reasons)
+        print(f"\n{len(RUN_HERE)} blocks run, {len(skipped)} blocks need something else: {listed}")
 
 
-def test_no_printed_command_needs_an_active_environment() -> None:
+def test_printed_commands_need_no_active_environment() -> None:
     for path in sorted([*(REPOSITORY / "job").rglob("*.py"), *(REPOSITORY / "launch").rglob("*.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings = {id(one.value) for one in ast.walk(tree) if isinstance(one, ast.Expr)}
-        for one in ast.walk(tree):
-            if isinstance(one, ast.Constant) and isinstance(one.value, str) and id(one) not in docstrings:
-                found = re.search(
-                    r"(^|`|: )python -m (job|launch)\b|(?<!-m )pip install|swanlab (sync|watch) -", one.value
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                bare_command = re.search(
+                    r"(^|`|: )python -m (job|launch)\b|(?<!-m )pip install|swanlab (sync|watch) -", node.value
                 )
-                assert found is None, f"{path}:{one.lineno}: {found}: use job.invocation"
+                assert bare_command is None, f"{path}:{node.lineno}: {bare_command}: use job.invocation"
