@@ -4,6 +4,7 @@ A variable meant for another program, such as ``ACCELERATE_GRADIENT_ACCUMULATION
 training. None of these variables reaches a worker, and the names of the removed ones are printed.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 
@@ -25,6 +26,8 @@ _TORCHRUN_PREFIX = "TORCHELASTIC_"
 another run."""
 _USED = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT", "PET_NPROC_PER_NODE")
 """Variables that `job.launcher.environment` has already used. They are removed too, but not reported."""
+_THREADS = "OMP_NUM_THREADS"
+"""OpenMP allows a list, such as ``4,2``, and a deployment file may set it to nothing. accelerate then fails."""
 
 
 def is_foreign(name: str, is_worker: bool = False) -> bool:
@@ -38,7 +41,7 @@ def is_foreign(name: str, is_worker: bool = False) -> bool:
 
 
 def without_foreign(environment: Mapping[str, str], is_worker: bool = False) -> dict[str, str]:
-    """Return `environment` without foreign variables, and print the names of those that have no effect.
+    """Return `environment` without foreign and unusable variables, and print those that have no effect.
 
     Args:
         environment: all variables.
@@ -48,4 +51,8 @@ def without_foreign(environment: Mapping[str, str], is_worker: bool = False) -> 
     unused = sorted(set(removed) - set(_USED))
     if unused:
         sys.stderr.write(f"environment variables ignored because settings decide this instead: {', '.join(unused)}\n")
+    threads = environment.get(_THREADS)
+    if threads is not None and not re.fullmatch("0*[1-9][0-9]*", threads):
+        sys.stderr.write(f"{_THREADS}: {threads!r}: expected a whole number from 1; it is ignored\n")
+        removed.append(_THREADS)
     return {name: value for name, value in environment.items() if name not in removed}

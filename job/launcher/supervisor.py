@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def _supervise(worker_job: WorkerJob, folder: Path, requests: signals.StopReques
     """Run the agent of this node until it exits, report why the workers ended, and return the exit code."""
     worker_job.write(folder)
     variables = without_foreign(os.environ)
-    variables |= worker_environment(worker_job.device, worker_job.workers_per_node, worker_job.config)
+    variables |= worker_environment(worker_job.device, worker_job.workers_per_node, worker_job.config, variables)
     variables |= {processes.FOLDER_VARIABLE: str(folder), processes.PARENT_VARIABLE: str(os.getpid())}
     agent = subprocess.Popen(
         [sys.executable, "-m", "job.launcher.agent"],
@@ -133,7 +134,9 @@ def world_size(config: Config, environment: Environment, device: Device) -> int:
     return environment.nodes * workers_per_node(config, environment, device)
 
 
-def worker_environment(device: Device, workers: int, config: Config) -> dict[str, str]:
+def worker_environment(
+    device: Device, workers: int, config: Config, given: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """Return variables that libraries in a worker read when they are imported, without those that the user has set.
 
     The choice of the device overrides the user's variables: on a CPU, no library may see a GPU.
@@ -142,6 +145,7 @@ def worker_environment(device: Device, workers: int, config: Config) -> dict[str
         device: device of the workers.
         workers: number of workers on this node.
         config: all settings.
+        given: variables that the user has set, as far as they can be used.
     """
     on_gpu = device.kind == "cuda"
     wanted = {"TOKENIZERS_PARALLELISM": "false", "DS_IGNORE_CUDA_DETECTION": "1"}
@@ -162,7 +166,7 @@ def worker_environment(device: Device, workers: int, config: Config) -> dict[str
             "OMP_NUM_THREADS": str(max(1, _cpus() // workers)),
         }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    unset = {name: value for name, value in wanted.items() if name not in os.environ}
+    unset = {name: value for name, value in wanted.items() if name not in given}
     return unset | {"PATH": path} | device.environment()
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import accelerate
 import pytest
 
+from job.config import Config
+from job.launcher.device import ON_CPU
 from job.launcher.foreign_environment import is_foreign, without_foreign
+from job.launcher.supervisor import worker_environment
 
 TORCHRUN = "torchrun sets it for each worker, or the agent for a single worker"
 UNUSED = "used by a part of accelerate that is never called: its launchers, other trackers"
@@ -20,7 +23,7 @@ ALLOWED = {
     **dict.fromkeys(("MLFLOW_EXPERIMENT_NAME", "MLFLOW_NESTED_RUN", "MLFLOW_RUN_ID", "MLFLOW_TAGS"), UNUSED),
     **dict.fromkeys(("PJRT_DEVICE", "DEEPSPEED_USE_HPU", "PT_HPU_LAZY_MODE", "PYTORCH_ENABLE_MPS_FALLBACK"), HARDWARE),
     **dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"), NETWORK),
-    "OMP_NUM_THREADS": "the launcher sets it, unless the user has set it",
+    "OMP_NUM_THREADS": "the launcher sets it, unless the user has set it to a number",
 }
 
 
@@ -68,3 +71,13 @@ def test_removed_variables_are_printed_unless_they_were_used(
     assert printed == f"environment variables ignored because settings decide this instead: {', '.join(names)}\n"
     without_foreign(kept)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("threads", ["", "4,2", "abc", "0", "-4", "²"])
+def test_unusable_number_of_threads_is_replaced_and_printed(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = without_foreign({"HOME": "/root", "OMP_NUM_THREADS": threads})
+    assert kept == {"HOME": "/root"}
+    printed = capsys.readouterr().err
+    assert printed == f"OMP_NUM_THREADS: {threads!r}: expected a whole number from 1; it is ignored\n"
+    assert int(worker_environment(ON_CPU, 1, Config(), kept)["OMP_NUM_THREADS"]) >= 1
+    assert "OMP_NUM_THREADS" not in worker_environment(ON_CPU, 1, Config(), {"OMP_NUM_THREADS": "3"})
