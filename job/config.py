@@ -57,6 +57,7 @@ __all__ = [
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 """Characters that break a line in YAML, or that YAML does not allow."""
 _WHOLE_NUMBER = "whole number"
+_EXAMPLE = "see configs/demo.yaml"
 _LEAST_LIKENESS_OF_OPTION = 0.8
 _LONGEST_REASON = 200
 """Characters of the reason why a value is wrong. The reason may repeat the value, which may be long."""
@@ -218,7 +219,7 @@ def as_yaml(value: Any) -> str:
         return f"{value // 2 ** (10 * power)}{('', 'KiB', 'MiB', 'GiB')[power]}"
     if isinstance(value, str):
         plain = yaml.safe_dump(str(value), allow_unicode=True, width=10**6).removesuffix("...\n").strip()
-        return plain if "\n" not in plain else _as_json(value)
+        return plain if "\n" not in plain and read_yaml(plain) == value else _as_json(value)
     return _as_json(value)
 
 
@@ -233,7 +234,7 @@ def _read_settings(path: str, named_by: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(named_by, path, f"expected sections with settings, found {type(tree).__name__}")
+        raise UserError(named_by, path, f"expected sections with settings, found {type(tree).__name__}", _EXAMPLE)
     return tree
 
 
@@ -244,7 +245,7 @@ def _unknown_keys(tree: dict[str, Any]) -> Iterator[UserError]:
         if name not in sections:
             yield _unknown_section(str(name), values, list(sections))
         elif not isinstance(values, dict | None):
-            yield UserError(name, values, "expected settings under it (key: value)", "see configs/demo.yaml")
+            yield UserError(name, values, "expected settings under it (key: value)", _EXAMPLE)
         else:
             known = sections[name].model_fields
             for key in [key for key in values or {} if key not in known]:

@@ -70,7 +70,7 @@ class StepRange(str):
         first, colon, last = text.partition(":")
         are_steps = colon and all(end.isdecimal() and len(end) <= _MOST_STEP_DIGITS for end in (first, last))
         if not are_steps or int(first) >= int(last):
-            raise ValueError('a step and a later one, such as 10:13 (in a file with quotes: "10:13")')
+            raise ValueError("a step and a later one, such as 10:13")
         return cls(text)
 
 

@@ -1,4 +1,8 @@
-"""Reads YAML that a person has written. Refuses duplicate keys, and files that would need too much memory."""
+"""Reads YAML that a person has written. Refuses duplicate keys, and files that would need too much memory.
+
+Values without quotes mean what YAML 1.2 says. PyYAML reads 1.1, which has surprises: ``010`` is 8, ``1:30`` is 90, and
+``on`` is true.
+"""
 
 import codecs
 import re
@@ -23,6 +27,20 @@ _FULL_WIDTH_COLON = re.compile(r"[ \t]*[A-Za-z_][\w.]*：", re.ASCII)
 _DOTTED_KEY = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 
 
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_VALUES = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+"""Type → pattern of the values without quotes that have it, and their first characters. All others are text."""
+
+
 class UniqueKeys(yaml.SafeLoader):
     """A safe YAML loader that refuses duplicate keys. PyYAML's own loader silently uses the last of them."""
 
@@ -30,6 +48,9 @@ class UniqueKeys(yaml.SafeLoader):
         """Return a mapping as a dict. Raises ConstructorError if a key occurs twice."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == f"{_TAG}merge":
+                problem = "merge keys (<<) are not read; write the settings out"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
@@ -41,13 +62,17 @@ class UniqueKeys(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Return a whole number. Raises ConstructorError if it is too long for Python to print."""
         with suppress(ValueError):  # Python reads at most 4,300 digits.
-            number: int = super().construct_yaml_int(node)
+            digits = node.value.replace("_", "")
+            number = int(digits, {"0x": 16, "0o": 8}.get(digits[:2], 10))
             if number.bit_length() <= _LONGEST_NUMBER_BITS:
                 return number
         raise yaml.constructor.ConstructorError(None, None, "a number of thousands of digits", node.start_mark)
 
 
-UniqueKeys.add_constructor("tag:yaml.org,2002:int", UniqueKeys.construct_yaml_int)
+UniqueKeys.add_constructor(f"{_TAG}int", UniqueKeys.construct_yaml_int)
+UniqueKeys.yaml_implicit_resolvers = {}
+for _type, (_pattern, _first) in _PLAIN_VALUES.items():
+    UniqueKeys.add_implicit_resolver(f"{_TAG}{_type}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def read_yaml(text: str, loader_type: type[UniqueKeys] = UniqueKeys) -> Any:
@@ -146,7 +171,8 @@ def read_yaml_file(path: Path, setting: str, remedy: str, loader_type: type[Uniq
     except FileNotFoundError:
         raise UserError(setting, str(path), "no such file", remedy) from None
     except (OSError, ValueError) as error:
-        raise UserError(setting, str(path), f"cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(setting, str(path), f"cannot be read: {reason}", "name a file of settings") from None
     if len(content) > _LARGEST_FILE_BYTES:
         raise UserError(
             setting, str(path), f"is larger than {_LARGEST_FILE_BYTES // 2**20} MiB: not a file of settings"
