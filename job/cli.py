@@ -1,6 +1,5 @@
 """The command line: parses it, reads the settings, runs the command, and prints every user's mistake as one line."""
 
-import difflib
 import importlib
 import os
 import shlex
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from job import config as settings
+from job import console, suggestions
 from job.config import Config
 from job.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, NoProgress, UserError, disk_error
 from job.invocation import python, suggesting_config
@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     try:
         arguments = parse(argv)
+        if arguments.wants_help or arguments.wants_config:
+            console.let_reader_leave()
         if arguments.wants_help:
             _print_help(arguments.command)
             return EXIT_DONE
@@ -130,9 +132,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     has_command = bool(argv) and not argv[0].startswith("--")
     arguments = Arguments(argv[0] if has_command else "train", is_bare=not argv)
     if arguments.command not in COMMANDS:
-        close = difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"commands are {', '.join(COMMANDS)}"
-        raise UserError("command", argv[0], "unknown command", remedy)
+        raise UserError("command", argv[0], "unknown command", suggestions.command_hint(argv[0], COMMANDS))
     known = {setting.name for setting in settings.settings()}
     rest = iter(argv[has_command:])
     pushed_back: str | None = None  # A word that was read as a possible value, but is parsed on its own.
@@ -335,36 +335,35 @@ COMMANDS = {
 
 
 def _print_help(command: str) -> None:
-    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    out = Console(highlight=False, emoji=False, soft_wrap=True)
     usage = f"{command} {COMMANDS[command].words}".rstrip() if command else "COMMAND"
-    console.print(
-        f"[bold]{escape(f'{python()} -m job {usage}')}[/bold] --config FILE [--section.key value ...]", highlight=False
-    )
+    file = "--config FILE " if not command or COMMANDS[command].reads_config else ""
+    out.print(f"[bold]{escape(f'{python()} -m job {usage}')}[/bold] {file}[--section.key value ...]", highlight=False)
     if not command:
         for name, known in COMMANDS.items():
-            console.print(f"  [bold]{name:10}[/bold] {known.about}")
-        console.print(
+            out.print(f"  [bold]{name:10}[/bold] {known.about}")
+        out.print(
             "\nWithout --config, every command but init and demo reads the file named by JOB_CONFIG, or "
             "job.yaml here.\n"
             "Without any argument, the command is train. --version prints the version of this program."
         )
     else:
-        console.print(f"  {COMMANDS[command].about}")
+        out.print(f"  {COMMANDS[command].about}")
         for name, option in COMMANDS[command].options.items():
-            console.print(f"  [bold]--{name}[/bold]  {escape(option.about)}")
-    console.print("  --print-config prints all settings as a commented YAML file and exits.")
+            out.print(f"  [bold]--{name}[/bold]  {escape(option.about)}")
+    out.print("  --print-config prints all settings as a commented YAML file and exits.")
     first = COMMANDS[command].sections if command else ()
     is_of_command = {setting: setting.name.partition(".")[0] in first for setting in settings.settings()}
     of_command = [setting for setting, own in is_of_command.items() if own]
     others = [setting for setting, own in is_of_command.items() if not own]
     if of_command:
-        _print_settings(console, f"Settings of `{command}`", of_command)
-    _print_settings(console, "Other settings" if of_command else "Settings", others)
+        _print_settings(out, f"Settings of `{command}`", of_command)
+    _print_settings(out, "Other settings" if of_command else "Settings", others)
 
 
-def _print_settings(console: Console, title: str, shown: Sequence[settings.Setting]) -> None:
-    console.print(f"\n[bold]{title}[/bold]")
+def _print_settings(out: Console, title: str, shown: Sequence[settings.Setting]) -> None:
+    out.print(f"\n[bold]{title}[/bold]")
     for setting in shown:
         kind = escape(f"({setting.type_and_unit}; default {setting.default})")
-        console.print(f"  [bold]--{setting.name}[/bold]  {kind}")
-        console.print(f"      {escape(setting.meaning)}")
+        out.print(f"  [bold]--{setting.name}[/bold]  {kind}")
+        out.print(f"      {escape(setting.meaning)}")

@@ -54,6 +54,12 @@ def wait_at_most(seconds: float) -> None:
         raw.patience_seconds = seconds
 
 
+def let_reader_leave() -> None:
+    """Say nothing if the reader of standard output exits early, as `head` does: all that the command does is print."""
+    for raw in _installed:
+        raw.reader_may_leave = True
+
+
 def close() -> None:
     """Write all buffered output, and report how much was lost. Printing afterwards still works."""
     for stream in (sys.stdout, sys.stderr):
@@ -73,6 +79,8 @@ class _RawStream(io.RawIOBase):
         self._number = number
         self.patience_seconds: float | None = None
         """Longest wait for a reader; None: no limit."""
+        self.reader_may_leave = False
+        """True if it is no fault that the reader of a pipe exits."""
         self.is_closed = False
         """True if the stream was closed when this process started."""
         self._lost_bytes, self._lost_lines, self._reason = 0, 0, ""
@@ -127,6 +135,8 @@ class _RawStream(io.RawIOBase):
         self._is_stuck = False
 
     def _lose(self, data: bytes, error: OSError) -> None:
+        if self.reader_may_leave and error.errno == errno.EPIPE:
+            return
         is_first = not self._reason
         self._lost_bytes, self._lost_lines = self._lost_bytes + len(data), self._lost_lines + data.count(b"\n")
         self._reason = "it is closed" if error.errno == errno.EBADF else error.strerror or repr(error)

@@ -114,7 +114,26 @@ NOT_A_SETTING = {
 }  # fmt: skip
 """The reason why a setting of another program does not exist here, by its name."""
 
+_COMMANDS = {
+    **dict.fromkeys(("export", "convert", "save"), "`train` writes the model to final/ in run.output"),
+    **dict.fromkeys(("resume", "continue", "restart"), "`train` again: it continues the run in run.output"),
+    **dict.fromkeys(("pretrain", "run", "start"), "did you mean train?"),
+    **dict.fromkeys(("chat", "infer", "inference", "predict", "sample", "complete"), "did you mean generate?"),
+    **dict.fromkeys(("preprocess", "tokenize", "data", "dataset", "shard"), "did you mean prepare?"),
+    **dict.fromkeys(("validate", "test", "eval", "perplexity", "ppl"), "did you mean evaluate?"),
+    **dict.fromkeys(("plan", "doctor", "estimate", "dry-run"), "did you mean check?"),
+    **dict.fromkeys(("plot", "curves", "compare", "summary"), "did you mean report?"),
+}
+"""What to type for a command that does not exist here, by its name."""
 _LEAST_LIKENESS = 0.65
+
+
+def command_hint(name: str, known: Collection[str]) -> str:
+    """Return what to type for the unknown command `name`."""
+    if name.lower() in _COMMANDS:
+        return _COMMANDS[name.lower()]
+    similar = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {similar[0]}?" if similar else f"commands are {', '.join(known)}"
 
 
 def hint(name: str, known: Collection[str]) -> str:

@@ -40,6 +40,11 @@ def test_help_of_a_command_begins_with_its_own_settings(command: str, first: str
     assert sorted(shown) == sorted(setting.name.partition(".")[0] for setting in settings.settings())
 
 
+def test_help_names_a_settings_file_only_where_one_is_read() -> None:
+    assert "train --config FILE [--section.key value ...]" in job("train", "--help").stdout
+    assert "init [--section.key value ...]" in job("init", "--help").stdout
+
+
 def test_help_lists_the_commands() -> None:
     shown = job("--help").stdout
     assert all(command in shown for command in COMMANDS)
@@ -220,6 +225,8 @@ def test_child_process_prints_the_same_command() -> None:
     [
         (["trian"], "command: 'trian': unknown command; did you mean train?"),
         (["EVAL"], "command: 'EVAL': unknown command; did you mean evaluate?"),
+        (["chat"], "command: 'chat': unknown command; did you mean generate?"),
+        (["Export"], "command: 'Export': unknown command; `train` writes the model to final/ in run.output"),
         (["xyz"], f"command: 'xyz': unknown command; commands are {', '.join(COMMANDS)}"),
         (["train", "--train.epochs"], "--train.epochs: needs a value; write --train.epochs VALUE"),
         (

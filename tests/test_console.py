@@ -153,6 +153,18 @@ def test_commands_survive_broken_streams(
     assert b"Traceback" not in said
 
 
+@pytest.mark.parametrize("command", ["--help", "train --help", "train --print-config"])
+def test_reader_of_printed_settings_may_exit_early(command: str) -> None:
+    ended = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$0" -m job {command} | true', sys.executable],
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (EXIT_DONE, b"", b"")
+
+
 def test_undecodable_argument_is_refused() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "job", "train", "--run.name", b"\xff\xfe"],
