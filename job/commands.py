@@ -1,5 +1,6 @@
 """The commands: each function takes the settings it needs, calls the other parts of `job`, and prints the result."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -278,6 +279,8 @@ def report(
         raise UserError("--to", folder, f"cannot be written: {reason}", "name another folder with --to") from None
     except UserError as error:
         raise UserError("--to", folder, f"cannot be written: {error.expected}", error.remedy) from None
+    for sentence in written.missing:
+        sys.stderr.write(f"! {sentence}\n")
     for file in files:
         Report().say(file)
     return EXIT_DONE

@@ -74,6 +74,22 @@ class RunFacts:
         """All settings of the newest attempt that recorded them."""
         return next((span.record.config for span in reversed(self.attempts) if span.record.config), self.record.config)
 
+    @cached_property
+    def steps(self) -> int | None:
+        """Steps of the run: those of its last line, and the few that a stop has saved without a line; None if none."""
+        if not self.rows:
+            return None
+        last = int(self.rows[-1]["step"])
+        interval = self.section("train").get("log_every")
+        unlogged = range(last, last + interval) if isinstance(interval, int) else ()
+        return max((step for step in self.saved_steps if step in unlogged), default=last)
+
+    @property
+    def tokens_seen(self) -> float | None:
+        """Tokens that the run was trained on in all its `steps`."""
+        tokens, last = self.last("train/tokens_seen"), self.rows[-1]["step"] if self.rows else 0
+        return round(tokens * self.steps / last) if tokens and self.steps and last else tokens
+
     def section(self, name: str) -> dict[str, Any]:
         """Return a section of the settings; empty if the record has none, or something else in its place."""
         values = self.config.get(name)

@@ -83,14 +83,17 @@ def _numbers(runs: Sequence[RunFacts], names: Sequence[str]) -> Table:
     rows: list[tuple[Text, list[Text]]] = [
         (Both("state", "状态"), [_state(run) for run in runs]),
         (Both("parameters", "参数量"), [_parameters(run) for run in runs]),
-        (Both("optimizer steps", "优化器步数"), [count(run.rows[-1]["step"] if run.rows else None) for run in runs]),
-        (Both("tokens seen", "已训练的 token 数"), metric("train/tokens_seen", count)),
+        (Both("optimizer steps", "优化器步数"), [count(run.steps) for run in runs]),
+        (Both("tokens seen", "已训练的 token 数"), [count(run.tokens_seen) for run in runs]),
         (Both("epochs", "epoch"), metric("train/epoch", lambda value: decimal(value, 2))),
         (Both("training loss, nats per token", "训练 loss（nats/token）"), metric("train/loss", decimal)),
         (Both("validation loss, nats per token", "验证 loss（nats/token）"), metric("validation/loss", decimal)),
         (Both("validation bits per byte", "验证集 bits per byte"), metric("validation/bits_per_byte", decimal)),
         (Both("validation bits per character", "验证集每字符比特"), metric("validation/bits_per_character", decimal)),
-        (Both("time of all attempts", "各次启动的总时间"), [duration(seconds) for seconds in hours]),
+        (
+            Both("time of all attempts, after loading the program", "各次启动的总时间（不含程序加载）"),
+            [duration(seconds) for seconds in hours],
+        ),
         (Both("tokens per second, median", "每秒 token 数（中位数）"), middle("speed/tokens_per_second", count)),
         (Both("MFU, median", "MFU（中位数）"), middle("speed/mfu", percent)),
         (Both("waiting for data, mean", "等待数据（平均）"), mean("speed/data_wait")),
@@ -107,8 +110,9 @@ def _numbers(runs: Sequence[RunFacts], names: Sequence[str]) -> Table:
 
 
 def _state(run: RunFacts) -> Text:
-    ended = run.attempts[-1].record.ended if run.attempts else None
-    return outcome(ended, is_newest=True).words
+    if not run.attempts:
+        return Both("unknown: there is no record of an attempt that can be read", "未知：没有可读的启动记录")
+    return outcome(run.attempts[-1].record.ended, is_newest=True).words
 
 
 def _parameters(run: RunFacts) -> Text:

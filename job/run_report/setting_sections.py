@@ -9,6 +9,8 @@ from job.run_report.tables import by_run, cut, ends, heading, note_of_ends
 from job.run_report.wording import NO_VALUE, Both, Text, count, phrase
 from job.runs.setting_changes import shown
 
+_DECIDING = ("data.", "model.", "tokenizer.", "train.")
+"""Sections whose settings may change what is computed."""
 _MOST_SETTINGS = 60
 """Rows of a table of settings."""
 _MOST_CHANGES = 40
@@ -75,6 +77,14 @@ def reproduction_blocks(
                     "命令里没有写出只有该运行才有的内容，请补上你自己的：{chinese}。",
                     english=", ".join(f"--{setting}" for setting in lacking),
                     chinese="、".join(f"--{setting}" for setting in lacking),
+                )
+            )
+        if any(name.startswith(_DECIDING) for span in run.attempts[1:] for name in span.record.changed or {}):
+            yield Note(
+                Both(
+                    "The settings of this run were changed between its attempts. The command has the last ones from "
+                    "its first step on, so its numbers may differ.",
+                    "该运行的设置在各次启动之间改过。这条命令从第一步起就使用最后的设置，因此数字可能不同。",
                 )
             )
         revision = run.record.code_version.partition("+")[2].removesuffix("-dirty")

@@ -36,6 +36,8 @@ class WrittenReport:
     """The report without charts, machines and places, so that it can be published."""
     card_section: str
     """The same for the model card, in its language, English."""
+    missing: tuple[str, ...]
+    """What could not be read, one sentence each, in English."""
 
     def store(self, folder: str) -> list[str]:
         """Write the files to a folder or URL, and return their paths or URLs."""
@@ -85,6 +87,7 @@ def make_report(urls: Sequence[str]) -> WrittenReport:
         to_html(title, about, names, sections_of(runs)),
         {language: to_markdown(title, made, public, language) for language in get_args(Language)},
         to_markdown(Both("Training report", "训练报告"), made, public, "en", level=2),
+        tuple(f"{run.url}: {sentence.en}" for run in runs for sentence in run.missing),
     )
 
 

@@ -1,5 +1,6 @@
 """The report on a run: what it says, what it leaves out, and which runs it refuses. No run is trained here."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -166,7 +167,27 @@ def test_run_without_metrics_is_reported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "logs")
     shutil.rmtree(tmp_path / "run" / "attempts")
-    assert "There is no logs/metrics.jsonl yet" in make_report([run]).html
+    page = make_report([run]).html
+    assert "There is no logs/metrics.jsonl yet" in page
+    assert "unknown: there is no record of an attempt that can be read" in page
+
+
+def test_steps_that_a_stop_saved_without_a_line_are_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert dataclasses.replace(read_facts(run), saved_steps=(1000, STEPS + 9)).steps == STEPS + 9
+    stopped = dataclasses.replace(read_facts(run), saved_steps=(STEPS - 3, STEPS + 5, STEPS + 500))
+    assert stopped.steps == STEPS + 5, "a checkpoint far ahead belongs to steps that were trained anew since"
+    logged = stopped.last("train/tokens_seen")
+    assert logged is not None and stopped.tokens_seen == round(logged / STEPS * (STEPS + 5))
+    assert dataclasses.replace(stopped, rows=()).steps is None
+
+
+@pytest.mark.parametrize(("setting", "differs"), [("train.max_steps", True), ("tracking.mode", False)])
+def test_command_is_said_to_differ_if_the_settings_were_changed(setting: str, differs: bool, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    edit_attempts(run, lambda record: record.update(changed={setting: [1, 2]}))
+    page = make_report([run])
+    assert ("its numbers may differ" in page.html) == ("its numbers may differ" in page.markdown["en"]) == differs
 
 
 def test_damaged_lines_are_left_out_and_named(tmp_path: Path) -> None:
@@ -208,7 +229,9 @@ def test_command_writes_three_files_beside_the_metrics(tmp_path: Path, capsys: p
     run = write_run(tmp_path / "run")
     assert cli.main(["report", run]) == EXIT_DONE
     names = ["report.html", "report.md", "report.zh.md"]
-    assert capsys.readouterr().out.split() == [f"{run}/logs/{name}" for name in names]
+    printed = capsys.readouterr()
+    assert printed.out.split() == [f"{run}/logs/{name}" for name in names]
+    assert printed.err.startswith(f"! {run}: The data set cannot be read from here")
     assert cli.main(["report", run, run, "--to", str(tmp_path / "to")]) == EXIT_DONE
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == names
 
