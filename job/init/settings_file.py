@@ -1,16 +1,18 @@
-"""Writes the settings file of `init`: about twenty of the settings, each with the reason for its value."""
+"""Writes the settings file of `init`: about thirty of the settings, each with the reason for its value."""
 
 import os
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from job import amounts
 from job.config import Config, as_yaml, build
 from job.data.batching import cut_batch
 from job.data.dataset_files import is_on_hub
+from job.data.tokenizer import load_tokenizer
 from job.data.tokenizer_download import is_hub_name
 from job.demo.walk import SAMPLE
 from job.errors import EXIT_DONE, UserError
@@ -24,6 +26,7 @@ from job.training.rules import check_model_and_schedule
 
 _DEFAULT_FILE = "job.yaml"
 _DATA_FOLDER = "data"
+_TOKENIZER = "data/tokenizer"
 _HUB_CORPUS = "fjcanyue/wikipedia-zh-cn"
 _PLACES = ("run.output", "data.shards", "tokenizer.source")
 """Settings that name a place in the folder of the data, if the command line does not name another."""
@@ -37,6 +40,16 @@ class _Line:
     name: str
     value: Any
     comment: str
+
+
+class _Tokenizer(NamedTuple):
+    """The tokenizer of the file."""
+
+    line: _Line
+    is_trained: bool
+    """True if it will be trained on the text."""
+    remark: str
+    """A line about the tokenizer that is there already; empty if there is none."""
 
 
 def write_settings_file(config: Config, given: Sequence[str], file: str = _DEFAULT_FILE) -> int:
@@ -63,8 +76,9 @@ def write_settings_file(config: Config, given: Sequence[str], file: str = _DEFAU
         corpus.text_bytes, config.data.validation_fraction, machine.gpus, machine.memory_bytes, machine.disk_bytes
     )
     sizes = _sizes(choice, given)
-    content = _content(list(_lines(config, given, corpus, machine, choice)), choice, sizes, machine)
-    for line in (*_found(corpus, machine), *assumed, *_assumed(corpus, choice, sizes)):
+    tokenizer = _find_tokenizer(config, "tokenizer.source" in given)
+    content = _content(list(_lines(config, given, corpus, tokenizer, machine, choice)), choice, sizes, machine)
+    for line in (*_found(corpus, tokenizer, machine), *assumed, *_assumed(corpus, choice, sizes)):
         report.say(line)
     _write(path, file, content)
     report.say(f"wrote {file}: read it, and change what is wrong")
@@ -140,13 +154,15 @@ def _find_corpus(config: Config, is_given: bool) -> tuple[Corpus, list[str]]:
     return corpus, [f"{line} (the tutorial's corpus is {_HUB_CORPUS}, 2 GB)"]
 
 
-def _found(corpus: Corpus, machine: Machine) -> Iterator[str]:
+def _found(corpus: Corpus, tokenizer: _Tokenizer, machine: Machine) -> Iterator[str]:
     if is_on_hub(corpus.source):
         yield f"found: text: {corpus.source}, on a hub; only `prepare` reads it"
     else:
         amount = f"{amounts.size(corpus.stored_bytes)} in {corpus.files:,} file{'s' * (corpus.files != 1)}"
         yield f"found: text: {amount} in {corpus.source}, in field {corpus.text_field!r}"
         yield from corpus.remarks
+    if tokenizer.remark:
+        yield tokenizer.remark
     names = f": {', '.join(dict.fromkeys(machine.gpu_names))}" if machine.gpu_names else ""
     yield f"found: GPUs: {machine.gpus}{names} ({machine.gpu_source})"
     memory = "unknown" if machine.memory_bytes is None else amounts.size(machine.memory_bytes)
@@ -182,9 +198,11 @@ def _changed(given: Collection[str]) -> list[str]:
 # ---- The file ----
 
 
-def _lines(config: Config, given: Collection[str], corpus: Corpus, machine: Machine, choice: Choice) -> Iterator[_Line]:
+def _lines(
+    config: Config, given: Collection[str], corpus: Corpus, tokenizer: _Tokenizer, machine: Machine, choice: Choice
+) -> Iterator[_Line]:
     """Yield the settings of the file, those of the command line with the values that they have there."""
-    own = {line.name: line for line in _chosen(config, given, corpus, machine, choice)}
+    own = {line.name: line for line in _chosen(given, corpus, tokenizer, machine, choice)}
     for name in (*own, *(name for name in given if name not in own)):
         section, _, key = name.partition(".")
         if name in given:
@@ -193,28 +211,46 @@ def _lines(config: Config, given: Collection[str], corpus: Corpus, machine: Mach
             yield own[name]
 
 
+def _find_tokenizer(config: Config, is_given: bool) -> _Tokenizer:
+    """Return the tokenizer's line: the usual folder, or another one if the usual one holds a tokenizer of no use."""
+    name, folder = "tokenizer.source", Path(_TOKENIZER)
+    if is_given:
+        return _Tokenizer(_Line(name, config.tokenizer.source, _GIVEN), not is_hub_name(config.tokenizer.source), "")
+    comment = "folder of the tokenizer, which is trained on your text"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return _Tokenizer(_Line(name, _TOKENIZER, comment), True, "")
+    try:
+        with TemporaryDirectory(prefix="wikillm-") as scratch:
+            entries = load_tokenizer(_TOKENIZER, scratch).vocab_size
+    except UserError as error:
+        other = f"{_TOKENIZER}-own"
+        remark = f"! the tokenizer in {_TOKENIZER} cannot be used, so a new one goes to {other}: {error.expected}"
+        return _Tokenizer(_Line(name, other, comment), True, remark)
+    remark = f"found: a tokenizer with {entries:,} entries in {_TOKENIZER}, which is used as it is"
+    return _Tokenizer(_Line(name, _TOKENIZER, f"the tokenizer that is there, with {entries:,} entries"), False, remark)
+
+
 def _chosen(
-    config: Config, given: Collection[str], corpus: Corpus, machine: Machine, choice: Choice
+    given: Collection[str], corpus: Corpus, tokenizer: _Tokenizer, machine: Machine, choice: Choice
 ) -> Iterator[_Line]:
     size, is_small = choice.size, choice.size is SMALL
     is_as_chosen = not _changed(given)
-    is_trained = not ("tokenizer.source" in given and is_hub_name(config.tokenizer.source))
-    not_used = f"not used: the tokenizer is {config.tokenizer.source}"
+    not_used = f"not used: the tokenizer is {tokenizer.line.value}"
     store = ", or s3://BUCKET/FOLDER" if machine.store_variables else ""
     yield _Line("run.output", "data/run", f"checkpoints, logs and the final model: a folder{store}")
     yield _Line("data.source", corpus.source, "your text: a file, a folder, a URL or a data set on a hub")
     yield _Line("data.text_field", corpus.text_field, "field of a record that holds the text, as in the first record")
     yield _Line("data.shards", "data/shards", f"where `prepare` puts the tokens: a folder{store}")
-    yield _Line("tokenizer.source", "data/tokenizer", "folder of the tokenizer, which is trained on your text")
+    yield tokenizer.line
     yield _Line(
         "tokenizer.vocab_size",
         size.vocab_size,
-        f"as in {size.name}; a large one needs a large model" if is_trained else not_used,
+        f"as in {size.name}; a large one needs a large model" if tokenizer.is_trained else not_used,
     )
     yield _Line(
         "tokenizer.train_bytes",
         f"{choice.tokenizer_bytes // 2**20}MiB",
-        "text it is trained on, which takes 60 times as much memory" if is_trained else not_used,
+        "text it is trained on, which takes 60 times as much memory" if tokenizer.is_trained else not_used,
     )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
         yield _Line(f"model.{name}", getattr(size, name), "")
@@ -248,6 +284,8 @@ def _chosen(
     )
     yield _Line("evaluate.every", choice.every, "steps")
     yield _Line("evaluate.max_windows", 256 if is_small else 2048, "sequences; the last validation takes all of them")
+    if is_small:
+        yield _Line("generate.max_new_tokens", 100, "tokens of a continuation")
     yield _Line(
         "tracking.to",
         ["swanlab"],

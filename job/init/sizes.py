@@ -17,7 +17,7 @@ from job.model.architecture import tensor_shapes
 from job.model.flops import parameter_counts
 from job.model.optimizer_state import optimizer_state
 from job.model.spec import ModelSpec
-from job.preflight.assumed_data import OWN_BYTES_PER_TOKEN
+from job.preflight.assumed_data import own_bytes_per_token
 
 _TOKENS_PER_PARAMETER = 10
 _MOST_EPOCHS = 4
@@ -99,8 +99,9 @@ def choose_sizes(
         memory_bytes: free main memory; None if not known.
         disk_bytes: free bytes on the disk of the checkpoints.
     """
-    tokens = None if text_bytes is None else text_bytes * (1 - validation_fraction) / OWN_BYTES_PER_TOKEN
-    size, reason = _fitting(tokens, gpus)
+    training_bytes = None if text_bytes is None else text_bytes * (1 - validation_fraction)
+    size, reason = _fitting(training_bytes, gpus)
+    tokens = None if training_bytes is None else _tokens(training_bytes, size)
     needed = _TOKENS_PER_PARAMETER * size.parameters
     epochs = 2 if tokens is None else min(_MOST_EPOCHS, max(1, math.ceil(needed / tokens)))
     max_steps = _SMALL_STEPS if size is SMALL else None
@@ -115,8 +116,8 @@ def choose_sizes(
     warnings = []
     if tokens is not None and tokens < _LITTLE_TOKENS:
         warnings.append(
-            f"about {tokens:,.0f} training tokens are enough to try the commands, but too few for a model: more text "
-            "helps more than any setting"
+            f"about {_rounded(tokens):,} training tokens are enough to try the commands, but too few for a model: more "
+            "text helps more than any setting"
         )
     if room < 1:
         warnings.append(
@@ -139,13 +140,19 @@ def choose_sizes(
     )
 
 
-def _fitting(tokens: float | None, gpus: int) -> tuple[Size, str]:
-    """Return the largest size whose number of parameters suits the tokens and the processor, and the reason."""
+def _tokens(training_bytes: float, size: Size) -> float:
+    """Return the tokens that the tokenizer of a size makes of so many bytes of text."""
+    return training_bytes / own_bytes_per_token(size.vocab_size)
+
+
+def _fitting(training_bytes: float | None, gpus: int) -> tuple[Size, str]:
+    """Return the largest size whose number of parameters suits the text and the processor, and the reason."""
     if not gpus:
         return SMALL, f"without a GPU, {_millions(SMALL.parameters)} parameters train in minutes"
-    if tokens is None:
+    if training_bytes is None:
         return LARGE, "the recommended model; how much text there is was not looked up"
     for size in (LARGE, MIDDLE):
+        tokens = _tokens(training_bytes, size)
         if _MOST_EPOCHS * tokens >= _TOKENS_PER_PARAMETER * size.parameters:
             return size, (
                 f"{_millions(tokens)} training tokens, read up to {_MOST_EPOCHS} times, are at least "
@@ -155,6 +162,11 @@ def _fitting(tokens: float | None, gpus: int) -> tuple[Size, str]:
         f"{_millions(tokens)} training tokens, read {_MOST_EPOCHS} times, are less than {_TOKENS_PER_PARAMETER} for "
         f"each of the {_millions(MIDDLE.parameters)} parameters of the next larger model"
     )
+
+
+def _rounded(number: float) -> int:
+    """Return a number with two digits, as the estimate that it is."""
+    return int(float(f"{number:.1e}"))
 
 
 def _millions(number: float) -> str:

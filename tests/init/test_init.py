@@ -19,10 +19,11 @@ from small_run import REPOSITORY
 from job import config as settings
 from job.cli import main, parse
 from job.config import Config
+from job.data.tokenizer import load_tokenizer, train_tokenizer
 from job.demo.walk import SAMPLE
 from job.errors import EXIT_DONE, EXIT_REFUSED
 from job.init.sizes import LARGE, MIDDLE, SMALL, choose_sizes
-from job.preflight.assumed_data import OWN_BYTES_PER_TOKEN
+from job.preflight.assumed_data import own_bytes_per_token
 from job.preflight.check import preflight
 from job.preflight.findings import WRONG
 
@@ -260,9 +261,9 @@ def test_less_text_gives_a_smaller_model_or_more_epochs() -> None:
 
 
 def test_little_text_has_checkpoints_and_a_short_warm_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bundled sample has 36,000 training tokens: 141 steps of 8 x 128 tokens in 4 epochs."""
+    """The bundled sample has about 39,000 training tokens: 154 steps of 8 x 128 tokens in 4 epochs."""
     choice = choose_sizes(144_248, 0.1, 0, None, 100 * GIB)
-    steps = 4 * 144_248 * 0.9 / OWN_BYTES_PER_TOKEN / (8 * 128)
+    steps = 4 * 144_248 * 0.9 / own_bytes_per_token(4096) / (8 * 128)
     assert (choice.size, choice.epochs) == (SMALL, 4)
     assert 2 <= steps / choice.every < 4 and choice.warmup_steps == int(steps / 5)
     assert any("too few for a model" in warning for warning in choice.warnings)
@@ -270,6 +271,25 @@ def test_little_text_has_checkpoints_and_a_short_warm_up(folder: Path, capsys: p
     assert re.search(r"^! about [\d,]+ training tokens are enough to try the commands, but too few", out, re.M)
     tiny = choose_sizes(100, 0.1, 0, None, 100 * GIB)
     assert (tiny.every, tiny.warmup_steps) == (1, 1)
+
+
+def test_usable_tokenizer_in_the_folder_is_used_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer([record["content"] for record in RECORDS], 300, folder / "data" / "tokenizer")
+    shutil.copy(SAMPLE, folder / "data")
+    config, out = initialise(capsys)
+    assert config.tokenizer.source == "data/tokenizer"
+    entries = load_tokenizer("data/tokenizer", str(folder)).vocab_size
+    assert f"found: a tokenizer with {entries} entries in data/tokenizer, which is used as it is\n" in out
+    assert "not used: the tokenizer is data/tokenizer\n" in Path("job.yaml").read_text()
+
+
+def test_unusable_tokenizer_in_the_folder_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "data" / "tokenizer").mkdir(parents=True)
+    (folder / "data" / "tokenizer" / "tokenizer.model").write_bytes(b"sentencepiece")
+    shutil.copy(SAMPLE, folder / "data")
+    config, out = initialise(capsys)
+    assert config.tokenizer.source == "data/tokenizer-own"
+    assert "! the tokenizer in data/tokenizer cannot be used, so a new one goes to data/tokenizer-own: " in out
 
 
 def test_little_disk_keeps_fewer_checkpoints_and_none_is_said(

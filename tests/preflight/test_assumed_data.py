@@ -15,7 +15,7 @@ from job.config import Data, Tokenizer
 from job.data.corpus import list_corpus
 from job.data.listing import Listing
 from job.demo.walk import SAMPLE
-from job.preflight.assumed_data import AssumedData, assume_data
+from job.preflight.assumed_data import AssumedData, assume_data, own_bytes_per_token
 from job.preflight.findings import UNSURE, Findings
 
 RECORDS = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -78,7 +78,7 @@ def test_validation_has_its_share_of_the_tokens() -> None:
     ("tokenizer", "vocab_size", "bytes_per_token", "words"),
     [
         ("Qwen/Qwen2-0.5B", 151_646, 4.5, "4.5 bytes of text per token and 151,646 entries, as Qwen2"),
-        ("data/tokenizer", 5000, 4.98, "4.98 bytes of text per token, as 16,384 entries"),
+        ("data/tokenizer", 5000, 3.45, "3.45 bytes of text per token, as about 5,000 entries (tokenizer.vocab_size)"),
     ],
 )
 def test_unknown_tokenizer_is_assumed_and_named(
@@ -89,6 +89,14 @@ def test_unknown_tokenizer_is_assumed_and_named(
     assert data is not None and data.manifest.vocab_size == vocab_size
     assert sum(tokens_of(data)) == pytest.approx(TEXT_BYTES / bytes_per_token, rel=0.02)
     assert words in data.assumptions[1]
+
+
+@pytest.mark.parametrize(
+    ("entries", "bytes_per_token"),
+    [(300, 2.29), (4096, 3.30), (5793, 3.55), (8192, 3.81), (16_384, 4.27), (10**6, 4.27)],
+)
+def test_bytes_per_token_grow_with_the_vocabulary(entries: int, bytes_per_token: float) -> None:
+    assert own_bytes_per_token(entries) == pytest.approx(bytes_per_token, abs=0.01)
 
 
 def test_plain_text_files_are_all_text(tmp_path: Path) -> None:
