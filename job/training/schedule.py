@@ -1,7 +1,8 @@
 """The learning rate as a function of the step: a linear warm-up, then a cosine, a line, or a plateau and a line."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from job.config import Train
@@ -130,8 +131,10 @@ def change_of_schedule(
         decays_after: steps after which decays of ``wsd`` have begun, `TrainingState.decays_after`.
     """
     now = train.model_dump(mode="json")
-    was, planned = (_at(step, one, sequences_per_epoch) for one in (now | _recorded(before.get("train")), now))
-    if was == planned:
+    was, planned = (_plan(one, sequences_per_epoch) for one in (now | _recorded(before.get("train")), now))
+    rest = range(step, planned.steps)
+    changed = next((one for one in rest if f"{was.rate(one):.2e}" != f"{planned.rate(one):.2e}"), None)
+    if changed is None and was[:3] == planned[:3]:
         return None
     clauses = [f"is {planned.schedule} instead of {was.schedule}"] if was.schedule != planned.schedule else []
     clauses.append(f"ends at step {planned.steps:,}")
@@ -143,8 +146,13 @@ def change_of_schedule(
             clauses[-1] += f" instead of {was.decay_after:,}"
     *first, end = clauses
     plan = f"{', '.join(first)} and {end}" if first else end
-    rates = f"is {planned.rate:.2e}, it would have been {was.rate:.2e}"
-    line = f"the schedule {plan}: the learning rate of step {step + 1:,} {rates}"
+    line = f"the schedule {plan}: "
+    if changed is None:
+        line += "the learning rates up to there stay as they were"
+    else:
+        rates = f"is {planned.rate(changed):.2e}, it would have been {was.rate(changed):.2e}"
+        until = "" if changed == step else f"up to step {changed:,} nothing changes; "
+        line += f"{until}the learning rate of step {changed + 1:,} {rates}"
     if decays_after:
         began = f"step {decays_after[-1]:,}"
         line += (
@@ -172,17 +180,17 @@ class _Planned(NamedTuple):
     schedule: str
     steps: int
     decay_after: int | None
-    rate: float
-    """Learning rate of the next step."""
+    rate: Callable[[int], float]
+    """Learning rate of the step after so many steps."""
 
 
-def _at(step: int, train: Settings, sequences_per_epoch: int) -> _Planned:
-    """Return what the settings plan when `step` steps are done."""
+def _plan(train: Settings, sequences_per_epoch: int) -> _Planned:
+    """Return what the settings plan."""
     sequences = train["epochs"] * sequences_per_epoch
     steps, _ = optimizer_steps(sequences, train["global_batch_size"], train["max_steps"])
     schedule, warmup_steps, decay_steps = train["schedule"], train["warmup_steps"], train["decay_steps"]
-    rate = learning_rate(
-        step,
+    rate = partial(
+        learning_rate,
         schedule=schedule,
         peak=train["learning_rate"],
         minimum=train["min_learning_rate"],

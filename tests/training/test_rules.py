@@ -196,8 +196,14 @@ def test_damaged_earlier_settings_are_no_change() -> None:
          "rate of step 51 is 5.00e-04, 2.71e-04"),
         (WSD | {"max_steps": 60}, WSD, "ends at step 100 instead of 60 and decays after step 80 instead of 48: the "
          "learning rate of step 51 is 5.00e-04, 3.85e-04"),
-        (WSD, WSD | {"decay_steps": 30}, "ends at step 100 and decays after step 70 instead of 80: the learning rate "
-         "of step 51 is 5.00e-04, 5.00e-04"),
+        (WSD, WSD | {"decay_steps": 30}, "ends at step 100 and decays after step 70 instead of 80: up to step 70 "
+         "nothing changes; the learning rate of step 71 is 4.84e-04, 5.00e-04"),
+        ({"warmup_steps": 80, "max_steps": 90}, {"warmup_steps": 80}, "ends at step 100 instead of 90: up to step 81 "
+         "nothing changes; the learning rate of step 82 is 4.97e-04, 4.88e-04"),
+        (WSD, WSD | {"min_learning_rate": 1e-4}, "ends at step 100: up to step 80 nothing changes; the learning rate "
+         "of step 81 is 4.81e-04, 4.76e-04"),
+        ({"warmup_steps": 90, "max_steps": 90}, {"warmup_steps": 90, "max_steps": 80}, "ends at step 80 instead of 90: "
+         "the learning rates up to there stay as they were"),
         (WSD | {"decay_steps": 20}, WSD, None),
     ],
 )  # fmt: skip
