@@ -1,4 +1,4 @@
-"""Numbers of bytes as a person reads them."""
+"""Numbers of bytes and files as a person reads them."""
 
 
 def size(number: float) -> str:
@@ -7,3 +7,8 @@ def size(number: float) -> str:
         if number >= least:
             return f"{number / least:,.1f} {unit}"
     return f"{number:.0f} byte{'s' * (number != 1)}"
+
+
+def files(number: int) -> str:
+    """Return a number of files, such as ``1 file`` or ``2,000 files``."""
+    return f"{number:,} file{'s' * (number != 1)}"

@@ -81,7 +81,7 @@ class Report:
             for name, value in rows:
                 self.say(f"{title}: {name.strip()}: {value}")
 
-    def start_bar(self, what: str, total: int | None, completed: int = 0, unit: str = "steps") -> None:
+    def start_bar(self, what: str, total: int | None, completed: int = 0) -> None:
         """Show a progress bar on a terminal; do nothing without a terminal."""
         if self._console.is_terminal and not self._console.quiet:
             self._progress = Progress(
@@ -95,6 +95,11 @@ class Report:
             )
             self._progress.start()
             self._task = self._progress.add_task(what, total=total, completed=completed, rate="")
+
+    @property
+    def shows_bar(self) -> bool:
+        """True while there is a progress bar."""
+        return self._progress is not None
 
     def advance(self, completed: int, rate: str = "") -> None:
         """Move the bar to `completed`. An empty `rate` keeps the last one."""

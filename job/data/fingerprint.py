@@ -68,7 +68,7 @@ class CorpusIdentity:
     def __str__(self) -> str:
         files, size = len(self.fingerprints), sum(file.size for file in self.fingerprints)
         return (
-            f"{files:,} file{'s' * (files != 1)}, {amounts.size(size)}; "
+            f"{amounts.files(files)}, {amounts.size(size)}; "
             f"identified by {amounts.size(self.read_bytes)} of them, read in {self.seconds:.1f} s"
         )
 

@@ -118,7 +118,7 @@ def _format_name(file: CorpusFile) -> str:
 
 
 def _amount(files: int, size: int) -> str:
-    return f"{files:,} file{'s' * (files != 1)}, {amounts.size(size)}"
+    return f"{amounts.files(files)}, {amounts.size(size)}"
 
 
 def shorten_names(names: Sequence[str]) -> str:

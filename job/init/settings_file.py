@@ -158,7 +158,7 @@ def _found(corpus: Corpus, tokenizer: _Tokenizer, machine: Machine) -> Iterator[
     if is_on_hub(corpus.source):
         yield f"found: text: {corpus.source}, on a hub; only `prepare` reads it"
     else:
-        amount = f"{amounts.size(corpus.stored_bytes)} in {corpus.files:,} file{'s' * (corpus.files != 1)}"
+        amount = f"{amounts.size(corpus.stored_bytes)} in {amounts.files(corpus.files)}"
         yield f"found: text: {amount} in {corpus.source}, in field {corpus.text_field!r}"
         yield from corpus.remarks
     if tokenizer.remark:

@@ -89,7 +89,7 @@ def _check_corpus(findings: Findings, data: Data, on_listed: OnListed) -> None:
 
 
 def _show_listing(findings: Findings, listing: Listing) -> None:
-    findings.right("corpus", f"{len(listing.files)} files, {amounts.size(listing.size)}")
+    findings.right("corpus", f"{amounts.files(len(listing.files))}, {amounts.size(listing.size)}")
     if left_out := listing.left_out_line():
         findings.right("corpus, left out", left_out)
     if duplicates := listing.in_several_forms():
@@ -114,7 +114,7 @@ def _check_shards(findings: Findings, shards_url: str, manifest: Manifest, deep:
     else:
         checked = "every sha256 is right" if deep else "all sizes are right (--deep also compares every sha256)"
         total_bytes = sum(shard.size for shard in shards)
-        findings.right("shards", f"{len(shards)} files, {amounts.size(total_bytes)}, {checked}")
+        findings.right("shards", f"{amounts.files(len(shards))}, {amounts.size(total_bytes)}, {checked}")
 
 
 def _sizes(shards_url: str, shards: tuple[Shard, ...]) -> dict[str, int]:
@@ -138,11 +138,11 @@ def _check_copies(findings: Findings, folder: Path, manifest: Manifest) -> None:
         comparisons = pool.map(lambda name: storage.sha256_file(folder / name) == copies[name].sha256, copies)
         damaged = [name for name, is_right in zip(copies, comparisons, strict=True) if not is_right]
     if damaged:
-        found = f"{len(damaged)} of {len(copies)} files in {folder} are damaged: {_some(damaged)}"
+        found = f"{len(damaged)} of {amounts.files(len(copies))} in {folder} are damaged: {_some(damaged)}"
         remedy = "nothing now: `train` downloads them again; check the disk if this happens again"
         findings.unsure("copies of shards", found, remedy)
     elif copies:
-        findings.right("copies of shards", f"{len(copies)} files in {folder}, every sha256 is right")
+        findings.right("copies of shards", f"{amounts.files(len(copies))} in {folder}, every sha256 is right")
 
 
 def _with_wrong_sha256(shards_url: str, shards: tuple[Shard, ...]) -> list[str]:

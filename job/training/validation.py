@@ -1,8 +1,10 @@
 """The validation shards, evaluated by all ranks together: during training and by `job evaluate`."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,25 @@ from job.training.accelerator import Strategy, autocast, start_accelerator
 from job.training.distributed import StepSync, join, weakest_hardware
 from job.training.evaluation import evaluate
 from job.training.hang_detector import HangDetector
+
+PROGRESS_SECONDS = 30
+"""Time between two lines about the progress of an evaluation, where there is no progress bar."""
+
+
+class Progress:
+    """Shows how much of an evaluation is done: with a bar on a terminal, with a line now and then in a log."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._said_at, self._has_bar = report, time.monotonic(), False
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._has_bar:
+            self._report.start_bar("evaluation", total)
+            self._has_bar = True
+        self._report.advance(done)
+        if not self._report.shows_bar and time.monotonic() - self._said_at >= PROGRESS_SECONDS:
+            self._said_at = time.monotonic()
+            self._report.say(f"evaluated {done / total:.0%} of the validation text")
 
 
 class ValidationSet:
@@ -75,8 +96,17 @@ class ValidationSet:
         autocast: Callable[[], AbstractContextManager[Any]],
         sync: StepSync,
         max_sequences: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Evaluation | None:
         """Return the loss on `max_sequences` sequences spread over the shards, or on all.
+
+        Args:
+            model: the model, on `device`.
+            device: the device of this rank.
+            autocast: returns the context that sets the number format.
+            sync: lets all ranks stop together.
+            max_sequences: most sequences; None: all.
+            progress: called before each batch, with the number of batches that are done and of all.
 
         Returns:
             None if the set is empty, or if all ranks stop before the end.
@@ -99,7 +129,13 @@ class ValidationSet:
         ) as loader:
             batches = ((batch.input_ids, batch.labels) for batch in loader)
             sizes = self._tokenizer.token_sizes
-            return evaluate(model, batches, sizes, device, autocast, lambda: sync.go_on(loader.poll))
+            done = count()
+
+            def goes_on() -> bool:
+                progress(next(done), loader.rounds)
+                return sync.go_on(loader.poll)
+
+            return evaluate(model, batches, sizes, device, autocast, goes_on)
 
 
 def evaluate_model(config: Config, world: World, context: LaunchContext) -> RunStatus:
@@ -147,11 +183,19 @@ def evaluate_model(config: Config, world: World, context: LaunchContext) -> RunS
         raise UserError("data.shards", config.data.shards, expected, "prepare it with data.validation_fraction above 0")
     hang_detector = HangDetector(world, config.train.hang_timeout.seconds, context.on_hang)
     sync = StepSync(world, context.stop_requested, hang_detector.beat)
-    found = validation.evaluate(model, accelerator.device, partial(autocast, accelerator, precision), sync)
+    report = Report(world.rank)
+    report.say(
+        f"evaluating {trained.source} on {sum(shard.tokens for shard in manifest.validation):,} validation tokens"
+    )
+    found = validation.evaluate(
+        model, accelerator.device, partial(autocast, accelerator, precision), sync, progress=Progress(report)
+    )
+    report.end_bar()
     hang_detector.close()
     if found is None:
+        report.say("stopped before the end: nothing is kept, the next start begins anew")
         return RunStatus.STOPPED
-    Report(world.rank).table(
+    report.table(
         trained.source,
         [
             ("validation tokens", f"{found.targets:,}"),

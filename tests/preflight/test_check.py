@@ -33,7 +33,7 @@ def test_check_says_what_to_do_first_without_data_and_gpu(
     assert check(workspace.config, config_path="mine.yaml") == EXIT_REFUSED
     shown = capsys.readouterr().out
     assert re.search(rf"^✗ +data set .* run `{PYTHON} -m job prepare` first *$", shown, re.MULTILINE)
-    assert re.search(r"^✓ +corpus +1 files", shown, re.MULTILINE)
+    assert re.search(r"^✓ +corpus +1 file", shown, re.MULTILINE)
     assert re.search(r"^! +GPUs +none", shown, re.MULTILINE)
     assert shown.endswith(f"correct the rows marked ✗, then run it: {PYTHON} -m job train --config mine.yaml\n")
 
@@ -124,7 +124,7 @@ def test_job_that_makes_the_data_set_needs_only_the_corpus(
     shown = capsys.readouterr().out
     shards = re.escape(workspace.config.data.shards)
     assert re.search(rf"^✓ +data set +{shards}: none yet; the Job of {place} makes it *$", shown, re.MULTILINE)
-    assert re.search(r"^✓ +corpus +1 files", shown, re.MULTILINE)
+    assert re.search(r"^✓ +corpus +1 file", shown, re.MULTILINE)
     assert shown.endswith("run it: kubectl apply -k launch/kubernetes/prepare\n")
 
 

@@ -17,8 +17,10 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from job.data.split import is_validation
 from job.demo.walk import SAMPLE
+from job.report import Report
 from job.runs.evaluation_result import Evaluation
 from job.runs.metrics_file import read_metrics
+from job.training import validation
 
 SeenIn = Callable[[int, str], dict[str, Any]]
 
@@ -76,6 +78,7 @@ def test_evaluate_agrees_with_the_run_for_all_it_left(finished_run: FinishedRun,
     words += ["--evaluate.model", f"{finished_run.output}/{source}"] if source else []
     code, out, err = run("evaluate", finished_run.settings, *words)
     assert (code, err) == (0, ""), out + err
+    assert re.search(rf"^evaluating {finished_run.output}\S* on [\d,]+ validation tokens$", out, re.M), out
     printed = dict(re.findall(r"│ ([\w -]+?) +│ +([\d.,]+) │", out))
     (row,) = [row for row in read_metrics(finished_run.output) if row["step"] == STEPS]
     for name, key in (
@@ -84,3 +87,15 @@ def test_evaluate_agrees_with_the_run_for_all_it_left(finished_run: FinishedRun,
         ("bits per character", "validation/bits_per_character"),
     ):
         assert float(printed[name]) == pytest.approx(row[key], rel=1e-6), name
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = validation.Progress(Report())
+    for done in range(4):
+        show(done, 4)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(validation, "PROGRESS_SECONDS", 0)
+    show(3, 4)
+    assert capsys.readouterr().out == "evaluated 75% of the validation text\n"
