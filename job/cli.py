@@ -307,7 +307,7 @@ COMMANDS = {
         },
     ),
     "generate": Command(
-        "continue texts: PROMPTs, standard input (- or a pipe), or those that you type one after the other",
+        "continue texts: PROMPTs, standard input as one text (- or a pipe), or those that you type one by one",
         "generate",
         words="[PROMPT ...]",
         sections=("generate",),

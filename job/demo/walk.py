@@ -21,6 +21,7 @@ from job.launcher.environment import detect_environment
 from job.launcher.supervisor import find_device
 from job.local_dirs import log_folder
 from job.report import Report
+from job.run_report.write_report import make_report
 from job.runs.checkpoint_list import list_checkpoints
 from job.runs.metrics_file import read_metrics
 from job.runs.run import FINAL_MODEL
@@ -77,6 +78,7 @@ def walk(config: Config) -> int:
         (OUTPUT_FOLDER / FINAL_MODEL).mkdir(exist_ok=True)
         for entry in storage.list_files(storage.join(config.run.output, FINAL_MODEL)):
             storage.download_file(entry.url, OUTPUT_FOLDER / FINAL_MODEL / entry.url.rpartition("/")[2])
+        page, *_ = make_report([config.run.output]).store(str(OUTPUT_FOLDER))
     report.say(
         "\n7. generate text (a tiny model, trained on little text: it has learnt how articles look, but no facts)"
     )
@@ -89,10 +91,11 @@ def walk(config: Config) -> int:
     report.table(
         "where the results are",
         [
+            ("report, for a browser", page),
             ("loss curve", f"{OUTPUT_FOLDER / 'loss.png'}"),
             ("model, for AutoModelForCausalLM", f"{OUTPUT_FOLDER / 'final'}"),
             ("settings, with comments", f"{settings}"),
-            ("object store", f"{OUTPUT_FOLDER / 's3'}"),
+            ("files of the S3 server, which has ended", f"{OUTPUT_FOLDER / 's3'}"),
             ("SwanLab files", f"{log_folder(config.tracking.log_dir)}"),
         ],
     )

@@ -42,6 +42,7 @@ class Progress:
         self._report, self._said_at, self._has_bar = report, time.monotonic(), False
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` batches are evaluated."""
         if not self._has_bar:
             self._report.start_bar("evaluation", total)
             self._has_bar = True

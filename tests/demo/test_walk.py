@@ -50,6 +50,11 @@ def test_training_is_stopped_half_way_and_resumes_there(walked: tuple[Path, str]
     assert "step 40/40 | loss" in walked[1]
 
 
+def test_report_can_be_opened_when_the_server_has_ended(walked: tuple[Path, str]) -> None:
+    page = (walked[0] / "demo-output" / "report.html").read_text(encoding="utf-8")
+    assert "demo-output/report.html" in walked[1] and "The data set cannot be read" not in page
+
+
 def test_loss_falls(walked: tuple[Path, str]) -> None:
     losses = [float(loss) for loss in re.findall(r"\| loss ([\d.]+) \|", walked[1])]
     assert losses[-1] < losses[0] - 0.3
