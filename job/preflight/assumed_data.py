@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from job import storage
@@ -191,7 +190,7 @@ def _tokens(tokenizer: Tokenizer, texts: list[str], scratch: str) -> tuple[int, 
 def _tokenizer_at_hand(source: str, scratch: str) -> TextTokenizer | None:
     """Return the tokenizer in a folder or at a URL; None on a hub, and if it does not exist or is damaged."""
     is_url = storage.is_remote(source) and not hub.has_scheme(source)
-    if not is_url and not Path(source).expanduser().is_dir():
+    if not is_url and not storage.path_of(source).is_dir():
         return None
     try:
         return load_tokenizer(source, scratch)

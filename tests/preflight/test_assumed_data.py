@@ -61,6 +61,11 @@ def test_tokens_are_about_those_that_prepare_makes(name: str, data_set: DataSet,
     assert f"as in its first {len(RECORDS)} documents" in data.assumptions[0]
 
 
+def test_tokenizer_at_a_file_url_is_measured(data_set: DataSet) -> None:
+    data = assumed(SAMPLE, Findings(), f"file://{data_set.tokenizer.folder}")
+    assert data is not None and data.manifest.vocab_size == data_set.manifest.vocab_size
+
+
 def test_start_of_a_large_file_stands_for_all_of_it(tmp_path: Path) -> None:
     (tmp_path / "large.jsonl").write_bytes(20 * (LINES.rstrip() + b"\n"))
     assert (tmp_path / "large.jsonl").stat().st_size > 2 * 2**20
