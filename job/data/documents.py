@@ -37,14 +37,14 @@ class BadRecord:
 
     url: str
     position: str
-    """Where it is: ``line 17, byte 2,031``, ``record 12, byte 9,001``, ``byte 9,001`` or ``row 12``.
+    """Position of the record: ``line 17, byte 2,031``, ``record 12, byte 9,001``, ``byte 9,001`` or ``row 12``.
 
     Bytes are offsets in the decompressed file, counted from 0. Lines, records and rows are counted from 1."""
     reason: str
     setting: str = "data.source"
     """The setting that is probably wrong: `data.source`, `data.text_field` or `data.id_field`."""
     remedy: str = ""
-    """What to do, if it is something other than fixing or skipping the record."""
+    """Remedy, if it is another one than to repair or skip the record."""
     likely_field: str | None = None
     """The field that probably holds the text if the record has no `data.text_field`; None if no field does."""
 

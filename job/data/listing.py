@@ -30,7 +30,7 @@ class CorpusFile:
     format: Format
     compression: Compression | None
     library_reader: LibraryReader | None = None
-    """How the `datasets` library reads the file; None if it is read without the library."""
+    """Reader of the `datasets` library for the file; None if the file is read without the library."""
 
 
 @dataclass(frozen=True)

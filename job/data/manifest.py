@@ -72,11 +72,11 @@ class Manifest:
     seed: int
     validation_fraction: Annotated[float, Field(ge=0, le=1)]
     split_rule: str
-    """How validation documents were chosen, in words (see `job.data.split`)."""
+    """Rule that chose the validation documents, in words (see `job.data.split`)."""
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     statistics: dict[str, Any]
-    """What `prepare` counted (see `job.data.parts.Counts`)."""
+    """Counts of `prepare` (see `job.data.parts.Counts`)."""
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -71,7 +71,7 @@ def choose_device(setting: DeviceSetting, promised: Gpus, probe: Callable[[], Gp
     if setting == "auto" and not promised.number and not promised.may_be:
         return Device("cpu", (), f"there is no GPU: {promised.source}")
     result = (probe or _probe_in_subprocess)()
-    # Device files may belong to other processes too, so only one of those GPUs must be usable.
+    # Some of the device files may be for GPUs of other jobs, so it is enough if torch can use one of them.
     needed = promised.number if promised.is_by_name else min(promised.number, 1)
     if result.gpus and len(result.gpus) >= needed and not result.error:
         return Device("cuda", result.gpus, f"torch can use {_count(len(result.gpus))} ({promised.source})")

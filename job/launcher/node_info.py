@@ -1,4 +1,4 @@
-"""What each node reports about itself before the workers start, and the comparison of all nodes."""
+"""The description of a node, which it sends before the workers start, and the comparison of all nodes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -84,7 +84,7 @@ class NodeRendezvous:
         self._heartbeats: dict[int, tuple[Any, float]] = {}
         """Last heartbeat of each node, and the time at which it changed; only on node 0."""
         self._ends: dict[int, dict[str, Any] | None] = {}
-        """How the workers of each node ended; None for a lost node."""
+        """End of the workers of each node; None for a lost node."""
         self._summary, self._summary_read_at = _NOTHING_FAILED, 0.0
         self._lost_seconds = _LOST_SECONDS
 

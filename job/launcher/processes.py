@@ -1,4 +1,4 @@
-"""What the processes of one start share: variables, the stop file, and how each process exits."""
+"""Names and files that the processes of one start share, such as the stop file, and the way each process exits."""
 
 import ctypes
 import os

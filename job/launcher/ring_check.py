@@ -21,7 +21,7 @@ _CONNECT_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class NodeAddress:
-    """How the workers of a node are reached."""
+    """Address at which other nodes reach the workers of a node."""
 
     host: str
     node: int
